@@ -1,0 +1,41 @@
+"""A quantized matrix that serves several widths from one set of codes (needs torch).
+
+Source: Park et al., "Any-Precision LLM", ICML 2024, section 3 (nested codes); the affine form with a scale and a zero
+refitted for every width is ours: the paper has one table of centroids per row and width.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """One matrix as codes, and for each width b a scale and perhaps a zero per group.
+
+    codes: (out, in) uint8 of max(bits) bits. scale[b]: (out, groups) float16. zero[b]: the same, counted from the
+    middle of the code range, or missing when the grid is symmetric. group_size: inputs a group, -1 for whole rows;
+    the last group may be shorter.
+    """
+
+    codes: Tensor
+    bits: tuple[int, ...]
+    group_size: int
+    scale: Mapping[int, Tensor]
+    zero: Mapping[int, Tensor] = field(default_factory=dict)
+
+    def dequantize(self, bits: int) -> Tensor:
+        """Return the (out, in) float32 matrix at one width: scale * (c_b - (2**b - 1) / 2 - zero)."""
+        code = (self.codes >> (self.bits[-1] - bits)).to(torch.float32) - (2**bits - 1) / 2
+        columns = self.codes.shape[1]
+        size = columns if self.group_size == -1 else self.group_size
+        if bits in self.zero:
+            code -= spread(self.zero[bits], size, columns)
+        return code * spread(self.scale[bits], size, columns)
+
+
+def spread(values: Tensor, size: int, columns: int) -> Tensor:
+    """One value a group to one a column: (out, groups) to (out, columns) float32, groups of `size` columns."""
+    return values.to(torch.float32).repeat_interleave(size, dim=1)[:, :columns]

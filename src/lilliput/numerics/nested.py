@@ -4,7 +4,7 @@ Source: Park et al., "Any-Precision LLM", ICML 2024, section 3 (nested codes); t
 refitted for every width is ours: the paper has one table of centroids per row and width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -25,6 +25,30 @@ class Quantized:
     group_size: int
     scale: Mapping[int, Tensor]
     zero: Mapping[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        out, columns = self.codes.shape
+        return out, columns
+
+    def serving(self, bits: int) -> int:
+        """The width this matrix serves when asked for `bits`: its smallest of at least that, else its widest."""
+        return next((own for own in self.bits if own >= bits), self.bits[-1])
+
+    def rows(self, index: Tensor | slice) -> "Quantized":
+        """The same grid for some of the rows."""
+        scale = {b: s[index] for b, s in self.scale.items()}
+        zero = {b: z[index] for b, z in self.zero.items()}
+        return Quantized(self.codes[index], self.bits, self.group_size, scale, zero)
+
+    @staticmethod
+    def stack(parts: Sequence["Quantized"]) -> "Quantized":
+        """Slices of rows put back together; all of one ladder and group size."""
+        first = parts[0]
+        scale = {b: torch.cat([p.scale[b] for p in parts]) for b in first.scale}
+        zero = {b: torch.cat([p.zero[b] for p in parts]) for b in first.zero}
+        return Quantized(torch.cat([p.codes for p in parts]), first.bits, first.group_size, scale, zero)
 
     def dequantize(self, bits: int) -> Tensor:
         """Return the (out, in) float32 matrix at one width: scale * (c_b - (2**b - 1) / 2 - zero)."""

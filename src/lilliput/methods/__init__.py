@@ -1,0 +1,9 @@
+"""The methods, one idea a file, by the name that is also their recipe key, their test and their page in docs/methods."""
+
+from lilliput.core.registry import Registry
+
+METHODS = Registry(
+    "method",
+    rtn="lilliput.methods.quantize.rtn:RTN",
+    wanda="lilliput.methods.prune.wanda:Wanda",
+)

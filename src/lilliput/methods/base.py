@@ -1,0 +1,165 @@
+"""The two contracts every method meets, and how a recipe's options become one.
+
+A LayerMethod answers one question: given a weight and a statistic of its inputs, what should stand there instead? It
+sees tensors, never a model. A ModelMethod is given the whole model and batches of tokens; methods that train are such.
+Both are frozen configurations with one verb; all that must survive is in what they return.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from enum import Enum
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from torch import Tensor
+
+from lilliput.core.errors import ConfigError
+from lilliput.methods import METHODS
+from lilliput.numerics.nested import Quantized
+from lilliput.numerics.statistics import Accumulator, Gram, InputNorm
+
+if TYPE_CHECKING:
+    from lilliput.core.recipe import Stage
+    from lilliput.data.streams import Batches
+    from lilliput.models.decoder import Decoder
+
+
+class Statistic(Enum):
+    """What a LayerMethod wants to know of a layer's inputs over the calibration tokens."""
+
+    NONE = "none"
+    """Nothing: `solve` gets None and no calibration text is needed."""
+    INPUT_NORM = "input_norm"
+    """(in,) float32, L2 norm of every input feature."""
+    GRAM = "gram"
+    """(in, in) float32, the sum of x x^T."""
+
+    def accumulator(self, columns: int) -> Accumulator:
+        """Return a fresh accumulator for a layer with that many inputs."""
+        makers: dict[Statistic, Callable[[int], Accumulator]] = {
+            Statistic.INPUT_NORM: InputNorm,
+            Statistic.GRAM: Gram,
+        }
+        return makers[self](columns)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """What both kinds share: options that survive JSON."""
+
+    def options(self) -> dict[str, Any]:
+        """The configuration as plain data, tuples as lists: `build(name, options)` gives an equal method."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerMethod(Method):
+    """One weight at a time. `exclude` holds patterns of layer names to leave alone, such as "layers.0.*"."""
+
+    needs: ClassVar[Statistic] = Statistic.NONE
+    rows_alone: ClassVar[bool] = True
+    """True when the answer for a row does not depend on other rows, so a tall matrix may be solved in slices."""
+    exclude: tuple[str, ...] = ()
+    embeddings: bool = False
+    """Treat the token embedding (and with it a tied head) as well."""
+    head: bool = False
+    """Treat an untied output head as well."""
+
+    def covers(self, name: str) -> bool:
+        """Whether this method is for the layer of that canonical name."""
+        wanted = {"embed_tokens": self.embeddings, "lm_head": self.head}.get(name, name.startswith("layers."))
+        return wanted and not any(fnmatchcase(name, pattern) for pattern in self.exclude)
+
+    def at(self, name: str) -> Self:
+        """The configuration for the layer of that name: this one, or a variation of it."""
+        return self
+
+    def check(self, name: str, out: int, columns: int) -> None:
+        """Raise ConfigError when this method cannot serve a layer of that shape; called before any work starts."""
+
+    @abstractmethod
+    def solve(self, weight: Tensor, stat: Tensor | None) -> Tensor | Quantized:
+        """Return what should stand in the weight's place.
+
+        weight: (out, in) float32, finite; left as it was. stat: what `needs` names, None for Statistic.NONE and for
+        the embedding, which has no inputs. Returns (out, in) in the weight's dtype, or codes.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantizer(LayerMethod):
+    """A LayerMethod whose answer is codes. What it stores is known before it runs, so the artifact can be laid out.
+
+    bits: widths the result serves, ascending within 2..8. group_size: inputs that share a scale, -1 for a whole row.
+    sym: no zero point. ragged: let the last group of a row be shorter; without it a group size that does not divide
+    is refused. end_bits: the widths of the embedding and the head, which lose more than the blocks do; empty for the
+    same as `bits`.
+    """
+
+    bits: tuple[int, ...] = (2, 3, 4, 8)
+    group_size: int = 64
+    sym: bool = False
+    ragged: bool = False
+    end_bits: tuple[int, ...] = ()
+    embeddings: bool = True
+    head: bool = True
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__.lower()
+        for key, ladder in (("bits", self.bits), ("end_bits", self.end_bits or self.bits)):
+            if not ladder or list(ladder) != sorted(set(ladder)) or not 2 <= ladder[0] <= ladder[-1] <= 8:
+                what = f"{key} is {list(ladder)}, not an ascending list within 2..8"
+                raise ConfigError(what, where=f"{name}.{key}", fix="Give widths such as [4] or [2, 3, 4, 8]")
+        if self.group_size != -1 and (self.group_size < 4 or self.group_size % 4):
+            what = f"group_size is {self.group_size}"
+            fix = "Give -1 for whole rows, or 32, 64 or 128 (any multiple of 4 works, those are fast)"
+            raise ConfigError(what, where=f"{name}.group_size", fix=fix)
+
+    def at(self, name: str) -> Self:
+        """The configuration for the layer of that name: the ends may have widths of their own."""
+        at_end = name in ("embed_tokens", "lm_head")
+        return replace(self, bits=self.end_bits, end_bits=()) if at_end and self.end_bits else self
+
+    def check(self, name: str, out: int, columns: int) -> None:
+        """Refuse a group size that does not divide the inputs, unless the last group may be shorter."""
+        if self.group_size != -1 and columns % self.group_size and not self.ragged:
+            smaller = [str(g) for g in (128, 64, 32, 16) if g < self.group_size and columns % g == 0]
+            use = f"Use group_size {' or '.join(smaller)}" if smaller else "Use group_size -1"
+            fix = f"{use}, set ragged: true for a shorter last group, or exclude this layer"
+            raise ConfigError(f"group_size {self.group_size} does not divide {columns} columns", where=name, fix=fix)
+
+    @abstractmethod
+    def solve(self, weight: Tensor, stat: Tensor | None) -> Quantized:
+        """Return the codes and grids that should stand in the weight's place; see `LayerMethod.solve`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelMethod(Method):
+    """The whole model at once."""
+
+    @abstractmethod
+    def apply(self, model: "Decoder", batches: "Batches") -> "Decoder":
+        """Return the changed model; `batches` yields (batch, length) int32 token arrays, and may be iterated again."""
+
+
+def build(name: str, options: Mapping[str, Any]) -> Method:
+    """Return the method of that name with those options.
+
+    Raises UnknownName for a name nobody registered, ConfigError for an option the method does not have.
+    """
+    cls = METHODS.load(name)
+    known = [f.name for f in fields(cls)]
+    for key in options:
+        if key not in known:
+            fix = f"It has {', '.join(known)}"
+            raise ConfigError(f"there is no option {key!r}", where=name, fix=fix)
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+    method = cls(**given)
+    assert isinstance(method, Method), "the registry holds methods only"
+    return method
+
+
+def build_stage(stage: "Stage") -> Method:
+    """Return the method one stage of a recipe asks for. Raises as `build` does."""
+    return build(stage.method, stage.options)

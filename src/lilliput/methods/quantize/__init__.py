@@ -1,0 +1,1 @@
+"""Quantization: which few values the weights may take."""

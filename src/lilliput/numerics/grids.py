@@ -1,0 +1,137 @@
+"""Uniform grids: where the levels stand, which level a weight takes, what the narrower widths make of it (needs torch).
+
+A grid of b bits has the levels scale * (c - (2**b - 1) / 2 - zero), c = 0 .. 2**b - 1; see docs/architecture.md. Scales
+and zeros are rounded to float16 first and codes chosen for the rounded grid, so what is stored is what was meant.
+
+Source for the refit of narrower widths: weighted least squares of the weight on the truncated code, the affine form of
+the per-width centroids of Park et al., "Any-Precision LLM", ICML 2024 (section 3.2: a centroid is the mean of its
+members; an affine table is its least-squares line).
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lilliput.core.errors import ConfigError
+from lilliput.numerics.nested import Quantized, spread
+
+F16_MAX = 65504.0
+
+
+def group_count(columns: int, group_size: int) -> int:
+    """Groups in a row of `columns`; the last may be shorter. -1 is one group."""
+    return 1 if group_size == -1 else -(-columns // group_size)
+
+
+def _grouped(values: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """(out, in) to (out, groups, size) with the short tail padded, and the (groups, size) mask of real entries."""
+    out, columns = values.shape
+    size = columns if group_size == -1 else group_size
+    groups = group_count(columns, group_size)
+    full = pad(values, (0, groups * size - columns)).view(out, groups, size)
+    mask = (torch.arange(groups * size, device=values.device) < columns).view(groups, size)
+    return full, mask
+
+
+def minmax_grid(weight: Tensor, bits: int, group_size: int, sym: bool) -> tuple[Tensor, Tensor | None]:
+    """Levels that span each group exactly: (scale, zero), each (out, groups) float16; zero is None when `sym`.
+
+    weight: (out, in) float32, finite. Symmetric levels span [-max|w|, max|w|], others [min w, max w].
+    Raises ConfigError when a scale is beyond float16.
+    """
+    full, mask = _grouped(weight, group_size)
+    if sym:
+        reach = full.abs().amax(-1)
+        scale = reach * (2 / (2**bits - 1))
+        return _half_scale(scale), None
+    low = full.masked_fill(~mask, torch.inf).amin(-1)
+    high = full.masked_fill(~mask, -torch.inf).amax(-1)
+    middle = (high + low) / 2
+    flat = high == low
+    # Equal weights span nothing. Steps of twice their size put a level, half a step from the middle, on their value.
+    scale = torch.where(flat, 2 * middle.abs(), (high - low) / (2**bits - 1))
+    return _with_offset(scale, torch.where(flat, torch.zeros_like(middle), middle))
+
+
+def _half_scale(scale: Tensor) -> Tensor:
+    if bool((scale > F16_MAX).any()):
+        what = f"weights need a step of {float(scale.max()):.3g}, beyond float16"
+        raise ConfigError(what, where="scale", fix="Exclude this layer from quantization")
+    return scale.to(torch.float16)
+
+
+def _with_offset(scale: Tensor, middle: Tensor) -> tuple[Tensor, Tensor]:
+    """Round a grid centred on `middle` to float16 scale and zero.
+
+    A step tiny beside its offset is widened until the zero fits float16.
+    """
+    half = _half_scale(torch.maximum(scale, middle.abs() / 60000))
+    used = half.to(torch.float32)
+    zero = torch.where(used > 0, -middle / used, torch.zeros_like(used))
+    return half, zero.clamp(-F16_MAX, F16_MAX).to(torch.float16)
+
+
+def encode(weight: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int) -> Tensor:
+    """Codes of the nearest levels: (out, in) uint8. Ties go to the even code; a zero scale gives the middle code."""
+    columns = weight.shape[1]
+    size = columns if group_size == -1 else group_size
+    step = spread(scale, size, columns)
+    code = weight / torch.where(step > 0, step, torch.ones_like(step)) + (2**bits - 1) / 2
+    if zero is not None:
+        code += spread(zero, size, columns)
+    return code.round().clamp_(0, 2**bits - 1).to(torch.uint8)
+
+
+def refit(
+    weight: Tensor, codes: Tensor, bits: int, group_size: int, sym: bool, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Least-squares scale and zero for given codes: (out, groups) float16 each; zero is None when `sym`.
+
+    weight: (out, in) float32. codes: (out, in), of `bits` bits. importance: (in,) weights of the squared errors, or
+    None for equal ones. Groups whose codes are all one level get a grid with that level on their mean.
+    """
+    levels = codes.to(torch.float32) - (2**bits - 1) / 2
+    w, mask = _grouped(weight, group_size)
+    x, _ = _grouped(levels, group_size)
+    share = mask.to(torch.float32)
+    if importance is not None:
+        share = share * _grouped(importance[None].to(torch.float32), group_size)[0][0]
+        share = torch.where(share.sum(-1, keepdim=True) > 0, share, mask.to(torch.float32))
+    share = share / share.sum(-1, keepdim=True)
+    if sym:
+        norm = (share * x * x).sum(-1)
+        scale = torch.where(norm > 0, (share * w * x).sum(-1) / norm.clamp_min(1e-30), torch.zeros_like(norm))
+        return _half_scale(scale.clamp_min(0)), None
+    mean_w, mean_x = (share * w).sum(-1), (share * x).sum(-1)
+    dx = x - mean_x[..., None]
+    variance = (share * dx * dx).sum(-1)
+    slope = (share * dx * (w - mean_w[..., None])).sum(-1) / variance.clamp_min(1e-30)
+    slope = torch.where(variance > 1e-12, slope, torch.zeros_like(slope)).clamp_min(0)
+    # The scale is rounded before the offset is derived, so its rounding error does not move the mean of the group.
+    half = _half_scale(slope).to(torch.float32)
+    flat = half == 0
+    half = torch.where(flat, 2 * mean_w.abs(), half)
+    return _with_offset(half, mean_w - half * mean_x)
+
+
+def nest(
+    weight: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bits: tuple[int, ...],
+    group_size: int,
+    importance: Tensor | None = None,
+) -> Quantized:
+    """A nested store from the widest grid: its top bits are the narrower codes, each with its own refit.
+
+    codes, scale, zero: the grid of bits[-1]. weight, importance: as in `refit`.
+    """
+    widest = bits[-1]
+    scales, zeros = {widest: scale}, {} if zero is None else {widest: zero}
+    for width in bits[:-1]:
+        s, z = refit(weight, codes >> (widest - width), width, group_size, zero is None, importance)
+        scales[width] = s
+        if z is not None:
+            zeros[width] = z
+    return Quantized(codes, bits, group_size, scales, zeros)

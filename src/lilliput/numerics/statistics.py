@@ -1,0 +1,49 @@
+"""What a method may know of a layer's inputs, gathered batch by batch in constant memory (needs torch).
+
+Nothing here grows with the number of tokens: a norm is one number an input, a Gram matrix one an input pair.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Accumulator(Protocol):
+    """Takes (tokens, in) activations in any number of batches; `value` is the statistic of all of them."""
+
+    def add(self, inputs: Tensor) -> None: ...
+    def value(self) -> Tensor: ...
+
+
+class InputNorm:
+    """L2 norm of every input feature over all tokens: (in,) float32, summed in float64."""
+
+    def __init__(self, columns: int) -> None:
+        self._sum = torch.zeros(columns, dtype=torch.float64)
+
+    def add(self, inputs: Tensor) -> None:
+        """inputs: (tokens, in), any float dtype."""
+        self._sum += inputs.to(torch.float64).square().sum(0)
+
+    def value(self) -> Tensor:
+        """Return (in,) float32."""
+        return self._sum.sqrt().to(torch.float32)
+
+
+class Gram:
+    """X^T X over all tokens, X (tokens, in): (in, in) float32. Divided by nothing: see `tokens` for a mean."""
+
+    def __init__(self, columns: int) -> None:
+        self._sum = torch.zeros(columns, columns, dtype=torch.float32)
+        self.tokens = 0
+
+    def add(self, inputs: Tensor) -> None:
+        """inputs: (tokens, in), any float dtype; products are summed in float32."""
+        flat = inputs.to(torch.float32)
+        self._sum.addmm_(flat.T, flat)
+        self.tokens += flat.shape[0]
+
+    def value(self) -> Tensor:
+        """Return (in, in) float32, symmetric."""
+        return self._sum

@@ -1,0 +1,67 @@
+"""Options that several verbs take, and how their values are read."""
+
+import re
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from lilliput.apps.cli.output import Output
+
+F = TypeVar("F", bound=Callable[..., Any] | click.Command)
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_UNITS |= {name: 2 ** (10 * k) for k, unit in enumerate("kmgt", start=1) for name in (unit, f"{unit}ib")}
+
+
+def _bytes(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    if value is None:
+        return None
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*([a-z]*)", value.strip().lower())
+    if match is None or match[2] not in _UNITS or (size := int(float(match[1]) * _UNITS[match[2]])) <= 0:
+        raise click.BadParameter(f"{value!r} is not a size. Write 8GiB, 500MB or a number of bytes.", ctx, param)
+    return size
+
+
+def _widths(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> list[int] | None:
+    parts = [part.strip() for value in values for part in value.split(",")]
+    if not all(part in tuple("12345678") for part in parts):
+        raise click.BadParameter(f"{','.join(values)!r} is no list of widths. Write 4 or 2,3,4,8.", ctx, param)
+    return sorted({int(part) for part in parts}) or None
+
+
+def max_ram(command: F) -> F:
+    """`--max-ram`, a size in bytes."""
+    text = "Refuse to start when more memory than this would be needed: 8GiB, 500MB, or bytes."
+    return click.option("--max-ram", callback=_bytes, metavar="SIZE", help=text)(command)
+
+
+def widths(help: str) -> Callable[[F], F]:
+    """`--bits` as a list: repeated flags and commas both work. None when not given."""
+    return click.option("--bits", multiple=True, callback=_widths, metavar="N[,N...]", help=help)
+
+
+def threads(default: int | None = None) -> Callable[[F], F]:
+    """`--threads`, the number of threads of the engine."""
+    text = "Threads of the engine." if default else "Threads of the engine; by default as many as the process may use."
+    return click.option("--threads", type=click.IntRange(1, 1024), default=default, show_default=True, help=text)
+
+
+def common(command: F) -> F:
+    """`--json` and `--quiet`, which may stand before the verb or after it."""
+
+    def note(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+        if value and param.name:
+            setattr(ctx.ensure_object(Output), param.name, True)
+
+    for flag, text in (
+        ("--quiet", "No progress and no remarks on stderr; errors still show."),
+        ("--json", "Print the result as one JSON document on stdout."),
+    ):
+        command = click.option(flag, is_flag=True, expose_value=False, is_eager=True, callback=note, help=text)(command)
+    return command
+
+
+def artifact_argument(command: F) -> F:
+    """The argument ARTIFACT: a folder that `compress` made. Whether it exists is the library's to say."""
+    return click.argument("artifact", type=click.Path())(command)

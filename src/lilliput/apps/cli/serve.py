@@ -1,0 +1,59 @@
+"""`lilliput serve`: an OpenAI-compatible server on this machine."""
+
+import logging
+import sys
+from importlib.util import find_spec
+
+import click
+
+from lilliput.apps.cli.options import artifact_argument, common, threads
+from lilliput.apps.cli.output import Output
+from lilliput.core.errors import Unsupported
+
+
+@common
+@click.command("serve")
+@artifact_argument
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="Port; 0 picks a free one.")
+@click.option("--bits", type=click.IntRange(1, 8), help="Width of a request that names none; by default the widest.")
+@click.option("--api-key", help="Ask for this key as a Bearer token; better set in LILLIPUT_SERVE_API_KEY.")
+@click.option("--queue", type=click.IntRange(0, 1024), default=8, show_default=True, help="Requests that may wait.")
+@threads()
+@click.option("--context", type=click.IntRange(1), help="Tokens of prompt and answer together; by default the model's.")
+@click.pass_obj
+def command(
+    out: Output,
+    artifact: str,
+    host: str,
+    port: int,
+    bits: int | None,
+    api_key: str | None,
+    queue: int,
+    threads: int | None,
+    context: int | None,
+) -> None:
+    """Serve ARTIFACT at /v1/completions and /v1/chat/completions until interrupted (needs lilliput[serve]).
+
+    With --json, one document on stdout before the first request: {"url", "model", "bits", "context"}.
+    """
+    for package in ("starlette", "uvicorn"):
+        if find_spec(package) is None:
+            what = f"the package {package} is not installed"
+            raise Unsupported(what, where="serve", fix="Run: pip install 'lilliput[serve]'")
+    from lilliput.apps.server import Limits, model_name, serve
+    from lilliput.engine import Engine
+
+    logging.basicConfig(stream=sys.stderr, format="%(levelname)s: %(message)s", level=logging.WARNING)
+    engine = Engine(artifact, threads=threads, context=context)
+    if bits is not None and bits not in engine.bits:
+        what = f"{bits} bits are not in {artifact}, which has {', '.join(map(str, engine.bits))}"
+        raise click.BadParameter(what, param_hint="--bits")
+
+    def ready(url: str) -> None:
+        facts = {"url": url, "model": model_name(artifact), "bits": list(engine.bits), "context": engine.context}
+        out.result(facts, f"{facts['model']} at {url}/v1 ({engine.context} tokens of context); Ctrl-C ends it")
+        sys.stdout.flush()
+
+    limits = Limits(queue=queue)
+    serve(engine, artifact, host=host, port=port, bits=bits, api_key=api_key, limits=limits, ready=ready)

@@ -1,0 +1,30 @@
+"""Checkpoints in, Decoders out: loads a model of any known family and describes it.
+
+Names are imported when used, so that describing a checkpoint needs no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lilliput.models.checkpoint import Checkpoint as Checkpoint
+    from lilliput.models.checkpoint import Matrix as Matrix
+    from lilliput.models.checkpoint import TensorInfo as TensorInfo
+    from lilliput.models.decoder import Block as Block
+    from lilliput.models.decoder import Decoder as Decoder
+    from lilliput.models.decoder import load_block as load_block
+    from lilliput.models.decoder import load_decoder as load_decoder
+    from lilliput.models.decoder import load_ends as load_ends
+
+_HOMES = {
+    "checkpoint": ("Checkpoint", "Matrix", "TensorInfo"),
+    "decoder": ("Block", "Decoder", "load_block", "load_decoder", "load_ends"),
+}
+__all__ = ["Block", "Checkpoint", "Decoder", "Matrix", "TensorInfo", "load_block", "load_decoder", "load_ends"]
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,150 @@
+"""The only door for a config.json: an allow-list of keys, each with a type and a range.
+
+Whatever is not listed here is dropped before any other code sees it: underscore keys, `auto_map`, nested trust flags,
+anything a library may one day read as permission to run code. Nothing here imports torch or transformers.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lilliput.core.errors import InputCorrupt, InputMissing, Unsupported
+
+MAX_CONFIG_BYTES = 1 << 20
+
+_Width = Annotated[int, Field(gt=0, le=1 << 20)]
+_Heads = Annotated[int, Field(gt=0, le=4096)]
+_Layers = Annotated[int, Field(gt=0, le=1000)]
+_Tokens = Annotated[int, Field(gt=0, le=1 << 26)]
+_Token = Annotated[int, Field(ge=-1, le=1 << 22)]  # -1 is how some configs say "none"
+_Positive = Annotated[float, Field(gt=0, le=1e12)]
+_Share = Annotated[float, Field(gt=0, le=1)]
+_Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.+-]{1,64}$")]
+_Words = Annotated[list[_Word], Field(max_length=1000)]
+_Factors = Annotated[list[_Positive], Field(max_length=4096)]
+
+
+class _Listed(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+
+class RopeKeys(_Listed):
+    """What may stand inside `rope_parameters` or `rope_scaling`."""
+
+    rope_type: _Word | None = None
+    type: _Word | None = None
+    rope_theta: _Positive | None = None
+    partial_rotary_factor: _Share | None = None
+    factor: _Positive | None = None
+    attention_factor: _Positive | None = None
+    original_max_position_embeddings: _Tokens | None = None
+    low_freq_factor: _Positive | None = None
+    high_freq_factor: _Positive | None = None
+    short_factor: _Factors | None = None
+    long_factor: _Factors | None = None
+
+
+class ConfigKeys(_Listed):
+    """What may stand in a config.json. Every key is optional here; the architecture says what it needs."""
+
+    model_type: _Word | None = None
+    architectures: _Words | None = None
+    dtype: _Word | None = None
+    torch_dtype: _Word | None = None
+    transformers_version: _Word | None = None
+
+    vocab_size: Annotated[int, Field(gt=0, le=1 << 22)] | None = None
+    hidden_size: _Width | None = None
+    intermediate_size: _Width | None = None
+    ffn_dim: _Width | None = None
+    word_embed_proj_dim: _Width | None = None
+    num_hidden_layers: _Layers | None = None
+    num_attention_heads: _Heads | None = None
+    num_key_value_heads: _Heads | None = None
+    head_dim: Annotated[int, Field(gt=0, le=8192)] | None = None
+    max_position_embeddings: _Tokens | None = None
+    original_max_position_embeddings: _Tokens | None = None
+
+    hidden_act: _Word | None = None
+    hidden_activation: _Word | None = None
+    activation_function: _Word | None = None
+    rms_norm_eps: Annotated[float, Field(gt=0, le=1)] | None = None
+    layer_norm_eps: Annotated[float, Field(gt=0, le=1)] | None = None
+    tie_word_embeddings: bool | None = None
+    attention_bias: bool | None = None
+    mlp_bias: bool | None = None
+    use_qkv_bias: bool | None = None
+    enable_bias: bool | None = None
+    qk_layernorm: bool | None = None
+    use_parallel_residual: bool | None = None
+    do_layer_norm_before: bool | None = None
+    layer_norm_elementwise_affine: bool | None = None
+    use_bidirectional_attention: bool | None = None
+
+    rope_theta: _Positive | None = None
+    rotary_emb_base: _Positive | None = None
+    rotary_pct: _Share | None = None
+    partial_rotary_factor: _Share | None = None
+    rope_parameters: RopeKeys | None = None
+    rope_scaling: RopeKeys | None = None
+
+    sliding_window: _Tokens | None = None
+    use_sliding_window: bool | None = None
+    max_window_layers: Annotated[int, Field(ge=0, le=1000)] | None = None
+    layer_types: _Words | None = None
+    query_pre_attn_scalar: _Positive | None = None
+    attn_logit_softcapping: _Positive | None = None
+    final_logit_softcapping: _Positive | None = None
+
+    bos_token_id: _Token | None = None
+    eos_token_id: _Token | Annotated[list[_Token], Field(max_length=64)] | None = None
+    pad_token_id: _Token | None = None
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return the listed keys of a config.json, checked; keys that are null in the file stay, as None.
+
+    Raises InputMissing when there is no such file; InputCorrupt when it is over 1 MiB, not a JSON object or has a value
+    outside its range; Unsupported when its weights are quantized already.
+    """
+    if not path.is_file():
+        raise InputMissing(
+            "there is no config.json", where=str(path.parent), fix="Give a folder that holds a checkpoint"
+        )
+    with path.open("rb") as file:
+        data = file.read(MAX_CONFIG_BYTES + 1)
+    if len(data) > MAX_CONFIG_BYTES:
+        raise InputCorrupt(f"is larger than {MAX_CONFIG_BYTES} bytes", where=str(path), fix="Download it again")
+    try:
+        raw = json.loads(data.decode("utf-8-sig"), parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise InputCorrupt(f"is not valid JSON ({error})", where=str(path), fix="Download it again") from None
+    return filter_config(raw, where=str(path))
+
+
+def filter_config(raw: Any, *, where: str) -> dict[str, Any]:
+    """Return the listed keys of a parsed config. `where` names it in errors. Raises as `read_config` does."""
+    if not isinstance(raw, dict):
+        raise InputCorrupt("is not a JSON object", where=where, fix="Download it again")
+    for key in ("quantization_config", "compression_config"):
+        if raw.get(key):
+            what = f"has a {key}, so its weights are quantized already"
+            raise Unsupported(what, where=where, fix="Give the float checkpoint that it was made from")
+    try:
+        return ConfigKeys.model_validate(raw).model_dump(exclude_unset=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        key = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("constrained", "list[")))
+        what = f"{key} is {_short(first['input'])}: {first['msg'][:1].lower()}{first['msg'][1:]}"
+        raise InputCorrupt(what, where=where, fix="Correct the value, or download the file again") from None
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

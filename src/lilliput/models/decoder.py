@@ -1,0 +1,262 @@
+"""One torch module for every family, driven by a ModelSpec alone.
+
+Used to calibrate, train and check: whole sequences from position 0, causal, no cache. The keys of `state_dict()` are
+the canonical tensor names. Parameters take the dtype asked for; norms and rotations are computed in float32.
+"""
+
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lilliput.core.errors import OutOfResource
+from lilliput.core.spec import Activation, ModelSpec, Norm, Rotary
+
+if TYPE_CHECKING:
+    from lilliput.models.checkpoint import Checkpoint
+
+QUERY_CHUNK = 512
+"""Queries at a time where the scores have to be written out, which bounds their memory."""
+
+_ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+class Normalize(nn.Module):
+    """core.spec.Norm over the last axis. weight: `shape`, its last axis the normalised one; bias: the same, or none."""
+
+    def __init__(self, norm: Norm, shape: tuple[int, ...], bias: bool) -> None:
+        super().__init__()
+        self.norm = norm
+        self.weight = nn.Parameter(torch.ones(shape))
+        self.bias = nn.Parameter(torch.zeros(shape)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (.., *shape), any float dtype; returns the same, computed in float32."""
+        y = x.float()
+        if self.norm.kind == "layer":
+            y = y - y.mean(-1, keepdim=True)
+        y = (
+            y
+            * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.norm.eps)
+            * (self.weight.float() + self.norm.offset)
+        )
+        return (y if self.bias is None else y + self.bias.float()).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal attention with grouped heads. `names` are the canonical tensors there are, which decides the biases."""
+
+    def __init__(self, spec: ModelSpec, layer: int, names: Collection[str]) -> None:
+        super().__init__()
+        self.spec, self.window = spec, spec.windows[layer]
+        for name, (out, inp) in spec.linears(layer).items():
+            if ".attn." in name:
+                self.add_module(name.rsplit(".", 1)[1], nn.Linear(inp, out, bias=f"{name}.bias" in names))
+        if spec.qk_norm:
+            q, k = (((n, spec.head_dim) if spec.qk_norm.per_head else (spec.head_dim,)) for n in self._heads)
+            self.q_norm = Normalize(spec.qk_norm.norm, q, bias=False)
+            self.k_norm = Normalize(spec.qk_norm.norm, k, bias=False)
+
+    @property
+    def _heads(self) -> tuple[int, int]:
+        return self.spec.num_heads, self.spec.num_kv_heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (batch, length, hidden); returns the same shape."""
+        spec = self.spec
+        q = self.q_proj(x).unflatten(-1, (-1, spec.head_dim))
+        k = self.k_proj(x).unflatten(-1, (-1, spec.head_dim))
+        v = self.v_proj(x).unflatten(-1, (-1, spec.head_dim))
+        if spec.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if spec.rotary:
+            q, k = rotate(q, k, spec.rotary)
+        groups = spec.num_heads // spec.num_kv_heads
+        k, v = (t.repeat_interleave(groups, dim=2) if groups > 1 else t for t in (k, v))
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        out: Tensor = self.o_proj(self._attend(q, k, v).transpose(1, 2).flatten(2))
+        return out
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q, k, v: (batch, heads, length, head_dim); returns the same shape."""
+        length = q.shape[2]
+        windowed = 0 < self.window < length
+        if not windowed and self.spec.attn_softcap is None:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.spec.attn_scale)
+        out = []
+        for start in range(0, length, QUERY_CHUNK):
+            stop = min(start + QUERY_CHUNK, length)
+            first = max(0, start - self.window + 1) if windowed else 0
+            age = torch.arange(start, stop)[:, None] - torch.arange(first, stop)
+            seen = (age >= 0) & (age < self.window) if windowed else age >= 0
+            out.append(self._masked(q[:, :, start:stop], k[:, :, first:stop], v[:, :, first:stop], seen.to(q.device)))
+        return torch.cat(out, dim=2)
+
+    def _masked(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+        """seen: (queries, keys) bool. The soft-cap, where there is one, comes before the mask."""
+        cap, scale = self.spec.attn_softcap, self.spec.attn_scale
+        if cap is None:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
+        scores = torch.tanh(q @ k.transpose(2, 3) * (scale / cap)) * cap
+        return torch.softmax(scores.masked_fill(~seen, float("-inf")).float(), dim=-1).to(v.dtype) @ v
+
+
+class MLP(nn.Module):
+    """down(act(gate x) * up x), or down(act(up x)) where there is no gate."""
+
+    def __init__(self, spec: ModelSpec, layer: int, names: Collection[str]) -> None:
+        super().__init__()
+        self.gated, self.activate = spec.gated_mlp, _ACTIVATIONS[spec.activation]
+        for name, (out, inp) in spec.linears(layer).items():
+            if ".mlp." in name:
+                self.add_module(name.rsplit(".", 1)[1], nn.Linear(inp, out, bias=f"{name}.bias" in names))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (.., hidden); returns the same shape."""
+        inner = self.activate(self.gate_proj(x)) * self.up_proj(x) if self.gated else self.activate(self.up_proj(x))
+        out: Tensor = self.down_proj(inner)
+        return out
+
+
+class Block(nn.Module):
+    """One layer of the decoder; positions start at 0."""
+
+    def __init__(self, spec: ModelSpec, layer: int, names: Collection[str]) -> None:
+        super().__init__()
+        self.spec, self.layer = spec, layer
+        self.attn_norm = self._norm("attn_norm", names)
+        self.attn = Attention(spec, layer, names)
+        self.attn_post_norm = self._norm("attn_post_norm", names) if spec.post_norms else None
+        self.mlp_norm = None if spec.shared_block_norm else self._norm("mlp_norm", names)
+        self.mlp = MLP(spec, layer, names)
+        self.mlp_post_norm = self._norm("mlp_post_norm", names) if spec.post_norms else None
+
+    def _norm(self, name: str, names: Collection[str]) -> Normalize:
+        return Normalize(self.spec.norm, (self.spec.hidden_size,), f"layers.{self.layer}.{name}.bias" in names)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (batch, length, hidden); returns the same shape."""
+        normed = self.attn_norm(x)
+        attn = self.attn(normed)
+        if self.attn_post_norm is not None:
+            attn = self.attn_post_norm(attn)
+        if not self.spec.parallel_block:
+            x = x + attn
+        mlp = self.mlp(normed if self.mlp_norm is None else self.mlp_norm(x))
+        if self.mlp_post_norm is not None:
+            mlp = self.mlp_post_norm(mlp)
+        return x + attn + mlp if self.spec.parallel_block else x + mlp
+
+    def linears(self) -> dict[str, nn.Linear]:
+        """Return the linear layers by canonical name, in the order of ModelSpec.linears."""
+        found: dict[str, nn.Linear] = {}
+        for name in self.spec.linears(self.layer):
+            module = self.get_submodule(name.split(".", 2)[2])
+            if not isinstance(module, nn.Linear):
+                raise TypeError(f"{name} was replaced by a {type(module).__name__}, which is not a Linear")
+            found[name] = module
+        return found
+
+
+class Decoder(nn.Module):
+    """A causal decoder. `names` are the canonical tensors there are; `layers` how many blocks to build (all of them)."""
+
+    def __init__(self, spec: ModelSpec, names: Collection[str], *, layers: int | None = None) -> None:
+        super().__init__()
+        self.spec = spec
+        self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
+        if spec.position_offset is not None:
+            self.embed_positions = nn.Embedding(spec.context + spec.position_offset, spec.hidden_size)
+        count = spec.num_layers if layers is None else layers
+        self.layers = nn.ModuleList(Block(spec, i, names) for i in range(count))
+        self.final_norm = Normalize(spec.norm, (spec.hidden_size,), "final_norm.bias" in names)
+        if not spec.tied_head:
+            self.lm_head = nn.Linear(spec.hidden_size, spec.vocab_size, bias="lm_head.bias" in names)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The blocks, in order. Registered as `layers` so that the keys of `state_dict` are the canonical names."""
+        return self.layers
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """tokens: (batch, length), integer; returns (batch, length, hidden).
+
+        Raises OutOfResource for a sequence longer than the table of learned positions.
+        """
+        hidden: Tensor = self.embed_tokens(tokens) * self.spec.embed_scale
+        if self.spec.position_offset is None:
+            return hidden
+        length = tokens.shape[-1]
+        if length > self.spec.context:
+            what = f"a sequence of {length} tokens, and positions are learned for {self.spec.context}"
+            raise OutOfResource(what, where=self.spec.family, fix=f"Use at most {self.spec.context} tokens")
+        places = torch.arange(length, device=tokens.device) + self.spec.position_offset
+        return hidden + self.embed_positions(places)
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        """hidden: (.., hidden); returns logits (.., vocab)."""
+        head = self.embed_tokens.weight if self.spec.tied_head else self.lm_head.weight
+        logits = F.linear(self.final_norm(hidden), head, None if self.spec.tied_head else self.lm_head.bias)
+        cap = self.spec.logit_softcap
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens: (batch, length), integer; returns logits (batch, length, vocab)."""
+        hidden = self.embed(tokens)
+        for block in self.layers:
+            hidden = block(hidden)
+        return self.finish(hidden)
+
+
+def rotate(q: Tensor, k: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+    """Turn q and k, (batch, length, heads, head_dim), by their positions 0, 1, ..; the angles are float32."""
+    freqs = torch.tensor(rotary.inv_freq, dtype=torch.float32, device=q.device)
+    angle = torch.arange(q.shape[1], dtype=torch.float32, device=q.device)[:, None] * freqs
+    cos, sin = (rotary.scale * part[:, None, :] for part in (angle.cos(), angle.sin()))  # (length, 1, dim / 2)
+
+    def turn(x: Tensor) -> Tensor:
+        a, b = x[..., : rotary.dim].float().chunk(2, dim=-1)
+        turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+        return torch.cat((turned, x[..., rotary.dim :]), dim=-1)
+
+    return turn(q), turn(k)
+
+
+def load_block(checkpoint: "Checkpoint", index: int, dtype: torch.dtype = torch.float32) -> Block:
+    """Return block `index` with its weights in `dtype`. Raises as `Checkpoint.read` does."""
+    names = checkpoint.names()
+    with torch.device("meta"):
+        block = Block(checkpoint.spec, index, names)
+    prefix = f"layers.{index}."
+    _fill(block, checkpoint, [(n.removeprefix(prefix), n) for n in names if n.startswith(prefix)], dtype)
+    return block
+
+
+def load_ends(checkpoint: "Checkpoint", dtype: torch.dtype = torch.float32) -> Decoder:
+    """Return a decoder without blocks: embeddings, final norm and head, in `dtype`."""
+    names = checkpoint.names()
+    with torch.device("meta"):
+        decoder = Decoder(checkpoint.spec, names, layers=0)
+    _fill(decoder, checkpoint, [(n, n) for n in names if not n.startswith("layers.")], dtype)
+    return decoder
+
+
+def load_decoder(checkpoint: "Checkpoint", dtype: torch.dtype = torch.float32) -> Decoder:
+    """Return the whole decoder in `dtype`."""
+    decoder = load_ends(checkpoint, dtype)
+    for index in range(checkpoint.spec.num_layers):
+        decoder.layers.append(load_block(checkpoint, index, dtype))
+    return decoder
+
+
+def _fill(module: nn.Module, checkpoint: "Checkpoint", names: list[tuple[str, str]], dtype: torch.dtype) -> None:
+    """Give a module built on the meta device its parameters. names: (key in the module, canonical name)."""
+    state = {key: checkpoint.read(name).to(dtype) for key, name in names}
+    module.load_state_dict(state, strict=True, assign=True)

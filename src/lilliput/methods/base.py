@@ -45,7 +45,7 @@ class Statistic(Enum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method(ABC):
+class Method:
     """What both kinds share: options that survive JSON."""
 
     def options(self) -> dict[str, Any]:
@@ -54,7 +54,7 @@ class Method(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerMethod(Method):
+class LayerMethod(Method, ABC):
     """One weight at a time. `exclude` holds patterns of layer names to leave alone, such as "layers.0.*"."""
 
     needs: ClassVar[Statistic] = Statistic.NONE
@@ -135,7 +135,7 @@ class Quantizer(LayerMethod):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelMethod(Method):
+class ModelMethod(Method, ABC):
     """The whole model at once."""
 
     @abstractmethod

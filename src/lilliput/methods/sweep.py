@@ -1,0 +1,307 @@
+"""The one loop that feeds layers to methods, block by block, for every method alike.
+
+In each block the original runs first (the probe's float stream), then statistics are gathered on what the already
+compressed blocks before it put out, then every method solves its layers, and the compressed block's output feeds the
+next. Only one block is in memory at a time; activations of the calibration text wait on disk.
+
+Two things travel through the blocks: the calibration activations, when a method wants statistics, at the width `feed`;
+and the probe, a short text followed through the original and through every width. Its logits say in the end how far
+each width is from the original, and are what the engine must reproduce from the saved artifact.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lilliput.core.progress import Progress
+from lilliput.data.streams import Batches
+from lilliput.methods.base import LayerMethod, Statistic
+from lilliput.methods.journal import Activations, Journal, State
+from lilliput.methods.sources import Source
+from lilliput.models.decoder import Block, Decoder
+from lilliput.numerics.nested import Quantized
+from lilliput.numerics.statistics import Accumulator
+
+Solved = Tensor | Quantized
+FLOAT = "float"
+
+
+class Sink(Protocol):
+    """Where results go. Writing the same result twice must be harmless."""
+
+    def quantized(self, name: str, value: Quantized) -> None: ...
+    def floating(self, name: str, value: Tensor) -> None: ...
+    def settle(self) -> None:
+        """Have all that was given on disk before returning."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one sweep does.
+
+    methods: for every layer to treat, its methods in order; a layer not named stays as it is. widths: those the result
+    serves, ascending; empty when nothing is quantized. probe: (1, length) int64. slice_rows: rows of a tall matrix
+    solved at a time, which bounds memory.
+    """
+
+    methods: Mapping[str, Sequence[LayerMethod]]
+    widths: tuple[int, ...]
+    probe: Tensor
+    calibration: Batches | None = None
+    slice_rows: int = 1 << 16
+
+    @property
+    def rungs(self) -> tuple[int, ...]:
+        """The widths to follow; 0 stands for "as it is" when there are none."""
+        return self.widths or (0,)
+
+    @property
+    def feed(self) -> int:
+        """The width whose output feeds the next block: 4 where it is served, since most use is there."""
+        return 4 if 4 in self.rungs else self.rungs[-1]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """logits: (length, vocab) float32 of the probe, by width and under "float"; records: one a layer."""
+
+    logits: dict[str, Tensor]
+    records: list[dict[str, Any]]
+
+
+class Sweep:
+    """Runs a Job from where its journal says the last run stopped."""
+
+    def __init__(self, source: Source, sink: Sink, job: Job, journal: Journal, progress: Progress) -> None:
+        self.source, self.sink, self.job, self.journal, self.progress = source, sink, job, journal, progress
+        self.spec = source.spec
+
+    @torch.no_grad()
+    def run(self) -> Outcome:
+        """Do all steps that are still to do and return the probe's logits and the record of every layer."""
+        state = self.journal.load()
+        sizes = self._sizes()
+        self.progress.begin("compress", sum(sizes), done=sum(sizes[: state.step]))
+        if state.step == 0:
+            self._embedding(state)
+            self._finish(state, sizes)
+        while state.step <= self.spec.num_layers:
+            self._block(state, state.step - 1)
+            self._finish(state, sizes)
+        return self._head(state, sizes[-1])
+
+    def _finish(self, state: State, sizes: Sequence[int]) -> None:
+        self.sink.settle()
+        state.step += 1
+        self.journal.save(state)
+        self.progress.advance(sizes[state.step - 1])
+
+    def _sizes(self) -> list[int]:
+        """Weights handled in each step: the embedding, every block, the head."""
+        ends = self.spec.vocab_size * self.spec.hidden_size
+        blocks = [sum(o * c for o, c in self.spec.linears(i).values()) for i in range(self.spec.num_layers)]
+        return [ends, *blocks, ends]
+
+    # ---- the three kinds of step
+
+    def _embedding(self, state: State) -> None:
+        weight = self.source.read("embed_tokens.weight")
+        solved = self._solve_tall("embed_tokens", weight, None)
+        self._put("embed_tokens", solved, weight, state)
+        if self.source.has("embed_positions.weight"):
+            self.sink.floating("embed_positions.weight", self.source.read("embed_positions.weight"))
+        frame = self.source.frame()
+        state.streams = {str(b): embed(frame, self.job.probe, rows_of(solved, b)) for b in self.job.rungs}
+        state.streams[FLOAT] = embed(frame, self.job.probe, rows_of(weight, 0))
+        if self.job.calibration is not None:
+            rows = rows_of(solved, self.job.feed)
+            hidden = (embed(frame, torch.from_numpy(b).long(), rows) for b in self.job.calibration)
+            self._activations(1).write(hidden)
+
+    def _block(self, state: State, index: int) -> None:
+        block = self.source.block(index)
+        state.streams[FLOAT] = block(state.streams[FLOAT])
+        linears = block.linears()
+        original = {name: linear.weight.data for name, linear in linears.items()}
+        solved: dict[str, Solved] = dict(original)
+        for round_ in range(max((len(self.job.methods.get(n, ())) for n in linears), default=0)):
+            todo = {n: self.job.methods[n][round_] for n in linears if len(self.job.methods.get(n, ())) > round_}
+            stats = self._gather(state, block, {n: m.needs for n, m in todo.items() if m.needs is not Statistic.NONE})
+            for name, method in todo.items():
+                weight = solved[name]
+                assert isinstance(weight, Tensor), "a layer is quantized last"
+                solved[name] = method.solve(weight, stats.get(name))
+            self._install(linears, solved, self.job.feed)
+        for name in linears:
+            self._put(name, solved[name], original[name], state)
+        for rung in self.job.rungs:
+            self._install(linears, solved, rung)
+            state.streams[str(rung)] = block(state.streams[str(rung)])
+        for name, value in block.state_dict().items():
+            full = f"layers.{index}.{name}"
+            if full.removesuffix(".weight") not in linears:
+                self.sink.floating(full, value)
+        if self.job.calibration is not None and index + 1 < self.spec.num_layers + self._head_needs():
+            self._install(linears, solved, self.job.feed)
+            before = self._activations(state.step).batches(self.job.calibration.batch_size)
+            self._activations(state.step + 1).write(block(batch) for batch in before)
+
+    def _head(self, state: State, size: int) -> Outcome:
+        """Solve the head; nothing after it reads the journal, so a run killed here does this step again."""
+        frame = self.source.frame()
+        for name in ("final_norm.weight", "final_norm.bias", "lm_head.bias"):
+            if self.source.has(name):
+                self.sink.floating(name, self.source.read(name))
+        name = "embed_tokens" if self.spec.tied_head else "lm_head"
+        weight = self.source.read(f"{name}.weight")
+        stat = self._head_statistic(frame, state)
+        # A tied head was stored with the embedding; solving it again costs less than keeping it all the while.
+        solved = self._solve_tall(name, weight, stat)
+        if not self.spec.tied_head:
+            self._put(name, solved, weight, state)
+        self.sink.settle()
+        logits = {str(b): project(frame, state.streams[str(b)], solved, b) for b in self.job.rungs}
+        logits[FLOAT] = project(frame, state.streams[FLOAT], weight, 0)
+        self.progress.advance(size)
+        return Outcome(logits, state.records)
+
+    # ---- their parts
+
+    def _activations(self, step: int) -> Activations:
+        assert self.job.calibration is not None, "asked for only with calibration"
+        samples, length = self.job.calibration.rows.shape
+        return self.journal.activations(step, (samples, length, self.spec.hidden_size))
+
+    def _gather(self, state: State, block: Block, needs: Mapping[str, Statistic]) -> dict[str, Tensor]:
+        """Statistics of the inputs of the layers named, over all calibration tokens."""
+        if not needs:
+            return {}
+        assert self.job.calibration is not None, "planning refuses a recipe that lacks its calibration text"
+        linears = block.linears()
+        sums = {name: need.accumulator(linears[name].in_features) for name, need in needs.items()}
+        with watching(linears, sums):
+            for batch in self._activations(state.step).batches(self.job.calibration.batch_size):
+                block(batch)
+        return {name: one.value() for name, one in sums.items()}
+
+    def _head_needs(self) -> bool:
+        return any(m.needs is not Statistic.NONE for m in self.job.methods.get("lm_head", ()))
+
+    def _head_statistic(self, frame: Decoder, state: State) -> Tensor | None:
+        if not self._head_needs():
+            return None
+        assert self.job.calibration is not None, "planning refuses a recipe that lacks its calibration text"
+        needs = {m.needs for m in self.job.methods["lm_head"]} - {Statistic.NONE}
+        assert len(needs) == 1, "planning refuses methods that want different statistics of the head"
+        gathered = needs.pop().accumulator(self.spec.hidden_size)
+        for batch in self._activations(state.step).batches(self.job.calibration.batch_size):
+            gathered.add(frame.final_norm(batch).flatten(0, -2))
+        return gathered.value()
+
+    def _solve_tall(self, name: str, weight: Tensor, stat: Tensor | None) -> Solved:
+        """Solve the embedding or the head, some rows at a time where the method allows it."""
+        methods = self.job.methods.get(name, ())
+        rows = self.job.slice_rows if all(m.rows_alone for m in methods) else weight.shape[0]
+        parts: list[Solved] = []
+        for start in range(0, weight.shape[0], rows):
+            part: Solved = weight[start : start + rows]
+            for method in methods:
+                assert isinstance(part, Tensor), "a layer is quantized last"
+                part = method.solve(part.to(torch.float32), stat)
+            parts.append(part.to(weight.dtype) if isinstance(part, Tensor) else part)
+        coded = [part for part in parts if isinstance(part, Quantized)]
+        return Quantized.stack(coded) if coded else torch.cat([p for p in parts if isinstance(p, Tensor)])
+
+    def _put(self, name: str, solved: Solved, original: Tensor, state: State) -> None:
+        """Hand a result on and note how far it is from the original."""
+        state.records = [r for r in state.records if r["name"] != name]
+        errors: dict[str, float] = {}
+        if isinstance(solved, Quantized):
+            self.sink.quantized(name, solved)
+            errors = {str(b): noise_ratio_db(original, solved, b, self.job.slice_rows) for b in solved.bits}
+        else:
+            self.sink.floating(f"{name}.weight", solved)
+            if name in self.job.methods:
+                errors = {"32": noise_ratio_db(original, solved, 0, self.job.slice_rows)}
+        if errors:
+            method = "+".join(type(m).__name__.lower() for m in self.job.methods[name])
+            state.records.append({"name": name, "method": method, "sqnr_db": errors})
+
+    @staticmethod
+    def _install(linears: Mapping[str, nn.Linear], solved: Mapping[str, Solved], rung: int) -> None:
+        for name, linear in linears.items():
+            linear.weight.data = at_width(solved[name], rung)
+
+
+# ---- pure helpers
+
+
+def at_width(solved: Solved, rung: int) -> Tensor:
+    """The (out, in) float32 matrix a width means."""
+    if isinstance(solved, Tensor):
+        return solved.to(torch.float32)
+    return solved.dequantize(solved.serving(rung))
+
+
+def rows_of(solved: Solved, rung: int) -> Callable[[Tensor], Tensor]:
+    """A function from row numbers to those rows in float32."""
+    if isinstance(solved, Tensor):
+        return lambda index: solved[index].to(torch.float32)
+    return lambda index: solved.rows(index).dequantize(solved.serving(rung))
+
+
+def embed(frame: Decoder, tokens: Tensor, rows: Callable[[Tensor], Tensor]) -> Tensor:
+    """Hidden states (batch, length, hidden) of (batch, length) tokens, from only the rows they name."""
+    unique, inverse = tokens.unique(return_inverse=True)
+    frame.embed_tokens.weight = nn.Parameter(rows(unique), requires_grad=False)
+    return frame.embed(inverse)
+
+
+def project(frame: Decoder, hidden: Tensor, solved: Solved, rung: int, rows: int = 1 << 13) -> Tensor:
+    """Logits (length, vocab) of one sequence, from some rows of the head at a time."""
+    head: nn.Embedding | nn.Linear = frame.embed_tokens if frame.spec.tied_head else frame.lm_head
+    bias = getattr(head, "bias", None)
+    parts = []
+    for start in range(0, solved.shape[0], rows):
+        here = slice(start, start + rows)
+        part = solved[here] if isinstance(solved, Tensor) else solved.rows(here)
+        head.weight = nn.Parameter(at_width(part, rung), requires_grad=False)
+        if bias is not None:
+            head.bias = nn.Parameter(bias[here], requires_grad=False)
+        parts.append(frame.finish(hidden)[0])
+    if bias is not None:
+        head.bias = bias
+    return torch.cat(parts, -1)
+
+
+def noise_ratio_db(original: Tensor, solved: Solved, rung: int, rows: int) -> float:
+    """Signal to noise of the weights, 20 log10(||W|| / ||W - solved||) in dB to four digits; 999 where nothing changed."""
+    signal = torch.zeros((), dtype=torch.float64)
+    noise = torch.zeros((), dtype=torch.float64)
+    for start in range(0, original.shape[0], rows):
+        exact = original[start : start + rows].to(torch.float32)
+        part = solved[start : start + rows] if isinstance(solved, Tensor) else solved.rows(slice(start, start + rows))
+        signal += exact.double().square().sum()
+        noise += (exact - at_width(part, rung)).double().square().sum()
+    if not noise or not signal:
+        return 999.0 if not noise else -999.0
+    return float(f"{10 * float(torch.log10(signal / noise)):.4g}")
+
+
+@contextmanager
+def watching(linears: Mapping[str, nn.Linear], sums: Mapping[str, Accumulator]) -> Iterator[None]:
+    """Feed the inputs of the layers named in `sums` to their accumulators while the context lasts."""
+
+    def hook(total: Accumulator) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _module, inputs: total.add(inputs[0].flatten(0, -2))
+
+    handles = [linears[name].register_forward_pre_hook(hook(total)) for name, total in sums.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,144 @@
+"""From a recipe and a checkpoint to everything known before the first weight is read: layers, sizes, memory."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+from lilliput.artifact import FloatEntry, Plan, QuantEntry
+from lilliput.core.errors import ConfigError, OutOfResource
+from lilliput.core.recipe import Recipe
+from lilliput.methods.base import LayerMethod, Method, ModelMethod, Quantizer, Statistic, build_stage
+from lilliput.models import Checkpoint
+from lilliput.pipeline.report import LayerPlan
+
+INTERPRETER_BYTES = 450 << 20
+"""Python with torch loaded, before any weight; measured, see docs/log.md."""
+COPIES = 6
+"""Float32 copies of a block alive at the worst moment: itself, its codes and the temporaries of a solve."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """runs: the recipe's methods, neighbours of one kind together; the last run is of LayerMethods, maybe empty.
+
+    methods: for the last run, every layer's methods with its own widths. plan: the artifact to be.
+    """
+
+    runs: list[list[Method]]
+    methods: Mapping[str, Sequence[LayerMethod]]
+    plan: Plan
+    layers: list[LayerPlan]
+    needs_calibration: bool
+
+
+def plan_work(checkpoint: Checkpoint, recipe: Recipe) -> Work:
+    """Decide what happens to every tensor. Raises ConfigError for what cannot be, naming the layer."""
+    runs = [list(group) for _, group in groupby(map(build_stage, recipe.stages), lambda m: isinstance(m, ModelMethod))]
+    if isinstance(runs[-1][0], ModelMethod):
+        runs.append([])
+    final = [method for method in runs[-1] if isinstance(method, LayerMethod)]
+    matrices = matrices_of(checkpoint)
+    wide = assign(final, matrices)
+    ladders = [quantizer.bits for methods in wide.values() if (quantizer := last_quantizer(methods))]
+    inner = [m.bits for n, ms in wide.items() if n.startswith("layers.") and (m := last_quantizer(ms))]
+    widths = tuple(sorted({b for ladder in inner or ladders for b in ladder}))
+    methods = {name: narrow(chain, widths) for name, chain in wide.items()}
+    entries, floats = {}, {}
+    for name, (out, columns) in matrices.items():
+        if quantizer := last_quantizer(methods.get(name, ())):
+            entries[name] = QuantEntry(
+                out=out, columns=columns, bits=quantizer.bits, group_size=quantizer.group_size, sym=quantizer.sym
+            )
+    for name in checkpoint.names():
+        if name.removesuffix(".weight") not in entries:
+            info = checkpoint.info(name)
+            floats[name] = FloatEntry(dtype=info.dtype if len(info.shape) > 1 else "F32", shape=info.shape)
+    layers = [describe(name, shape, methods.get(name, ()), checkpoint) for name, shape in matrices.items()]
+    needs = any(isinstance(m, ModelMethod) or m.needs is not Statistic.NONE for run in runs for m in run)  # type: ignore[attr-defined]
+    return Work(runs, methods, Plan(checkpoint.spec, entries, floats, widths), layers, needs)
+
+
+def matrices_of(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
+    """Every matrix a method may treat, by canonical name, to its (out, in), in the order they are read."""
+    spec = checkpoint.spec
+    ends = (spec.vocab_size, spec.hidden_size)
+    blocks = {n: s for i in range(spec.num_layers) for n, s in spec.linears(i).items()}
+    return {"embed_tokens": ends} | blocks | ({} if spec.tied_head else {"lm_head": ends})
+
+
+def assign(methods: Sequence[LayerMethod], matrices: Mapping[str, tuple[int, int]]) -> dict[str, Sequence[LayerMethod]]:
+    """The methods of each layer that any covers, in order, each as it is at that layer."""
+    found: dict[str, Sequence[LayerMethod]] = {}
+    for name, (out, columns) in matrices.items():
+        chain = [method.at(name) for method in methods if method.covers(name)]
+        for index, method in enumerate(chain):
+            method.check(name, out, columns)
+            if isinstance(method, Quantizer) and index + 1 < len(chain):
+                what = f"{type(method).__name__.lower()} is followed by {type(chain[index + 1]).__name__.lower()}"
+                raise ConfigError(what, where=name, fix="Quantize last, or exclude this layer from one of them")
+        if len({method.needs for method in chain} - {Statistic.NONE}) > 1 and name == "lm_head":
+            what = "its methods want different statistics"
+            raise ConfigError(what, where=name, fix="Exclude lm_head from one of them")
+        if chain:
+            found[name] = chain
+    return found
+
+
+def last_quantizer(chain: Sequence[LayerMethod]) -> Quantizer | None:
+    """The Quantizer that ends a layer's methods, if one does."""
+    return chain[-1] if chain and isinstance(chain[-1], Quantizer) else None
+
+
+def narrow(chain: Sequence[LayerMethod], widths: tuple[int, ...]) -> Sequence[LayerMethod]:
+    """Drop from a layer's own widths those that no width of the artifact would use."""
+    quantizer = last_quantizer(chain)
+    if quantizer is None:
+        return chain
+    own = quantizer.bits
+    used = tuple(sorted({next((o for o in own if o >= b), own[-1]) for b in widths}))
+    return [*chain[:-1], replace(quantizer, bits=used)]
+
+
+def describe(name: str, shape: tuple[int, int], chain: Sequence[LayerMethod], checkpoint: Checkpoint) -> LayerPlan:
+    """One line of the plan."""
+    if not chain:
+        dtype = checkpoint.info(f"{name}.weight").dtype
+        return LayerPlan(name=name, shape=shape, method=f"- stays {dtype}, no stage covers it")
+    method = "+".join(type(m).__name__.lower() for m in chain)
+    quantizer = last_quantizer(chain)
+    return LayerPlan(name=name, shape=shape, method=method, bits=quantizer.bits if quantizer else ())
+
+
+@dataclass(frozen=True)
+class Budget:
+    """slice_rows: rows of a tall matrix solved at a time; batch: calibration rows run at a time; ram_bytes: expected peak."""
+
+    slice_rows: int
+    batch: int
+    ram_bytes: int
+
+
+def budget(checkpoint: Checkpoint, work: Work, *, max_ram: int | None, length: int, whole: bool) -> Budget:
+    """Choose slices that fit `max_ram` bytes (None: no limit) and say what peak to expect.
+
+    length: tokens of a calibration row. whole: the recipe has a method that needs all of the model in memory.
+    Raises OutOfResource when even the smallest slices do not fit.
+    """
+    spec = checkpoint.spec
+    block = 4 * sum(out * columns for out, columns in spec.linears(0).values())
+    raw = {"F32": 4, "F16": 2, "BF16": 2}[checkpoint.info("embed_tokens.weight").dtype]
+    ends = spec.vocab_size * spec.hidden_size * (raw + 2)
+    gram = sum(4 * columns**2 for _, columns in spec.linears(0).values()) if work.needs_calibration else 0
+    row = 4 * length * (6 * spec.hidden_size + 3 * spec.intermediate_size + spec.num_heads * length)
+    fixed = INTERPRETER_BYTES + (4 * checkpoint.parameters if whole else 0)
+
+    def peak(slice_rows: int, batch: int) -> int:
+        ends_now = ends + 8 * 4 * slice_rows * spec.hidden_size
+        return fixed + max(COPIES * block + gram, ends_now) + batch * row
+
+    for slice_rows, batch in ((1 << 15, 8), (1 << 13, 4), (1 << 11, 1), (1 << 9, 1)):
+        expected = peak(slice_rows, batch)
+        if max_ram is None or expected <= max_ram:
+            return Budget(slice_rows, batch, expected)
+    what = f"one block at a time needs about {expected / 2**30:.2f} GiB, more than --max-ram {max_ram / 2**30:.2f} GiB"  # type: ignore[operator]
+    raise OutOfResource(what, where="memory", fix="Give more, shorten the calibration rows, or use a smaller model")

@@ -1,0 +1,45 @@
+"""What `compress` says when it is done, or, after a dry run, what it would do."""
+
+from pydantic import BaseModel
+
+
+class WidthRow(BaseModel):
+    """One width. bits_per_weight: what a quantized weight costs to read, scales and zeros counted; None without codes.
+
+    size_bytes: files a copy needs to serve this width. kl (mean nats) and top1_agreement against the original, on the
+    probe text; None in a dry run.
+    """
+
+    bits: int
+    size_bytes: int
+    bits_per_weight: float | None = None
+    kl: float | None = None
+    top1_agreement: float | None = None
+
+
+class LayerPlan(BaseModel):
+    """What is done to one matrix: its methods joined by "+", or "-" with the reason it stays as it is."""
+
+    name: str
+    shape: tuple[int, int]
+    method: str
+    bits: tuple[int, ...] = ()
+
+
+class CompressReport(BaseModel):
+    """path: the artifact, None after a dry run. resumed: work of an earlier run was used. warnings: one line each.
+
+    expected_ram_bytes: the planner's estimate of peak memory; work_bytes: disk needed beside the artifact while working.
+    """
+
+    path: str | None
+    source: str
+    recipe: list[dict[str, dict[str, object]]]
+    source_bytes: int
+    size_bytes: int
+    rows: list[WidthRow]
+    layers: list[LayerPlan]
+    expected_ram_bytes: int
+    work_bytes: int
+    resumed: bool = False
+    warnings: list[str] = []

@@ -1,0 +1,328 @@
+"""The manifest: what an artifact says about itself.
+
+Compatibility: `schema_version` is MAJOR.MINOR. This reader reads every minor of its own major, and refuses a newer
+major by name. A minor only adds optional fields that say more about the artifact; an older reader passes over them.
+Whatever changes what the numbers mean goes under `spec`, `entries` or `floats`, where unknown fields are refused, or
+raises the major. docs/artifact.md has the promise in full.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
+
+from lilliput.artifact import strict_json
+from lilliput.core.errors import InputCorrupt, Unsupported
+from lilliput.core.spec import ModelSpec
+from lilliput.numerics.packing import fields_of
+
+SCHEMA_VERSION = "1.0"
+MANIFEST_FILE = "manifest.json"
+INDEX_FILE = "model.safetensors.index.json"
+FLOAT_FILE = "float.safetensors"
+MANIFEST_LIMIT = 64 << 20
+"""Bytes of the largest manifest we read."""
+
+_FIX = "Copy the artifact again from its source, or make it again"
+_LARGEST = 1 << 40
+
+
+def rung_file(bits: int) -> str:
+    """File that holds what width `bits` adds to the next narrower one."""
+    return f"bits-{bits}.safetensors"
+
+
+def plain_name(name: str) -> str:
+    """Return `name` if it can only mean a file of the folder itself. Raises ValueError."""
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,126}", name):
+        raise ValueError(f"{name[:80]!r} is not a plain file name")
+    return name
+
+
+def _ladder(bits: tuple[int, ...]) -> tuple[int, ...]:
+    if bits:
+        fields_of(bits)  # raises ValueError for an unordered one
+    return bits
+
+
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+Size = Annotated[int, Field(gt=0, le=_LARGEST)]
+FileName = Annotated[str, AfterValidator(plain_name)]
+TensorName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]+(\.[a-z0-9_]+)*$", max_length=256)]
+Ladder = Annotated[tuple[int, ...], Field(max_length=8), AfterValidator(_ladder)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class QuantEntry(_Frozen):
+    """How one linear layer is stored: (out, columns) codes of max(bits) bits, groups of `group_size` inputs.
+
+    group_size -1 is one group a row. sym: the grids have no zeros.
+    """
+
+    out: Size
+    columns: Size
+    bits: Annotated[Ladder, Field(min_length=1)]
+    group_size: int = Field(le=_LARGEST)
+    sym: bool
+
+    @model_validator(mode="after")
+    def _group_size(self) -> Self:
+        if self.group_size != -1 and self.group_size < 1:
+            raise ValueError(f"group_size {self.group_size} is neither -1 nor positive")
+        return self
+
+    @property
+    def groups(self) -> int:
+        """Groups a row."""
+        return 1 if self.group_size == -1 else -(-self.columns // self.group_size)
+
+    @property
+    def fields(self) -> tuple[int, ...]:
+        """Widths of the packed fields, most significant first."""
+        return fields_of(self.bits)
+
+    def width_at(self, bits: int) -> int:
+        """Width this layer runs at when the artifact is asked for `bits`: its narrowest of at least that, else its widest."""
+        return next((own for own in self.bits if own >= bits), self.bits[-1])
+
+    def fields_at(self, bits: int) -> int:
+        """How many leading fields `width_at(bits)` needs."""
+        width, total = self.width_at(bits), 0
+        for count, field in enumerate(self.fields, 1):
+            total += field
+            if total == width:
+                return count
+        raise AssertionError("every width of a ladder ends at a field")
+
+
+class FloatEntry(_Frozen):
+    """One tensor that stayed in float."""
+
+    dtype: Literal["F32", "F16", "BF16"]
+    shape: Annotated[tuple[Size, ...], Field(max_length=8)]
+
+
+class FileEntry(_Frozen):
+    """One file of the folder."""
+
+    sha256: Sha256
+    size: Count
+
+
+class SourceInfo(_Frozen):
+    """The checkpoint the artifact was made from. sha256: over its config and weight files."""
+
+    name: str
+    sha256: Sha256
+    architecture: str
+    parameters: Count
+    dtype: str
+    size_bytes: Count
+
+
+class DataFile(_Frozen):
+    """One text the data-aware methods read."""
+
+    name: str
+    sha256: Sha256
+
+
+class DataInfo(_Frozen):
+    """Calibration data. sha256: over the tokens as they were batched; tokens: how many."""
+
+    files: tuple[DataFile, ...]
+    sha256: Sha256
+    tokens: Count
+
+
+class QualityEntry(_Frozen):
+    """What one width does on a held-out text, against the source model: means over `tokens` predicted tokens.
+
+    kl: nats. top1_agreement: share of tokens. nll: of the artifact itself, nats.
+    """
+
+    bits: int = Field(ge=1, le=32)
+    tokens: Count
+    kl: Finite
+    top1_agreement: Finite
+    nll: Finite | None = None
+    text: str
+
+
+class LayerRecord(_Frozen):
+    """What a method did to one layer. Keys are widths; error: of the layer's output, relative; sqnr_db: of its weights."""
+
+    name: str
+    method: str
+    error: dict[int, Finite] = {}
+    sqnr_db: dict[int, Finite] = {}
+    note: str = ""
+
+
+class Manifest(_Frozen):
+    """Everything an artifact says about itself. Holds no time of day: the same run twice gives the same bytes."""
+
+    schema_version: Annotated[str, StringConstraints(pattern=r"^[0-9]{1,4}\.[0-9]{1,4}$")] = SCHEMA_VERSION
+    lilliput_version: str
+    bits: Ladder
+    """Widths the artifact serves; empty when nothing is quantized."""
+    spec: ModelSpec
+    source: SourceInfo
+    recipe: JsonValue
+    """The stages as run."""
+    seed: int
+    data: DataInfo | None = None
+    tools: dict[str, str] = {}
+    """Versions of what computed the numbers."""
+    quality: tuple[QualityEntry, ...] = ()
+    layers: tuple[LayerRecord, ...] = ()
+    entries: dict[TensorName, QuantEntry]
+    """Quantized matrices by module, "layers.0.attn.q_proj", "embed_tokens", "lm_head"."""
+    floats: dict[TensorName, FloatEntry]
+    """Float tensors by full name, "layers.0.attn_norm.weight"."""
+    files: dict[FileName, FileEntry]
+    """Every other file of the folder."""
+    manifest_sha256: str = ""
+    """SHA-256 of this file with this field empty."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        for problem in inconsistencies(self.spec, self.entries, self.floats, self.bits):
+            raise ValueError(problem)
+        absent = {FLOAT_FILE, INDEX_FILE, *map(rung_file, self.bits)} - self.files.keys()
+        if absent or MANIFEST_FILE in self.files:
+            raise ValueError(f"`files` lacks {', '.join(sorted(absent))}" if absent else "`files` lists the manifest")
+        return self
+
+
+def inconsistencies(
+    spec: ModelSpec, entries: Mapping[str, QuantEntry], floats: Mapping[str, FloatEntry], bits: tuple[int, ...]
+) -> Iterator[str]:
+    """Yield what keeps these tensors from being the decoder that `spec` describes, one line each."""
+    if len(spec.windows) != spec.num_layers:  # first: it bounds the loops below by the size of the manifest
+        yield f"spec has {spec.num_layers} layers but {len(spec.windows)} windows"
+        return
+    if spec.rotary is not None and len(spec.rotary.inv_freq) != spec.rotary.dim // 2:
+        yield f"spec.rotary has {len(spec.rotary.inv_freq)} frequencies for {spec.rotary.dim} channels"
+    if bool(entries) != bool(bits):
+        yield f"the widths are {list(bits)} but {len(entries)} matrices are quantized"
+    matrices = {"embed_tokens": (spec.vocab_size, spec.hidden_size)}
+    if not spec.tied_head:
+        matrices["lm_head"] = (spec.vocab_size, spec.hidden_size)
+    for layer in range(spec.num_layers):
+        matrices |= spec.linears(layer)
+    for name, shape in matrices.items():
+        entry, left = entries.get(name), floats.get(f"{name}.weight")
+        if (entry is None) == (left is None):
+            yield f"{name} is stored {'twice' if entry else 'neither quantized nor in float'}"
+            return
+        found = (entry.out, entry.columns) if entry else left.shape if left else ()
+        if found != shape:
+            yield f"{name} is {found} but the spec says {shape}"
+    for name in entries.keys() - matrices.keys():
+        yield f"{name} is quantized but the spec has no such matrix"
+    if spec.tied_head and "lm_head.weight" in floats:
+        yield "lm_head.weight is stored although the head is tied"
+    for name, entry in entries.items():
+        unused = [own for own in entry.bits if own not in {entry.width_at(b) for b in bits}]
+        if bits and unused:
+            yield f"{name} has the width {unused[0]}, which no width of {list(bits)} uses"
+    yield from _misshapen(spec, floats, matrices)
+
+
+def _misshapen(
+    spec: ModelSpec, floats: Mapping[str, FloatEntry], matrices: Mapping[str, tuple[int, int]]
+) -> Iterator[str]:
+    per_head = spec.qk_norm is not None and spec.qk_norm.per_head
+    heads = {"q_norm": spec.num_heads, "k_norm": spec.num_kv_heads}
+    for name, entry in floats.items():
+        module, _, kind = name.rpartition(".")
+        last = module.rpartition(".")[2]
+        expected: tuple[int, ...] | None = None
+        if kind == "bias" and module in matrices:
+            expected = matrices[module][:1]
+        elif last in heads:
+            expected = (heads[last], spec.head_dim) if per_head else (spec.head_dim,)
+        elif last.endswith("_norm"):
+            expected = (spec.hidden_size,)
+        elif name == "embed_positions.weight":
+            rows = spec.context + (spec.position_offset or 0)
+            if len(entry.shape) != 2 or entry.shape[0] < rows or entry.shape[1] != spec.hidden_size:
+                yield f"{name} is {entry.shape} but the spec needs at least {(rows, spec.hidden_size)}"
+        if expected is not None and entry.shape != expected:
+            yield f"{name} is {entry.shape} but the spec says {expected}"
+
+
+def seal(manifest: Manifest) -> bytes:
+    """Return the bytes of manifest.json, digest filled in."""
+    data = manifest.model_dump(mode="json") | {"manifest_sha256": ""}
+    return _sealed(data, MANIFEST_FILE)
+
+
+def _sealed(data: dict[str, Any], where: str) -> bytes:
+    data["manifest_sha256"] = ""
+    data["manifest_sha256"] = hashlib.sha256(strict_json.canonical(data, where, _FIX)).hexdigest()
+    return strict_json.canonical(data, where, _FIX)
+
+
+def load_manifest(raw: bytes, where: str) -> Manifest:
+    """Return the manifest in `raw`, after checking its version, its digest and that it agrees with itself.
+
+    Raises Unsupported for another major version or for meaning we do not know, InputCorrupt for anything else.
+    """
+    data = strict_json.parse(raw, where, _FIX)
+    version = data.get("schema_version")
+    if not isinstance(version, str) or not re.fullmatch(r"[0-9]{1,4}\.[0-9]{1,4}", version):
+        raise InputCorrupt("there is no schema_version, so this is not a Lilliput manifest", where, _FIX)
+    major, minor = map(int, version.split("."))
+    own_major, own_minor = map(int, SCHEMA_VERSION.split("."))
+    if major != own_major:
+        fix = "Update lilliput" if major > own_major else "Read it with an older lilliput, or make the artifact again"
+        raise Unsupported(f"schema {version}, and this lilliput reads {own_major}.x", where, fix)
+    if _sealed(dict(data), where) != raw:
+        raise InputCorrupt("the manifest does not match its own digest", where, _FIX)
+    newer = minor > own_minor
+    try:
+        return Manifest.model_validate(data)
+    except ValidationError as error:
+        problem = error
+    if newer:
+        try:
+            return Manifest.model_validate(_known(data, problem))
+        except ValidationError as error:
+            what = f"schema {version} says {_first(error)}"
+            raise Unsupported(what, where, f"Update lilliput, this one knows {SCHEMA_VERSION}") from None
+    raise InputCorrupt(_first(problem), where, _FIX)
+
+
+def _known(data: dict[str, Any], error: ValidationError) -> dict[str, Any]:
+    """Copy of `data` without the unknown fields that a newer minor may add."""
+    for problem in error.errors():
+        *path, last = problem["loc"]
+        if problem["type"] == "extra_forbidden" and not (path and path[0] in ("spec", "entries", "floats")):
+            parent: Any = data
+            for step in path:
+                parent = parent[step]
+            del parent[last]
+    return data
+
+
+def _first(error: ValidationError) -> str:
+    problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    return f"{'.'.join(str(step)[:80] for step in problem['loc']) or 'manifest'}: {problem['msg']}"

@@ -1,0 +1,46 @@
+"""JSON from files we do not trust: one object, no duplicate keys, no NaN, and one kind of error for all that fails."""
+
+import json
+from typing import Any
+
+from lilliput.core.errors import InputCorrupt
+
+
+class _Refused(ValueError):
+    pass
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise _Refused(f"the key {key[:80]!r} appears twice")
+        found[key] = value
+    return found
+
+
+def _constant(text: str) -> Any:
+    raise _Refused(f"{text} is not JSON")
+
+
+def parse(raw: bytes, where: str, fix: str) -> dict[str, Any]:
+    """Return the object in `raw`, keys in their order. Raises InputCorrupt for whatever is not one strict JSON object."""
+    try:
+        found = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_constant)
+    except UnicodeDecodeError as error:
+        raise InputCorrupt(f"byte {error.start} is not UTF-8", where, fix) from None
+    except RecursionError:
+        raise InputCorrupt("the JSON is nested too deeply", where, fix) from None
+    except ValueError as error:  # JSONDecodeError, _Refused, and numbers of more digits than Python reads
+        raise InputCorrupt(f"not strict JSON: {str(error)[:200]}", where, fix) from None
+    if not isinstance(found, dict):
+        raise InputCorrupt(f"the JSON is a {type(found).__name__}, not an object", where, fix)
+    return found
+
+
+def canonical(data: dict[str, Any], where: str, fix: str) -> bytes:
+    """Return the only bytes we write for `data`: ASCII, indented by two, keys in their order, one newline at the end."""
+    try:
+        return (json.dumps(data, indent=2, allow_nan=False) + "\n").encode("ascii")
+    except (ValueError, RecursionError):
+        raise InputCorrupt("a number is not finite or the nesting is too deep", where, fix) from None

@@ -1,0 +1,411 @@
+"""Writes an artifact into a partial folder, layer by layer and resumable, and publishes it in one step."""
+
+import ctypes
+import errno
+import fcntl
+import hashlib
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import JsonValue
+
+from lilliput import __version__
+from lilliput.artifact import strict_json
+from lilliput.artifact.container import PlannedFile, check_free_space
+from lilliput.artifact.folder import Folder
+from lilliput.artifact.plan import Plan as Plan
+from lilliput.artifact.schema import (
+    INDEX_FILE,
+    MANIFEST_FILE,
+    MANIFEST_LIMIT,
+    DataInfo,
+    FileEntry,
+    LayerRecord,
+    Manifest,
+    QualityEntry,
+    QuantEntry,
+    SourceInfo,
+    load_manifest,
+    plain_name,
+    seal,
+)
+from lilliput.core.errors import ConfigError, LilliputError, QualityFailed
+from lilliput.numerics.packing import ROWS, pack_fields, tile_groups
+
+JOURNAL_FILE = "written.txt"
+"""In a partial folder: the run's key, then each tensor or layer that is safely on disk, one a line."""
+
+_CHUNK = 1 << 23  # codes packed at once: bounds memory for an embedding of a hundred thousand rows
+F16 = npt.NDArray[np.float16]
+
+
+def partial_of(out: Path) -> Path:
+    """Folder in which the artifact `out` is made: a sibling, so that publishing is a rename."""
+    return out.absolute().with_name(out.name + ".partial")
+
+
+class ArtifactWriter:
+    """Fills a partial folder as its plan says. Use `start`, `put_*` in any order, `sync` now and then, `finish`."""
+
+    def __init__(self, folder: Path, plan: Plan, files: dict[str, PlannedFile], journal: int, done: set[str]) -> None:
+        self.folder, self.plan = folder, plan
+        self._files, self._journal = files, journal
+        self._done, self._fresh = done, list[str]()
+
+    @classmethod
+    def start(cls, folder: Path, plan: Plan, key: str = "") -> "ArtifactWriter":
+        """Create the partial folder, its space reserved, or reopen one where a run with the same `key` stopped.
+
+        key: names what the numbers depend on (recipe, source, data, seed), one line. What an earlier run had synced
+        is in `done`.
+        Raises OutOfResource, leaving no files it made, when the disk cannot hold `plan.total_bytes()`; ConfigError
+        when the folder holds another run's work or a run is writing there now.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        journal = os.open(folder / JOURNAL_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        try:
+            done = _begin(folder, journal, key)
+            for name in (MANIFEST_FILE, INDEX_FILE):  # not whole until `finish` says so again
+                (folder / name).unlink(missing_ok=True)
+            files, fresh = _open_files(folder, plan)
+        except BaseException:
+            os.close(journal)
+            raise
+        known = plan.entries.keys() | plan.floats.keys()
+        writer = cls(folder, plan, files, journal, set() if fresh else done & known)
+        writer._rewrite(key)
+        return writer
+
+    @property
+    def done(self) -> frozenset[str]:
+        """Names of entries and float tensors that are on the disk for good, from this run or from an earlier one."""
+        return frozenset(self._done)
+
+    def put_quantized(
+        self,
+        name: str,
+        codes: npt.NDArray[np.uint8],
+        scale: Mapping[int, F16],
+        zero: Mapping[int, F16] | None = None,
+    ) -> None:
+        """Write one quantized matrix.
+
+        codes: (out, columns) uint8 of max(bits) bits; scale[b], and zero[b] unless the entry is symmetric: (out,
+        groups) float16 for each width of the entry's ladder.
+        Raises QualityFailed when a scale or zero is not finite, ValueError when something does not fit the entry,
+        OutOfResource when the disk is full.
+        """
+        entry, zero = self.plan.entries[name], zero or {}
+        _check_codes(name, entry, codes)
+        grids = [("scale", scale)] + ([] if entry.sym else [("zero", zero)])
+        if entry.sym and zero:
+            raise ValueError(f"{name} is symmetric but has zeros")
+        for kind, by_width in grids:
+            for bits in entry.bits:
+                _check_grid(name, kind, bits, entry, by_width[bits])
+        for row in range(0, entry.out, self._rows(entry)):
+            packed = pack_fields(codes[row : row + self._rows(entry)], entry.fields)
+            for index, field in enumerate(packed):
+                self._write(f"{name}.plane.{index}", field, row // ROWS)
+        for kind, by_width in grids:
+            for bits in entry.bits:
+                self._write(f"{name}.{kind}.{bits}", tile_groups(by_width[bits]))
+        self._fresh.append(name)
+
+    def put_float(self, name: str, array: npt.NDArray[Any]) -> None:
+        """Write one float tensor, in the shape of its entry; BF16 as the uint16 of its bits. Raises ValueError."""
+        if array.shape != self.plan.floats[name].shape:
+            raise ValueError(f"{name}: {array.shape} does not fit {self.plan.floats[name].shape}")
+        self._write(name, array)
+        self._fresh.append(name)
+
+    def sync(self) -> None:
+        """Return once everything put so far is on the disk and an interrupted run will find it in `done`."""
+        for file in self._files.values():
+            file.sync()
+        os.write(self._journal, "".join(f"{name}\n" for name in self._fresh).encode())
+        os.fsync(self._journal)
+        self._done |= set(self._fresh)
+        self._fresh.clear()
+
+    def finish(
+        self,
+        *,
+        source: SourceInfo,
+        recipe: JsonValue,
+        seed: int,
+        data: DataInfo | None = None,
+        tools: Mapping[str, str] | None = None,
+        quality: Sequence[QualityEntry] = (),
+        layers: Sequence[LayerRecord] = (),
+    ) -> Manifest:
+        """Write the index and, last, the manifest; the writer is closed then.
+
+        Every other file the artifact is to have (tokenizer, config.json, README.md) must be in the folder already.
+        Raises ValueError when a tensor was never put.
+        """
+        self.sync()
+        absent = sorted((self.plan.entries.keys() | self.plan.floats.keys()) - self._done)
+        if absent:
+            raise ValueError(f"{len(absent)} tensors were never put, the first is {absent[0]}")
+        for file in self._files.values():
+            file.close()
+        _write_whole(self.folder / INDEX_FILE, self.plan.index_json())
+        manifest = Manifest(
+            lilliput_version=__version__,
+            bits=self.plan.bits,
+            spec=self.plan.spec,
+            source=source,
+            recipe=recipe,
+            seed=seed,
+            data=data,
+            tools=dict(sorted((tools or {}).items())),
+            quality=tuple(quality),
+            layers=tuple(layers),
+            entries=dict(self.plan.entries),
+            floats=dict(self.plan.floats),
+            files=_hash_all(self.folder),
+        )
+        _write_whole(self.folder / MANIFEST_FILE, seal(manifest))
+        (self.folder / JOURNAL_FILE).unlink()
+        _sync_folder(self.folder)
+        self.close()
+        return _read_manifest(self.folder)
+
+    def close(self) -> None:
+        """Let go of the files; what was put since the last `sync` may be lost."""
+        for file in self._files.values():
+            file.close()
+        if self._journal >= 0:
+            os.close(self._journal)
+            self._journal = -1
+
+    def _rows(self, entry: QuantEntry) -> int:
+        return max(ROWS, _CHUNK // entry.columns // ROWS * ROWS)
+
+    def _write(self, name: str, array: npt.NDArray[Any], row: int = 0) -> None:
+        self._files[self.plan.home[name][0]].write(name, array, row)
+
+    def _rewrite(self, key: str) -> None:
+        text = "".join(f"{line}\n" for line in (key, *sorted(self._done))).encode()
+        os.ftruncate(self._journal, 0)
+        os.lseek(self._journal, 0, os.SEEK_SET)
+        os.write(self._journal, text)
+        os.fsync(self._journal)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+def amend(
+    folder: Path, *, quality: Sequence[QualityEntry] | None = None, layers: Sequence[LayerRecord] | None = None
+) -> Manifest:
+    """Replace the measurements in a finished folder's manifest, and take in side files changed or added since.
+
+    For what can only be known once the artifact runs: its quality, and a README.md that cites it.
+    """
+    manifest = _read_manifest(folder)
+    tensors = {name: entry for name, entry in manifest.files.items() if name.endswith(".safetensors")}
+    changes: dict[str, Any] = {"files": _hash_all(folder, tensors)}
+    if quality is not None:
+        changes["quality"] = tuple(quality)
+    if layers is not None:
+        changes["layers"] = tuple(layers)
+    _write_whole(folder / MANIFEST_FILE, seal(manifest.model_copy(update=changes)))
+    _sync_folder(folder)
+    return _read_manifest(folder)
+
+
+def check_output(out: Path, *, overwrite: bool) -> None:
+    """Raise ConfigError unless `publish` may put an artifact at `out`; call it before the work starts.
+
+    It may where nothing is, on an empty folder, and, with `overwrite`, on an artifact that holds nothing else.
+    """
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise ConfigError("exists and is not a folder", str(out), "Give another folder")
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise ConfigError("already exists", str(out), "Give --overwrite or another folder")
+    strangers = _strangers(out)
+    if strangers:
+        what = f"holds {strangers[0]}, which is not part of an artifact"
+        raise ConfigError(what, str(out), "Give another folder; we only ever replace an artifact")
+
+
+def publish(partial: Path, out: Path, *, overwrite: bool = False) -> None:
+    """Move a finished partial folder to `out` in one step: a reader sees the old artifact or the new, never a part.
+
+    Raises ConfigError as `check_output` does, or when the two are on different disks.
+    """
+    check_output(out, overwrite=overwrite)
+    partial = partial.absolute()
+    try:
+        if not out.exists() or not any(out.iterdir()):
+            os.rename(partial, out)  # of a folder: fails, changing nothing, if someone filled `out` meanwhile
+        elif _exchange(partial, out):
+            _remove_artifact(partial)  # which is the old one now
+        else:
+            aside = out.absolute().with_name(f".{out.name}.old")
+            os.rename(out, aside)
+            os.rename(partial, out)
+            _remove_artifact(aside)
+    except OSError as error:
+        if error.errno == errno.EXDEV:
+            raise ConfigError(f"is on another disk than {partial}", str(out), "Keep both on one disk") from None
+        raise
+    _sync_folder(out.absolute().parent)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two folders in one step; False where the system cannot."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if sys.platform == "darwin":
+        call, tail = getattr(libc, "renamex_np", None), (ctypes.c_uint(2),)  # RENAME_SWAP
+        arguments: tuple[Any, ...] = (os.fsencode(first), os.fsencode(second))
+    else:
+        call, tail = getattr(libc, "renameat2", None), (ctypes.c_uint(2),)  # RENAME_EXCHANGE
+        here = ctypes.c_int(-100)  # AT_FDCWD
+        arguments = (here, os.fsencode(first), here, os.fsencode(second))
+    if call is None:
+        return False
+    if call(*arguments, *tail) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP):
+        return False
+    raise OSError(code, os.strerror(code), str(first), None, str(second))
+
+
+def _strangers(folder: Path) -> list[str]:
+    """Names in `folder` that its own manifest does not account for."""
+    names = sorted(path.name for path in folder.iterdir())
+    try:
+        with Folder(folder) as opened:
+            data = strict_json.parse(opened.read(MANIFEST_FILE, MANIFEST_LIMIT), str(folder), "")
+    except LilliputError:
+        return names
+    files = data.get("files")
+    if "lilliput_version" not in data or not isinstance(files, dict):
+        return names
+    return [name for name in names if name not in files and name != MANIFEST_FILE]
+
+
+def _remove_artifact(folder: Path) -> None:
+    """Delete an artifact's own files, the manifest last, and its folder; anything else in it stays."""
+    names = [path.name for path in folder.iterdir()]
+    own = set(names) - set(_strangers(folder)) - {MANIFEST_FILE}
+    for name in (*sorted(own), MANIFEST_FILE):
+        (folder / name).unlink()
+    folder.rmdir()
+
+
+def _begin(folder: Path, journal: int, key: str) -> set[str]:
+    """Lock the journal and return the names in it. Raises ConfigError when it is another run's."""
+    if "\n" in key:
+        raise ValueError("the key of a run is one line")
+    try:
+        fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ConfigError("another run is writing here", str(folder), "Wait for it or give another folder") from None
+    text = os.pread(journal, os.fstat(journal).st_size, 0).decode("utf-8", "replace")
+    first, *names = text.split("\n")[:-1] or [key]  # a last line without its newline was cut off
+    if first != key:
+        fix = f"Delete it to start anew, or repeat the run that made it ({first[:80]!r})"
+        raise ConfigError("holds the unfinished work of another run", str(folder), fix)
+    return set(names)
+
+
+def _open_files(folder: Path, plan: Plan) -> tuple[dict[str, PlannedFile], bool]:
+    """Reopen the tensor files or create them all; True when they are new. Raises ConfigError, OutOfResource."""
+    present = [name for name in plan.files if (folder / name).exists()]
+    if len(present) < len(plan.files):  # none, or the run stopped while it reserved its space
+        for name in present:
+            (folder / name).unlink()
+        check_free_space(folder, plan.total_bytes())
+        files: dict[str, PlannedFile] = {}
+        try:
+            for name, layout in plan.files.items():
+                files[name] = PlannedFile.create(folder / name, layout)
+        except BaseException:
+            for name, file in files.items():
+                file.close()
+                (folder / name).unlink()
+            raise
+        return files, True
+    files = {}
+    for name, layout in plan.files.items():
+        reopened = PlannedFile.reopen(folder / name, layout)
+        if reopened is None:
+            for file in files.values():
+                file.close()
+            fix = "Delete the folder to start anew, or repeat the run that made it"
+            raise ConfigError("was planned for another artifact", str(folder / name), fix)
+        files[name] = reopened
+    return files, False
+
+
+def _check_codes(name: str, entry: QuantEntry, codes: npt.NDArray[np.uint8]) -> None:
+    if codes.dtype != np.uint8 or codes.shape != (entry.out, entry.columns):
+        raise ValueError(f"{name}: codes are {codes.dtype} {codes.shape}, not uint8 {(entry.out, entry.columns)}")
+    if int(codes.max()) >= 1 << entry.bits[-1]:
+        raise ValueError(f"{name}: a code is {int(codes.max())}, beyond {entry.bits[-1]} bits")
+
+
+def _check_grid(name: str, kind: str, bits: int, entry: QuantEntry, values: F16) -> None:
+    if values.dtype != np.float16 or values.shape != (entry.out, entry.groups):
+        raise ValueError(f"{name}: {kind} is {values.dtype} {values.shape}, not float16 {(entry.out, entry.groups)}")
+    if not np.isfinite(values).all():
+        what = f"the {kind} for {bits} bits is not finite in float16"
+        raise QualityFailed(what, name, "Exclude this layer, and look for huge or broken weights in the checkpoint")
+
+
+def _hash_all(folder: Path, known: Mapping[str, FileEntry] | None = None) -> dict[str, FileEntry]:
+    """Sizes and digests of every file but the manifest, by name; `known` ones are taken over."""
+    found: dict[str, FileEntry] = {}
+    for path in sorted(folder.iterdir()):
+        if path.name in (MANIFEST_FILE, JOURNAL_FILE):
+            continue
+        plain_name(path.name)
+        if path.is_symlink() or not path.is_file():
+            raise ValueError(f"{path} is not a regular file")
+        if known and path.name in known:
+            found[path.name] = known[path.name]
+            continue
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            found[path.name] = FileEntry(sha256=digest, size=os.fstat(file.fileno()).st_size)
+    return found
+
+
+def _read_manifest(folder: Path) -> Manifest:
+    with Folder(folder) as opened:
+        return load_manifest(opened.read(MANIFEST_FILE, MANIFEST_LIMIT), opened.where(MANIFEST_FILE))
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    """Put a small file in place in one step, on the disk when this returns."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

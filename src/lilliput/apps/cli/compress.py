@@ -5,17 +5,24 @@ from pathlib import Path
 import click
 
 from lilliput.apps.cli.options import common, max_ram, widths
-from lilliput.apps.cli.output import Output, size, table
+from lilliput.apps.cli.output import Output, table
+from lilliput.measure.memory import format_bytes
 
 
 @common
 @click.command("compress")
 @click.argument("model")
-@click.option("-o", "--out", "target", required=True, type=click.Path(path_type=Path), help="Folder of the new artifact.")
-@click.option("--recipe", default="nested", show_default=True, help="A name that `lilliput recipes` lists, or a YAML file.")
+@click.option(
+    "-o", "--out", "target", required=True, type=click.Path(path_type=Path), help="Folder of the new artifact."
+)
+@click.option(
+    "--recipe", default="nested", show_default=True, help="A name that `lilliput recipes` lists, or a YAML file."
+)
 @widths("Widths to serve, ascending; by default the recipe's.")
 @click.option("--group-size", type=click.IntRange(min=-1), help="Weights that share a scale; -1 for a whole row.")
-@click.option("--calibration", multiple=True, type=click.Path(), metavar="FILE", help="Text, JSONL or Parquet; repeatable.")
+@click.option(
+    "--calibration", multiple=True, type=click.Path(), metavar="FILE", help="Text, JSONL or Parquet; repeatable."
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of everything random.")
 @max_ram
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Go on where an interrupted run stopped.")
@@ -64,4 +71,4 @@ def command(
             progress=progress,
         )
     document = report.model_dump(mode="json")
-    out.result(document, lambda: f"{document['path']}: {size(document['size_bytes'])}\n{table(document['rows'], {})}")
+    out.result(document, lambda: f"{document['path']}: {format_bytes(document['size_bytes'])}\n{table(document['rows'], {})}")

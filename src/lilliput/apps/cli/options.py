@@ -1,26 +1,17 @@
 """Options that several verbs take, and how their values are read."""
 
-import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
 
 from lilliput.apps.cli.output import Output
+from lilliput.measure.memory import parse_size
 
 F = TypeVar("F", bound=Callable[..., Any] | click.Command)
 
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
-_UNITS |= {name: 2 ** (10 * k) for k, unit in enumerate("kmgt", start=1) for name in (unit, f"{unit}ib")}
-
-
 def _bytes(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
-    if value is None:
-        return None
-    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*([a-z]*)", value.strip().lower())
-    if match is None or match[2] not in _UNITS or (size := int(float(match[1]) * _UNITS[match[2]])) <= 0:
-        raise click.BadParameter(f"{value!r} is not a size. Write 8GiB, 500MB or a number of bytes.", ctx, param)
-    return size
+    return None if value is None else parse_size(value)
 
 
 def _widths(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> list[int] | None:

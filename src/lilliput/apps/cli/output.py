@@ -122,15 +122,6 @@ def pairs(values: Mapping[str, Any]) -> str:
     return "\n".join(f"{key.ljust(width)}  {_cell(value)}" for key, value in shown.items())
 
 
-def size(count: float) -> str:
-    """A number of bytes for people: 1.50 GiB."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1024
-    return f"{count:.2f} TiB"
-
-
 def _cell(value: Any) -> str:
     if value is None:
         return "-"

@@ -12,12 +12,20 @@ from lilliput.apps.cli.output import Output
 @click.command("run")
 @artifact_argument
 @click.option("-p", "--prompt", required=True, help="The text to continue; - reads it from stdin.")
-@click.option("-n", "--max-new-tokens", type=click.IntRange(1), default=128, show_default=True, help="Most tokens to write.")
+@click.option(
+    "-n", "--max-new-tokens", type=click.IntRange(1), default=128, show_default=True, help="Most tokens to write."
+)
 @click.option("--bits", type=click.IntRange(1, 8), help="Width to run at; by default the widest.")
-@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 takes the likeliest token.")
-@click.option("--top-k", type=click.IntRange(0), default=0, show_default=True, help="Draw from the K likeliest; 0 for all.")
+@click.option(
+    "--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 takes the likeliest token."
+)
+@click.option(
+    "--top-k", type=click.IntRange(0), default=0, show_default=True, help="Draw from the K likeliest; 0 for all."
+)
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True, help="Nucleus.")
-@click.option("--min-p", type=click.FloatRange(0, 1), default=0.0, show_default=True, help="Least share of the likeliest.")
+@click.option(
+    "--min-p", type=click.FloatRange(0, 1), default=0.0, show_default=True, help="Least share of the likeliest."
+)
 @click.option("--repetition-penalty", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True)
 @click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text; repeatable.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the draws.")

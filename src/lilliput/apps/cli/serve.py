@@ -15,7 +15,9 @@ from lilliput.core.errors import Unsupported
 @click.command("serve")
 @artifact_argument
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="Port; 0 picks a free one.")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="Port; 0 picks a free one."
+)
 @click.option("--bits", type=click.IntRange(1, 8), help="Width of a request that names none; by default the widest.")
 @click.option("--api-key", help="Ask for this key as a Bearer token; better set in LILLIPUT_SERVE_API_KEY.")
 @click.option("--queue", type=click.IntRange(0, 1024), default=8, show_default=True, help="Requests that may wait.")

@@ -269,7 +269,9 @@ class _Stream(Response):
                 async for item in items:
                     if isinstance(item, str):
                         if item:
-                            yield _event({**head, "choices": [{**choice, **self.shape.piece(item), "finish_reason": None}]})
+                            yield _event(
+                                {**head, "choices": [{**choice, **self.shape.piece(item), "finish_reason": None}]}
+                            )
                         continue
                     last = {**choice, **self.shape.last(), "finish_reason": item.finish_reason}
                     yield _event({**head, "choices": [last]})

@@ -9,7 +9,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import Any, Final
 
 from lilliput.core.errors import ConfigError, InputCorrupt, InputMissing, OutOfResource
 
@@ -93,10 +93,9 @@ def _read_file(path: Path, field: str | None) -> list[str]:
 
 def _text(path: Path, *, unzip: bool) -> str:
     """The whole file as text. Reads by pieces, so that a small file that unpacks to a huge one stops at the cap."""
-    opened: Callable[[Path], IO[bytes]] = (lambda p: gzip.open(p, "rb")) if unzip else (lambda p: p.open("rb"))
     data = bytearray()
     try:
-        with opened(path) as file:
+        with gzip.open(path, "rb") if unzip else path.open("rb") as file:
             while piece := file.read(_PIECE):
                 data += piece
                 if len(data) > MAX_BYTES:

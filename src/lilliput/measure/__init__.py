@@ -1,0 +1,1 @@
+"""A runner to numbers, with the conditions they were taken under."""

@@ -1,0 +1,158 @@
+"""How fast an artifact answers on this machine, and in how much memory, at each of its widths.
+
+Each width of each round runs in a process of its own (`latency_worker`), so its peak memory is its own, and rounds go
+through all widths in turn, so that a machine that slows down slows all of them. Each process also reads plain memory
+as fast as it can right after it was timed: what a width reaches of that says whether there is speed left to gain.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any, Protocol
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from lilliput.core.errors import ConfigError, OutOfResource
+from lilliput.core.progress import Progress, Silent
+
+
+class Opened(Protocol):
+    """The part of the engine used here, to name the artifact and its settings."""
+
+    path: Path
+    threads: int
+    bits: tuple[int, ...]
+
+
+class LatencyRound(BaseModel):
+    """One width in one process. See LatencyRow for the units."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bits: int
+    threads: int
+    prompt_tokens: int
+    decoded_tokens: int
+    load_s: float
+    prefill_s: float
+    decode_s: float
+    time_to_first_token_s: float
+    peak_rss_bytes: int | None
+    weight_bytes_read_per_token: int
+    memory_bytes_per_s: float
+    foreign_cores: float | None
+
+
+class LatencyRow(BaseModel):
+    """One width: medians over the rounds, the largest of the peaks.
+
+    prefill_tokens_per_s: prompt tokens over the time to read them. decode_tokens_per_s: new tokens after the first
+    over the time they took. time_to_first_token_s: from the call to the first new token, prompt included.
+    peak_rss_bytes: VmHWM of the process, file-mapped weights included, the memory test not; None where unknown.
+    load_s: from the path to an engine ready to answer, files in the page cache. weight_bytes_read_per_token: weights,
+    scales and zeros of that width. memory_bytes_per_s: what plain reads of a 256 MiB buffer reached with as many
+    threads in the same processes; bandwidth_share: weight bytes decoding read a second over that (above 1 where the
+    weights fit in a cache). foreign_cores: cores other processes kept busy meanwhile, the largest of the rounds.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bits: int
+    threads: int
+    rounds: int
+    prompt_tokens: int
+    decoded_tokens: int
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    time_to_first_token_s: float
+    load_s: float
+    peak_rss_bytes: int | None
+    weight_bytes_read_per_token: int
+    memory_bytes_per_s: float
+    bandwidth_share: float
+    foreign_cores: float | None
+
+
+def bench(
+    artifact: str | Path | Opened,
+    *,
+    bits: Sequence[int],
+    prompt_tokens: int = 128,
+    new_tokens: int = 128,
+    rounds: int = 3,
+    threads: int | None = None,
+    timeout_s: float = 3600,
+    progress: Progress | None = None,
+) -> list[LatencyRow]:
+    """Time an artifact at each width; one row a width, in the order of `bits`.
+
+    artifact: its path, or an open engine, whose path and threads are taken. timeout_s: for one process.
+    Raises ConfigError for sizes below 1 (new_tokens below 2) or where a process fails, with its last line;
+    OutOfResource where it was killed or ran past its time.
+    """
+    if not isinstance(artifact, str | Path):
+        artifact, threads = artifact.path, threads or artifact.threads
+    for name, value, least in (
+        ("prompt_tokens", prompt_tokens, 1),
+        ("new_tokens", new_tokens, 2),
+        ("rounds", rounds, 1),
+    ):
+        if value < least:
+            raise ConfigError(f"{name} is {value}", where="bench", fix=f"Give {least} or more")
+    progress = progress or Silent()
+    progress.begin("timing", rounds * len(bits))
+    job = {"artifact": str(artifact), "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "threads": threads}
+    found: dict[int, list[LatencyRound]] = {width: [] for width in bits}
+    for _ in range(rounds):
+        for width in found:
+            found[width].append(_round(job | {"bits": width}, timeout_s))
+            progress.advance(1)
+    return [summarize(found[width]) for width in bits]
+
+
+def summarize(rounds: Sequence[LatencyRound]) -> LatencyRow:
+    """Medians over the rounds of one width."""
+    first = rounds[0]
+    peaks = [r.peak_rss_bytes for r in rounds if r.peak_rss_bytes is not None]
+    foreign = [r.foreign_cores for r in rounds if r.foreign_cores is not None]
+    decode = median((r.decoded_tokens / r.decode_s for r in rounds))
+    memory = median(r.memory_bytes_per_s for r in rounds)
+    return LatencyRow(
+        bits=first.bits,
+        threads=first.threads,
+        rounds=len(rounds),
+        prompt_tokens=first.prompt_tokens,
+        decoded_tokens=min(r.decoded_tokens for r in rounds),
+        prefill_tokens_per_s=median(r.prompt_tokens / r.prefill_s for r in rounds),
+        decode_tokens_per_s=decode,
+        time_to_first_token_s=median(r.time_to_first_token_s for r in rounds),
+        load_s=median(r.load_s for r in rounds),
+        peak_rss_bytes=max(peaks, default=None),
+        weight_bytes_read_per_token=first.weight_bytes_read_per_token,
+        memory_bytes_per_s=memory,
+        bandwidth_share=decode * first.weight_bytes_read_per_token / memory,
+        foreign_cores=max(foreign, default=None),
+    )
+
+
+def _round(job: dict[str, Any], timeout_s: float) -> LatencyRound:
+    command = [sys.executable, "-m", "lilliput.measure.latency_worker", json.dumps(job)]
+    where = f"timing {job['bits']} bits"
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
+    except subprocess.TimeoutExpired as error:
+        fix = "Ask for fewer tokens, or allow more time"
+        raise OutOfResource(f"not done after {timeout_s:g} s", where=where, fix=fix) from error
+    if done.returncode < 0:
+        what = f"the process was ended by signal {-done.returncode}"
+        raise OutOfResource(what, where=where, fix="Most often this is memory: try fewer bits")
+    try:
+        if done.returncode == 0:
+            return LatencyRound.model_validate_json(done.stdout.splitlines()[-1])
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    except (IndexError, ValidationError) as error:
+        reason = f"it said {done.stdout[-200:]!r} ({type(error).__name__})"
+    raise ConfigError(f"the process failed ({reason})", where=where, fix="Try the same with `lilliput run`")

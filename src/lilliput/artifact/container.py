@@ -136,6 +136,10 @@ class Container:
         try:
             self.header = read_header(handle, size, where)
             self._bytes = np.frombuffer(mmap.mmap(handle, size, access=mmap.ACCESS_READ), np.uint8)
+        except OSError as error:
+            raise InputCorrupt(
+                f"cannot be read ({error.strerror})", where, "Check the disk, and copy it again"
+            ) from error
         finally:
             os.close(handle)
         self.where, self.size = where, size

@@ -7,6 +7,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -38,8 +39,8 @@ from lilliput.artifact.schema import (
 from lilliput.core.errors import ConfigError, LilliputError, QualityFailed
 from lilliput.numerics.packing import ROWS, pack_fields, tile_groups
 
-JOURNAL_FILE = "written.txt"
-"""In a partial folder: the run's key, then each tensor or layer that is safely on disk, one a line."""
+JOURNAL_FILE = ".written"
+"""In a partial folder until it is published: the run's key, then the name of each tensor that is on disk for good."""
 
 _CHUNK = 1 << 23  # codes packed at once: bounds memory for an embedding of a hundred thousand rows
 F16 = npt.NDArray[np.float16]
@@ -65,18 +66,22 @@ class ArtifactWriter:
         key: names what the numbers depend on (recipe, source, data, seed), one line. What an earlier run had synced
         is in `done`.
         Raises OutOfResource, leaving no files it made, when the disk cannot hold `plan.total_bytes()`; ConfigError
-        when the folder holds another run's work or a run is writing there now.
+        when the folder is an artifact, holds another run's work, or a run is writing there now.
         """
         folder.mkdir(parents=True, exist_ok=True)
+        if (folder / MANIFEST_FILE).exists() and not (folder / JOURNAL_FILE).exists():
+            raise ConfigError("holds a finished artifact", str(folder), "Give another folder, or delete this one")
         journal = os.open(folder / JOURNAL_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
             done = _begin(folder, journal, key)
-            for name in (MANIFEST_FILE, INDEX_FILE):  # not whole until `finish` says so again
-                (folder / name).unlink(missing_ok=True)
             files, fresh = _open_files(folder, plan)
         except BaseException:
+            if not os.fstat(journal).st_size:
+                (folder / JOURNAL_FILE).unlink()
             os.close(journal)
             raise
+        for name in (MANIFEST_FILE, INDEX_FILE):  # not whole until `finish` says so again
+            (folder / name).unlink(missing_ok=True)
         known = plan.entries.keys() | plan.floats.keys()
         writer = cls(folder, plan, files, journal, set() if fresh else done & known)
         writer._rewrite(key)
@@ -173,7 +178,6 @@ class ArtifactWriter:
             files=_hash_all(self.folder),
         )
         _write_whole(self.folder / MANIFEST_FILE, seal(manifest))
-        (self.folder / JOURNAL_FILE).unlink()
         _sync_folder(self.folder)
         self.close()
         return _read_manifest(self.folder)
@@ -245,17 +249,20 @@ def check_output(out: Path, *, overwrite: bool) -> None:
 def publish(partial: Path, out: Path, *, overwrite: bool = False) -> None:
     """Move a finished partial folder to `out` in one step: a reader sees the old artifact or the new, never a part.
 
-    Raises ConfigError as `check_output` does, or when the two are on different disks.
+    Raises ConfigError as `check_output` does, or when the two are on different disks; InputMissing or InputCorrupt
+    when `partial` is not finished.
     """
     check_output(out, overwrite=overwrite)
-    partial = partial.absolute()
+    _read_manifest(partial)
+    (partial / JOURNAL_FILE).unlink(missing_ok=True)
+    partial, out = partial.absolute(), out.absolute()
     try:
         if not out.exists() or not any(out.iterdir()):
             os.rename(partial, out)  # of a folder: fails, changing nothing, if someone filled `out` meanwhile
         elif _exchange(partial, out):
             _remove_artifact(partial)  # which is the old one now
         else:
-            aside = out.absolute().with_name(f".{out.name}.old")
+            aside = out.with_name(f".{out.name}.{os.getpid()}")  # not one step, but nothing is lost if we die here
             os.rename(out, aside)
             os.rename(partial, out)
             _remove_artifact(aside)
@@ -263,7 +270,7 @@ def publish(partial: Path, out: Path, *, overwrite: bool = False) -> None:
         if error.errno == errno.EXDEV:
             raise ConfigError(f"is on another disk than {partial}", str(out), "Keep both on one disk") from None
         raise
-    _sync_folder(out.absolute().parent)
+    _sync_folder(out.parent)
 
 
 def _exchange(first: Path, second: Path) -> bool:
@@ -306,7 +313,8 @@ def _remove_artifact(folder: Path) -> None:
     own = set(names) - set(_strangers(folder)) - {MANIFEST_FILE}
     for name in (*sorted(own), MANIFEST_FILE):
         (folder / name).unlink()
-    folder.rmdir()
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def _begin(folder: Path, journal: int, key: str) -> set[str]:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lilliput.core.errors import InputCorrupt, Unsupported
-from lilliput.core.spec import Activation, ModelSpec, Norm, QKNorm
+from lilliput.core.spec import Activation, ModelSpec, Norm, QKNorm, Rotary
 from lilliput.models.rope import rotary
 
 _ACTIVATIONS: dict[str, Activation] = {
@@ -45,6 +45,11 @@ class Key(_Words):
         """Return the value in `config`: null where the file says null, `default` where it says nothing."""
         present = [config[k] for k in ([self.key] if isinstance(self.key, str) else self.key) if k in config]
         return next((v for v in present if v is not None), None if present else self.default)
+
+    def or_default(self, config: dict[str, Any]) -> Any:
+        """Return the value in `config`, or `default` where the file says null or nothing."""
+        value = self.of(config)
+        return self.default if value is None else value
 
 
 class NormWords(_Words):
@@ -221,7 +226,7 @@ class Architecture(_Words):
         return size
 
     def _activation(self, config: dict[str, Any], where: str) -> Activation:
-        name = self.activation.of(config) or self.activation.default
+        name = self.activation.or_default(config)
         if name not in _ACTIVATIONS:
             known = ", ".join(_ACTIVATIONS)
             raise Unsupported(f"activation {name!r}", where=where, fix=f"Known activations are {known}")
@@ -240,9 +245,9 @@ class Architecture(_Words):
             rope["original_max_position_embeddings"] = config["original_max_position_embeddings"]
         return rope
 
-    def _rope(self, config: dict[str, Any], size: dict[str, int], where: str) -> tuple[Any, int]:
+    def _rope(self, config: dict[str, Any], size: dict[str, int], where: str) -> tuple[Rotary | None, int]:
         """Return the Rotary, or None, and the context in tokens."""
-        context = self.context.of(config) or self.context.default
+        context: int = self.context.or_default(config)
         if self.rope is None:
             return None, context
         rope, named = self._rope_keys(config), self.rope.partial
@@ -251,7 +256,7 @@ class Architecture(_Words):
             what = f"rotation of a part of the head in the {self.family} family"
             raise Unsupported(what, where=where, fix="Only a partial_rotary_factor of 1 is served here")
         dim = int(size["head_dim"] * (partial if named and partial else 1.0))
-        theta = rope.get("rope_theta") or self.rope.theta.of(config) or self.rope.theta.default
+        theta = rope.get("rope_theta") or self.rope.theta.or_default(config)
         turned = rotary(rope, dim=dim, theta=theta, context=context, where=where)
         if rope["rope_type"] == "longrope":
             context = min(context, rope.get("original_max_position_embeddings") or context)

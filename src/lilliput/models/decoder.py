@@ -56,17 +56,12 @@ class Attention(nn.Module):
     def __init__(self, spec: ModelSpec, layer: int, names: Collection[str]) -> None:
         super().__init__()
         self.spec, self.window = spec, spec.windows[layer]
-        for name, (out, inp) in spec.linears(layer).items():
-            if ".attn." in name:
-                self.add_module(name.rsplit(".", 1)[1], nn.Linear(inp, out, bias=f"{name}.bias" in names))
-        if spec.qk_norm:
-            q, k = (((n, spec.head_dim) if spec.qk_norm.per_head else (spec.head_dim,)) for n in self._heads)
-            self.q_norm = Normalize(spec.qk_norm.norm, q, bias=False)
-            self.k_norm = Normalize(spec.qk_norm.norm, k, bias=False)
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = _linears(spec, layer, names)[:4]
+        self.q_norm, self.k_norm = (self._qk_norm(n) for n in (spec.num_heads, spec.num_kv_heads))
 
-    @property
-    def _heads(self) -> tuple[int, int]:
-        return self.spec.num_heads, self.spec.num_kv_heads
+    def _qk_norm(self, heads: int) -> Normalize | None:
+        qk, width = self.spec.qk_norm, self.spec.head_dim
+        return qk and Normalize(qk.norm, (heads, width) if qk.per_head else (width,), bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (batch, length, hidden); returns the same shape."""
@@ -74,7 +69,7 @@ class Attention(nn.Module):
         q = self.q_proj(x).unflatten(-1, (-1, spec.head_dim))
         k = self.k_proj(x).unflatten(-1, (-1, spec.head_dim))
         v = self.v_proj(x).unflatten(-1, (-1, spec.head_dim))
-        if spec.qk_norm:
+        if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if spec.rotary:
             q, k = rotate(q, k, spec.rotary)
@@ -113,14 +108,14 @@ class MLP(nn.Module):
 
     def __init__(self, spec: ModelSpec, layer: int, names: Collection[str]) -> None:
         super().__init__()
-        self.gated, self.activate = spec.gated_mlp, _ACTIVATIONS[spec.activation]
-        for name, (out, inp) in spec.linears(layer).items():
-            if ".mlp." in name:
-                self.add_module(name.rsplit(".", 1)[1], nn.Linear(inp, out, bias=f"{name}.bias" in names))
+        self.activate = _ACTIVATIONS[spec.activation]
+        *gate, self.up_proj, self.down_proj = _linears(spec, layer, names)[4:]
+        self.gate_proj = gate[0] if gate else None
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (.., hidden); returns the same shape."""
-        inner = self.activate(self.gate_proj(x)) * self.up_proj(x) if self.gated else self.activate(self.up_proj(x))
+        up = self.up_proj(x)
+        inner = self.activate(up) if self.gate_proj is None else self.activate(self.gate_proj(x)) * up
         out: Tensor = self.down_proj(inner)
         return out
 
@@ -165,6 +160,11 @@ class Block(nn.Module):
         return found
 
 
+def _linears(spec: ModelSpec, layer: int, names: Collection[str]) -> list[nn.Linear]:
+    """Return one block's linear layers in the order of ModelSpec.linears, a bias where `names` has one."""
+    return [nn.Linear(inp, out, f"{name}.bias" in names) for name, (out, inp) in spec.linears(layer).items()]
+
+
 class Decoder(nn.Module):
     """A causal decoder. `names` are the canonical tensors there are; `layers` how many blocks to build (all of them)."""
 
@@ -190,7 +190,9 @@ class Decoder(nn.Module):
 
         Raises OutOfResource for a sequence longer than the table of learned positions.
         """
-        hidden: Tensor = self.embed_tokens(tokens) * self.spec.embed_scale
+        hidden: Tensor = self.embed_tokens(tokens)
+        if self.spec.embed_scale != 1.0:
+            hidden = hidden * self.spec.embed_scale
         if self.spec.position_offset is None:
             return hidden
         length = tokens.shape[-1]
@@ -202,8 +204,8 @@ class Decoder(nn.Module):
 
     def finish(self, hidden: Tensor) -> Tensor:
         """hidden: (.., hidden); returns logits (.., vocab)."""
-        head = self.embed_tokens.weight if self.spec.tied_head else self.lm_head.weight
-        logits = F.linear(self.final_norm(hidden), head, None if self.spec.tied_head else self.lm_head.bias)
+        hidden = self.final_norm(hidden)
+        logits: Tensor = F.linear(hidden, self.embed_tokens.weight) if self.spec.tied_head else self.lm_head(hidden)
         cap = self.spec.logit_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 

@@ -46,8 +46,8 @@ def _llama3(plain: list[float], rope: dict[str, Any], context: int, where: str) 
     trained = rope.get("original_max_position_embeddings") or context
 
     def stretch(freq: float) -> float:
-        turns = trained * freq / (2 * math.pi)  # over the trained context
-        keep = min(max((turns - low) / (high - low), 0.0), 1.0)
+        turns: float = trained * freq / (2 * math.pi)  # over the trained context
+        keep: float = min(max((turns - low) / (high - low), 0.0), 1.0)
         return keep * freq + (1 - keep) * freq / factor
 
     return [stretch(f) for f in plain], 1.0

@@ -1,0 +1,65 @@
+"""Every family against transformers' own eager attention in float32, on sequences longer than any window."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lilliput.models import Checkpoint, load_block, load_decoder, load_ends
+from support.families import FAMILIES, VOCAB, model_for, write_checkpoint
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 1.0,
+    "short_factor": [1.0 + 0.1 * i for i in range(8)],
+    "long_factor": [4.0] * 8,
+}
+SLIDES = ["full_attention", "sliding_attention"]
+CASES: list[tuple[str, dict[str, Any]]] = [
+    *((family, {}) for family in FAMILIES),
+    ("llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
+    ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}, "head_dim": 24}),
+    ("llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4}),
+    ("mistral", {"sliding_window": None}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1, "num_hidden_layers": 3}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "layer_types": SLIDES, "tie_word_embeddings": False}),
+    ("qwen3", {"attention_bias": True, "tie_word_embeddings": True}),
+    ("gemma", {"attention_bias": True, "hidden_act": "gelu"}),
+    ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    ("gemma2", {"layer_types": SLIDES, "num_hidden_layers": 2, "tie_word_embeddings": False}),
+    ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 64, "partial_rotary_factor": 1.0}),
+    ("stablelm", {"qk_layernorm": True, "use_parallel_residual": True, "partial_rotary_factor": 0.5}),
+    ("stablelm", {"qk_layernorm": True}),
+    ("stablelm", {"use_parallel_residual": True, "tie_word_embeddings": True}),
+    ("opt", {"enable_bias": False, "activation_function": "gelu"}),
+    ("opt", {"tie_word_embeddings": False}),
+    ("gpt_neox", {"use_parallel_residual": False, "hidden_act": "gelu_fast"}),
+    ("gpt_neox", {"attention_bias": False, "tie_word_embeddings": True}),
+]
+
+
+def tokens(batch: int, length: int) -> torch.Tensor:
+    return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"), CASES, ids=lambda v: v if isinstance(v, str) else "-".join(v) or "plain"
+)
+def test_the_logits_are_those_of_transformers(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, family, seed=7, **changes)
+    batch = tokens(2, 33)
+    with torch.no_grad():
+        expected = model_for(family, seed=7, **changes)(batch).logits
+        found = load_decoder(Checkpoint.open(tmp_path)).eval()(batch)
+    assert expected.abs().max() > 1  # large enough for an error to show
+    assert (found - expected).abs().max() <= 2e-5 * expected.abs().max()

@@ -119,7 +119,7 @@ class Sweep:
         state.streams[FLOAT] = embed(frame, self.job.probe, rows_of(weight, 0))
         if self.job.calibration is not None:
             rows = rows_of(solved, self.job.feed)
-            hidden = (embed(frame, torch.from_numpy(b).long(), rows) for b in self.job.calibration)
+            hidden = (embed(frame, torch.tensor(b, dtype=torch.int64), rows) for b in self.job.calibration)
             self._activations(1).write(hidden)
 
     def _block(self, state: State, index: int) -> None:

@@ -1,0 +1,376 @@
+"""`compress`: a model goes in, one verified artifact comes out, or nothing does."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lilliput import __version__
+from lilliput.artifact import (
+    SCHEMA_VERSION,
+    ArtifactWriter,
+    DataFile,
+    DataInfo,
+    LayerRecord,
+    Manifest,
+    QualityEntry,
+    SourceInfo,
+    amend,
+    check_output,
+    partial_of,
+    publish,
+)
+from lilliput.core.errors import ConfigError, Interrupted, OutOfResource, QualityFailed
+from lilliput.core.progress import Progress, Silent
+from lilliput.core.recipe import Recipe, load_recipe
+from lilliput.data import Tokenizer, batches, read_documents
+from lilliput.data.streams import Batches
+from lilliput.methods.base import LayerMethod, Method, ModelMethod
+from lilliput.methods.journal import Journal, State
+from lilliput.methods.sources import CheckpointSource, DecoderSource, Source
+from lilliput.methods.sweep import FLOAT, Job, Outcome, Sweep
+from lilliput.models import Checkpoint
+from lilliput.numerics.nested import Quantized
+from lilliput.pipeline.card import model_card
+from lilliput.pipeline.gate import UNQUANTIZED, judge, measure
+from lilliput.pipeline.plan import Budget, Work, budget, plan_work
+from lilliput.pipeline.report import CompressReport, WidthRow
+from lilliput.pipeline.train import run_model_methods
+
+PROBE_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `compress` was asked for, beside model, place and recipe."""
+
+    calibration: tuple[str, ...]
+    samples: int
+    length: int
+    seed: int
+    max_ram: int | None
+    resume: bool
+    overwrite: bool
+    gate: bool
+
+
+def compress(
+    model: str | Path,
+    out: str | Path,
+    *,
+    recipe: str | Path | Recipe | Sequence[dict[str, Any]] = "nested",
+    bits: Sequence[int] | None = None,
+    group_size: int | None = None,
+    calibration: Sequence[str | Path] = (),
+    samples: int = 128,
+    length: int = 512,
+    seed: int = 0,
+    max_ram: int | None = None,
+    resume: bool = True,
+    overwrite: bool = False,
+    gate: bool = True,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> CompressReport:
+    """Compress a model into one artifact folder, check it, and only then put it at `out`.
+
+    model: a Hugging Face folder or hub id. out: the artifact, absent, empty, or with `overwrite` an artifact to be
+    replaced. recipe: see `core.recipe.load_recipe`; bits and group_size change every stage that has them.
+    calibration: text files or a hub dataset for recipes that need one; `samples` rows of `length` tokens are drawn
+    from it with `seed`. max_ram: bytes of memory to stay below. resume: go on from an interrupted run of the same
+    model, data, recipe and versions, whose work waits in OUT.partial. gate: fail when a width is far from the
+    original. dry_run: only plan, reading no weights.
+
+    The same arguments give the same bytes, resumed or not. Raises LilliputError: ConfigError for options, InputMissing,
+    InputCorrupt or InputUnsafe for the model and texts, Unsupported, OutOfResource, QualityFailed (the finished work
+    stays, `gate=False` accepts it), Interrupted.
+    """
+    options = Options(tuple(map(str, calibration)), samples, length, seed, max_ram, resume, overwrite, gate)
+    out, progress = Path(out), progress or Silent()
+    parsed = load_recipe(recipe).override(bits=None if bits is None else list(bits), group_size=group_size)
+    checkpoint = Checkpoint.open(model)
+    check_output(out, overwrite=overwrite)
+    check_apart(out, checkpoint.folder)
+    work = plan_work(checkpoint, parsed)
+    whole = any(isinstance(method, ModelMethod) for run in work.runs for method in run)
+    spent = budget(checkpoint, work, max_ram=max_ram, length=length, whole=whole)
+    if work.needs_calibration and not calibration and not dry_run:
+        what = "it has a method that learns from text, and none is given"
+        raise ConfigError(what, where=f"recipe {parsed.name}", fix="Give --calibration FILE")
+    report = plan_report(model, checkpoint, parsed, work, spent, options)
+    if dry_run:
+        return report
+    check_space(out, report)
+    torch.manual_seed(seed)
+    return Run(checkpoint, str(model), out, parsed, work, spent, options, progress).finish(report)
+
+
+def check_apart(out: Path, folder: Path) -> None:
+    """Raise ConfigError when the artifact would be the model's folder, or inside it, or around it."""
+    here, there = out.resolve(), folder.resolve()
+    if here == there or here in there.parents or there in here.parents:
+        what = "the output is the model's own folder, or one is inside the other"
+        raise ConfigError(what, where=str(out), fix="Give a folder apart from the model")
+
+
+def check_space(out: Path, report: CompressReport) -> None:
+    """Raise OutOfResource when the disk cannot hold the artifact and the work beside it."""
+    parent = next(p for p in out.absolute().parents if p.exists())
+    free, need = shutil.disk_usage(parent).free, report.size_bytes + report.work_bytes
+    if free < need:
+        what = f"{need:,} bytes are needed and {free:,} are free"
+        raise OutOfResource(what, where=str(parent), fix="Free some space or choose another disk")
+
+
+def plan_report(
+    model: str | Path, checkpoint: Checkpoint, recipe: Recipe, work: Work, spent: Budget, options: Options
+) -> CompressReport:
+    """Everything a dry run can tell."""
+    plan = work.plan
+    rows = [
+        WidthRow(bits=b, size_bytes=plan.bytes_at(b), bits_per_weight=round(plan.bits_per_weight(b), 4))
+        for b in plan.bits
+    ]
+    tokens = options.samples * options.length if work.needs_calibration else 0
+    warnings = list(checkpoint.notes)
+    if options.calibration and not work.needs_calibration:
+        warnings.append("the recipe learns nothing from text; the calibration files are not used")
+    return CompressReport(
+        path=None,
+        source=str(model),
+        recipe=[{k: dict(v) for k, v in stage.items()} for stage in recipe.data()],
+        source_bytes=checkpoint.nbytes,
+        size_bytes=plan.total_bytes(),
+        rows=rows or [WidthRow(bits=UNQUANTIZED, size_bytes=plan.total_bytes())],
+        layers=work.layers,
+        expected_ram_bytes=spent.ram_bytes,
+        work_bytes=2 * 4 * tokens * checkpoint.spec.hidden_size,
+        warnings=warnings,
+    )
+
+
+class Run:
+    """One compression on its way, in OUT.partial: `artifact/` is what will be published, `work/` what a resume needs."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        model: str,
+        out: Path,
+        recipe: Recipe,
+        work: Work,
+        spent: Budget,
+        options: Options,
+        progress: Progress,
+    ) -> None:
+        self.checkpoint, self.model, self.out, self.recipe = checkpoint, model, out, recipe
+        self.work, self.spent, self.options, self.progress = work, spent, options, progress
+        self.partial = partial_of(out)
+        self.folder, self.notes = self.partial / "artifact", self.partial / "work"
+
+    def finish(self, report: CompressReport) -> CompressReport:
+        """Do what is left to do and publish; see `compress`."""
+        self.progress.say("reading the model's files for their checksum")
+        tools = {"lilliput": __version__} | {name: version(name) for name in ("torch", "numpy", "tokenizers")}
+        tokenizer = Tokenizer.open(self._tokenizer_folder())
+        data, told = self._calibration(tokenizer)
+        key = self._claim(tools, told)
+        resumed = (self.notes / "state.safetensors").exists()
+        probe = self._probe(tokenizer)
+        with resumable(self.out, Journal(self.notes), self.checkpoint.spec.num_layers + 2):
+            outcome = self._sweep(key, torch.tensor([probe]), data, tools, told)
+            logits = {name: value.numpy() for name, value in outcome.logits.items()}
+            self.progress.say("opening the artifact and comparing it with the original")
+            quality = measure(self.folder, probe, logits)
+            self._describe(quality)
+        problems = judge(quality)
+        if problems and self.options.gate:
+            raise QualityFailed(
+                "; ".join(problems),
+                where="quality gate",
+                fix="Use other widths or another recipe, or repeat with --no-gate to accept it, which needs no new work",
+            )
+        publish(self.folder, self.out, overwrite=self.options.overwrite)
+        shutil.rmtree(self.partial)
+        by_width = {row.bits: row for row in quality}
+        rows = [
+            row.model_copy(update={"kl": by_width[row.bits].kl, "top1_agreement": by_width[row.bits].top1_agreement})
+            for row in report.rows
+        ]
+        warnings = [*report.warnings, *problems]
+        return report.model_copy(update={"path": str(self.out), "rows": rows, "resumed": resumed, "warnings": warnings})
+
+    # ---- what goes in
+
+    def _tokenizer_folder(self) -> Path:
+        """The tokenizer of the model, as it will be in the artifact."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.checkpoint.export_tokenizer(self.folder)
+        return self.folder
+
+    def _calibration(self, tokenizer: Tokenizer) -> tuple[Batches | None, DataInfo | None]:
+        if not self.work.needs_calibration:
+            return None, None
+        options = self.options
+        documents = [text for path in options.calibration for text in read_documents(path)]
+        length = min(options.length, self.checkpoint.spec.context)
+        drawn = batches(
+            documents, tokenizer, length=length, samples=options.samples, batch_size=self.spent.batch, seed=options.seed
+        )
+        named = tuple(
+            DataFile(name=Path(path).name, sha256=hashlib.sha256("\0".join(read_documents(path)).encode()).hexdigest())
+            for path in options.calibration
+        )
+        return drawn, DataInfo(files=named, sha256=drawn.sha256, tokens=drawn.tokens)
+
+    def _probe(self, tokenizer: Tokenizer) -> list[int]:
+        """Token ids of the text every width is followed through: the shipped one, or a few ids where it has no tokens."""
+        text = files("lilliput.pipeline").joinpath("probe.txt").read_text("utf-8")
+        ids = tokenizer.encode(text)[: min(PROBE_TOKENS, self.checkpoint.spec.context)]
+        ids = [i for i in ids if i < self.checkpoint.spec.vocab_size]
+        return ids if len(ids) > 1 else list(range(min(16, self.checkpoint.spec.vocab_size)))
+
+    def _claim(self, tools: dict[str, str], data: DataInfo | None) -> str:
+        """Check that the partial folder is ours to go on with, and return the fingerprint of all the bytes depend on."""
+        parts = {
+            "model": self.checkpoint.fingerprint(),
+            "recipe": self.recipe.data(),
+            "data": None if data is None else data.sha256,
+            "seed": self.options.seed,
+            "versions": {**tools, "schema": SCHEMA_VERSION},
+            "memory": [self.spent.batch, self.spent.slice_rows, torch.get_num_threads()],
+        }
+        found = self.notes / "parts.json"
+        if found.exists():
+            before = json.loads(found.read_text("utf-8"))
+            changed = [name for name in parts if before.get(name) != json.loads(json.dumps(parts[name]))]
+            if changed and self.options.resume:
+                what = f"holds unfinished work with another {', '.join(changed)}"
+                raise ConfigError(
+                    what, where=str(self.partial), fix="Repeat that run, or give --no-resume to discard it"
+                )
+            if not self.options.resume:
+                self._discard()
+        self.notes.mkdir(parents=True, exist_ok=True)
+        found.write_text(json.dumps(parts, indent=1), "utf-8")
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def _discard(self) -> None:
+        shutil.rmtree(self.partial)
+        self._tokenizer_folder()
+
+    # ---- the work
+
+    def _sweep(
+        self, key: str, probe: Tensor, data: Batches | None, tools: dict[str, str], told: DataInfo | None
+    ) -> Outcome:
+        """Write the artifact's tensors and manifest, or take them from a run that got this far."""
+        kept = Journal(self.notes / "outcome")
+        if (self.folder / "manifest.json").exists():
+            state = kept.load()
+            return Outcome(state.streams, state.records)
+        source, reference = self._source(data, probe)
+        widths = self.work.plan.bits
+        job = Job(self.work.methods, widths, probe, data if self._gathers() else None, self.spent.slice_rows)
+        with ArtifactWriter.start(self.folder, self.work.plan, key) as writer:
+            outcome = Sweep(source, Tensors(writer), job, Journal(self.notes), self.progress).run()
+            if reference is not None:
+                outcome.logits[FLOAT] = reference
+            kept.save(State(streams=outcome.logits, records=outcome.records))
+            self._side_files()
+            writer.finish(
+                source=self._provenance(),
+                recipe=json.loads(json.dumps(self.recipe.data())),
+                seed=self.options.seed,
+                data=told,
+                tools=tools,
+                layers=[LayerRecord.model_validate(record) for record in outcome.records],
+            )
+        return outcome
+
+    def _gathers(self) -> bool:
+        return any(m.needs.value != "none" for chain in self.work.methods.values() for m in chain)
+
+    def _source(self, data: Batches | None, probe: Tensor) -> tuple[Source, Tensor | None]:
+        """Where the final sweep reads, and the original's probe logits when that is no longer the original."""
+        earlier: list[list[Method]] = self.work.runs[:-1]
+        if not earlier:
+            return CheckpointSource(self.checkpoint), None
+        assert data is not None, "a ModelMethod needs text, which planning has seen to"
+        decoder, reference = run_model_methods(self.checkpoint, earlier, data, probe, self.notes, self.progress)
+        last = earlier[-1][-1]
+        return DecoderSource(decoder, made_by=type(last).__name__.lower()), reference
+
+    # ---- what stands beside the tensors
+
+    def _provenance(self) -> SourceInfo:
+        names = self.checkpoint.names()
+        return SourceInfo(
+            name=self.model if not Path(self.model).exists() else self.checkpoint.folder.resolve().name,
+            sha256=self.checkpoint.fingerprint(),
+            architecture=self.checkpoint.spec.family,
+            parameters=self.checkpoint.parameters,
+            dtype=self.checkpoint.info(names[0]).dtype,
+            size_bytes=self.checkpoint.nbytes,
+        )
+
+    def _side_files(self) -> None:
+        plan = self.work.plan
+        told = {"quant_method": "lilliput", "bits": list(plan.bits), "schema_version": SCHEMA_VERSION}
+        config = {**self.checkpoint.config, "quantization_config": told}
+        (self.folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+        (self.folder / "recipe.yaml").write_text(self.recipe.text(), "utf-8")
+
+    def _describe(self, quality: list[QualityEntry]) -> Manifest:
+        card = model_card(self._provenance(), self.work.plan, self.recipe, quality)
+        (self.folder / "README.md").write_text(card, "utf-8")
+        return amend(self.folder, quality=quality)
+
+
+class Tensors:
+    """A sweep's Sink that writes into an artifact."""
+
+    def __init__(self, writer: ArtifactWriter) -> None:
+        self._writer = writer
+
+    def quantized(self, name: str, value: Quantized) -> None:
+        """Write codes and grids."""
+        scale = {b: s.numpy() for b, s in value.scale.items()}
+        zero = {b: z.numpy() for b, z in value.zero.items()}
+        self._writer.put_quantized(name, value.codes.numpy(), scale, zero)
+
+    def floating(self, name: str, value: Tensor) -> None:
+        """Write a tensor in the dtype its entry has; bfloat16 goes as its bits."""
+        dtype = self._writer.plan.floats[name].dtype
+        cast = (
+            value.detach().to({"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[dtype]).contiguous()
+        )
+        array = cast.view(torch.int16).numpy().view(np.uint16) if dtype == "BF16" else cast.numpy()
+        self._writer.put_float(name, array)
+
+    def settle(self) -> None:
+        """Have it on disk."""
+        self._writer.sync()
+
+
+@contextmanager
+def resumable(out: Path, journal: Journal, steps: int) -> Iterator[None]:
+    """Turn Ctrl-C into an error that says how far the work is and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        what = f"stopped after {journal.load().step} of {steps} steps; what is done is kept in {partial_of(out)}"
+        raise Interrupted(what, where=str(out), fix="Repeat the same command to go on from there") from None
+
+
+__all__ = ["LayerMethod", "compress"]

@@ -1,0 +1,81 @@
+"""The two checks between a written artifact and the name "done": it says what was meant, and what was meant is good.
+
+First the saved artifact is opened through the public engine and its logits on the probe are compared with those the
+sweep computed from the same weights in torch. Then every width is compared with the original model.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from lilliput.artifact import QualityEntry
+from lilliput.core.errors import QualityFailed
+from lilliput.engine import Engine
+from lilliput.numerics.divergence import divergence, log_softmax
+
+F32 = npt.NDArray[np.float32]
+AGREEMENT = 2e-3
+"""Largest difference of engine and torch logits, as a share of the largest logit.
+
+Both compute in float32 but sum in different orders; over tens of layers that leaves a few parts in 1e5. A wrong scale,
+a swapped row or a lost bias is off by far more than 1e-2."""
+LIMITS = {2: 3.0, 3: 1.5, 4: 0.5, 5: 0.2, 6: 0.1, 7: 0.05, 8: 0.03}
+"""Mean KL to the original, nats, above which a width counts as broken. Generous on purpose: a usable model is far
+below, and a text of a hundred tokens is not a benchmark."""
+FLOAT_LIMIT = 3.0
+"""The same for a result that is not quantized, where a recipe may prune as hard as it likes."""
+UNQUANTIZED = 32
+"""What stands for "no width" in reports."""
+
+
+def measure(folder: Path, probe: list[int], logits: Mapping[str, F32]) -> list[QualityEntry]:
+    """Open the artifact, run the probe at every width, compare; return how far each width is from the original.
+
+    probe: token ids. logits: what the sweep computed, (length, vocab) by width and under "float".
+    Raises QualityFailed when the artifact does not say what was meant, or says something that is not a number.
+    """
+    engine = Engine(folder)
+    found = []
+    for key in sorted((k for k in logits if k != "float"), key=int):
+        bits = int(key)
+        said = engine.logits(probe, bits=bits or None)
+        compare(said, logits[key], bits)
+        kl, same = divergence(logits["float"][:-1], said[:-1])
+        targets = np.array(probe[1:])
+        nll = -log_softmax(said[:-1])[np.arange(len(targets)), targets].mean()
+        found.append(
+            QualityEntry(
+                bits=bits or UNQUANTIZED,
+                tokens=len(targets),
+                kl=float(f"{kl.mean():.4g}"),
+                top1_agreement=float(f"{same.mean():.4g}"),
+                nll=float(f"{nll:.4g}"),
+                text="the probe text shipped with lilliput",
+            )
+        )
+    return found
+
+
+def compare(said: F32, meant: F32, bits: int) -> None:
+    """Raise QualityFailed unless the engine's logits are finite and those of the sweep."""
+    where = f"{bits} bits" if bits else "the artifact"
+    if not np.isfinite(said).all():
+        what = "the saved artifact gives logits that are not numbers"
+        raise QualityFailed(what, where=where, fix="Exclude the layers with the largest error, or choose other widths")
+    gap = float(np.abs(said - meant).max()) / max(1e-6, float(np.abs(meant).max()))
+    if gap > AGREEMENT:
+        what = f"the saved artifact's logits differ from the intended ones by {gap:.2g} of their range"
+        raise QualityFailed(what, where=where, fix="This is a fault of ours or of the disk: run verify, then report it")
+
+
+def judge(quality: list[QualityEntry]) -> list[str]:
+    """One line for every width whose divergence from the original is beyond its limit; empty when all is well."""
+    lines = []
+    for row in quality:
+        limit = LIMITS.get(row.bits, FLOAT_LIMIT)
+        if row.kl > limit:
+            name = "the result" if row.bits == UNQUANTIZED else f"{row.bits} bits"
+            lines.append(f"{name}: KL to the original is {row.kl:.3g} nats a token, above {limit:g}")
+    return lines

@@ -1,0 +1,91 @@
+"""The stages of a recipe that come before its last sweep, on the whole model in memory.
+
+A ModelMethod's result is kept on disk, so an interrupted run repeats at most the stage it was in.
+"""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lilliput.core.progress import Progress
+from lilliput.data.streams import Batches
+from lilliput.methods.base import LayerMethod, Method, ModelMethod
+from lilliput.methods.journal import Journal, sync
+from lilliput.methods.sources import DecoderSource
+from lilliput.methods.sweep import Job, Sweep, at_width
+from lilliput.models import Checkpoint, Decoder, load_decoder
+from lilliput.numerics.nested import Quantized
+from lilliput.pipeline.plan import assign, matrices_of
+
+
+def run_model_methods(
+    checkpoint: Checkpoint,
+    runs: Sequence[Sequence[Method]],
+    data: Batches,
+    probe: Tensor,
+    folder: Path,
+    progress: Progress,
+) -> tuple[Decoder, Tensor]:
+    """Apply runs of methods in order; return the decoder and the original's logits on the probe, (length, vocab).
+
+    data: calibration or training rows. probe: (1, length) int64. folder: where finished stages are kept.
+    """
+    decoder = load_decoder(checkpoint)
+    with torch.no_grad():
+        reference = decoder(probe)[0]
+    for index, run in enumerate(runs):
+        kept = folder / f"stage-{index}.safetensors"
+        if kept.exists():
+            decoder.load_state_dict(load_file(kept))
+            continue
+        if isinstance(run[0], ModelMethod):
+            for method in run:
+                assert isinstance(method, ModelMethod), "a run is of one kind"
+                progress.say(f"{type(method).__name__.lower()} on the whole model")
+                decoder = method.apply(decoder, data)
+        else:
+            _sweep_in_memory(
+                checkpoint, decoder, [m for m in run if isinstance(m, LayerMethod)], data, probe, folder, progress
+            )
+        fresh = kept.with_suffix(".new")
+        save_file({k: v.contiguous() for k, v in decoder.state_dict().items()}, fresh)
+        sync(fresh)
+        fresh.replace(kept)
+    return decoder, reference
+
+
+def _sweep_in_memory(
+    checkpoint: Checkpoint,
+    decoder: Decoder,
+    methods: Sequence[LayerMethod],
+    data: Batches,
+    probe: Tensor,
+    folder: Path,
+    progress: Progress,
+) -> None:
+    # Its results live in memory only, so what an interrupted run left of it is of no use.
+    shutil.rmtree(folder / "between", ignore_errors=True)
+    chosen = assign(methods, matrices_of(checkpoint))
+    source = DecoderSource(decoder, made_by="an earlier stage")
+    job = Job(chosen, (), probe, data)
+    Sweep(source, _Into(decoder), job, Journal(folder / "between"), progress).run()
+
+
+class _Into:
+    """A Sink that puts results back into a decoder."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._state = decoder.state_dict()
+
+    def quantized(self, name: str, value: Quantized) -> None:
+        self._state[f"{name}.weight"].copy_(at_width(value, value.bits[-1]))
+
+    def floating(self, name: str, value: Tensor) -> None:
+        self._state[name].copy_(value)
+
+    def settle(self) -> None:
+        """Nothing to wait for."""

@@ -16,6 +16,7 @@ from lilliput.core.errors import ConfigError
 from lilliput.numerics.nested import Quantized, spread
 
 F16_MAX = 65504.0
+F16_MIN = 2.0**-24
 
 
 def group_count(columns: int, group_size: int) -> int:
@@ -57,7 +58,8 @@ def _half_scale(scale: Tensor) -> Tensor:
     if bool((scale > F16_MAX).any()):
         what = f"weights need a step of {float(scale.max()):.3g}, beyond float16"
         raise ConfigError(what, where="scale", fix="Exclude this layer from quantization")
-    return scale.to(torch.float16)
+    # A step below the smallest float16 is widened to it: the group then uses fewer levels, but it is not lost.
+    return torch.where(scale > 0, scale.clamp_min(F16_MIN), scale).to(torch.float16)
 
 
 def _with_offset(scale: Tensor, middle: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,114 @@
+import pytest
+import torch
+from torch import Tensor
+
+from lilliput.numerics.grids import encode, minmax_grid, nest, refit
+from lilliput.numerics.nested import Quantized
+
+LADDER = (2, 3, 4, 8)
+
+
+def weights(out: int = 24, columns: int = 200, seed: int = 0) -> Tensor:
+    return torch.randn(out, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def nested(weight: Tensor, group_size: int, sym: bool, bits: tuple[int, ...] = LADDER) -> Quantized:
+    scale, zero = minmax_grid(weight, bits[-1], group_size, sym)
+    return nest(weight, encode(weight, scale, zero, bits[-1], group_size), scale, zero, bits, group_size)
+
+
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("group_size", [-1, 32, 64, 128])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_rounding_errs_by_half_a_step_at_most(bits: int, group_size: int, sym: bool) -> None:
+    weight = weights()
+    grid = nested(weight, group_size, sym, (bits,))
+    size = 200 if group_size == -1 else group_size
+    step = grid.scale[bits].float().repeat_interleave(size, 1)[:, :200]
+    # Scale and zero are rounded to 11 bits: the outermost level, 2^(bits-1) steps out, may miss the extreme by that.
+    slack = 2.0**-11 * (2 ** (bits - 1) + 2)
+    assert ((grid.dequantize(bits) - weight).abs() <= step * (0.5 + slack)).all()
+
+
+@pytest.mark.parametrize("sym", [True, False])
+def test_a_narrow_width_is_the_least_squares_line_of_its_codes(sym: bool) -> None:
+    weight = weights(columns=64)
+    grid = nested(weight, 64, sym)
+    for bits in LADDER[:-1]:
+        code = (grid.codes >> (8 - bits)).double() - (2**bits - 1) / 2
+        ones = [] if sym else [torch.ones_like(code)]
+        for row in range(len(weight)):
+            basis = torch.stack([code[row], *[o[row] for o in ones]], 1)
+            best = basis @ torch.linalg.lstsq(basis, weight[row].double()[:, None]).solution
+            least = (best[:, 0] - weight[row]).norm()
+            found = (grid.dequantize(bits)[row] - weight[row]).norm()
+            assert found <= least * 1.0005 + 1e-6  # float16 scale and zero, at the flat bottom of a parabola
+
+
+@pytest.mark.parametrize("sym", [True, False])
+def test_error_falls_with_every_width_and_beats_plain_rounding_of_that_width(sym: bool) -> None:
+    weight = weights()
+    grid = nested(weight, 64, sym)
+    errors = [float((grid.dequantize(b) - weight).norm()) for b in LADDER]
+    assert errors == sorted(errors, reverse=True)
+    for bits, error in zip(LADDER[:-1], errors, strict=False):
+        assert error < float((nested(weight, 64, sym, (bits,)).dequantize(bits) - weight).norm())
+
+
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("value", [0.0, 1.0, -3.3, 1e-7, 2e4])
+def test_equal_weights_survive_every_width(value: float, sym: bool) -> None:
+    weight = torch.full((3, 64), value)
+    grid = nested(weight, 64, sym)
+    for bits in LADDER:
+        assert torch.allclose(grid.dequantize(bits), weight, rtol=2**-10, atol=6e-8)  # the smallest float16
+
+
+def test_a_tiny_span_on_a_large_offset_keeps_the_offset() -> None:
+    weight = 100 + 1e-3 * weights(4, 64)
+    grid = nested(weight, 64, False)
+    for bits in LADDER:
+        assert torch.allclose(grid.dequantize(bits), weight, rtol=1e-3)
+
+
+def test_the_short_last_group_has_its_own_range() -> None:
+    weight = torch.cat([torch.ones(2, 64), torch.linspace(5, 9, 16).expand(2, 16)], 1)
+    grid = nested(weight, 64, False)
+    assert grid.scale[8].shape == (2, 2)
+    assert torch.allclose(grid.dequantize(8), weight, rtol=2e-3)
+
+
+def test_importance_pulls_the_fit_towards_the_columns_that_matter() -> None:
+    weight = weights(columns=64)
+    codes = encode(weight, *minmax_grid(weight, 8, 64, False), 8, 64) >> 6
+    importance = torch.ones(64)
+    importance[:8] = 1000.0
+    plain = refit(weight, codes, 2, 64, False)
+    pulled = refit(weight, codes, 2, 64, False, importance)
+
+    def error(grid: tuple[Tensor, Tensor | None]) -> float:
+        assert grid[1] is not None
+        made = Quantized(codes, (2,), 64, {2: grid[0]}, {2: grid[1]}).dequantize(2)
+        return float((importance * (made - weight) ** 2).sum())
+
+    assert error(pulled) < error(plain)
+
+
+def test_a_weight_beyond_float16_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^scale: weights need a step of 2e\+06, beyond float16\. Exclude this layer"):
+        minmax_grid(torch.tensor([[0.0, 6e6]]), 2, -1, False)
+
+
+def test_slices_of_rows_stack_to_the_whole() -> None:
+    weight = weights()
+    whole = nested(weight, 64, False)
+    parts = Quantized.stack([nested(weight[:10], 64, False), nested(weight[10:], 64, False)])
+    assert torch.equal(whole.codes, parts.codes)
+    assert all(torch.equal(whole.dequantize(b), parts.dequantize(b)) for b in LADDER)
+    assert torch.equal(whole.rows(torch.tensor([3, 3, 0])).dequantize(3), whole.dequantize(3)[[3, 3, 0]])
+
+
+def test_a_width_outside_the_ladder_is_served_by_the_next_wider() -> None:
+    grid = nested(weights(), 64, False, (4, 8))
+    assert [grid.serving(b) for b in (2, 3, 4, 5, 8)] == [4, 4, 4, 8, 8]
+    assert nested(weights(), 64, False, (2, 4)).serving(8) == 4

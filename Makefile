@@ -50,10 +50,14 @@ unit: $(VENV)/.installed
 	$(BIN)/pytest $(PYTEST)
 
 demo: $(VENV)/.installed
-	$(BIN)/python benchmarks/demo.py --out demo
+	$(BIN)/python -m lilliput.apps.demo assets/tales7m --out demo \
+	  --text assets/tales7m/valid.txt --prompt "Once upon a time"
 
-native:
-	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
+native: $(VENV)/.dependencies
+	rm -rf build/wheel
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	$(BIN)/python -c 'import glob, zipfile; z = zipfile.ZipFile(*glob.glob("build/wheel/*.whl")); \
+	  [print(z.extract(n, "src")) for n in z.namelist() if n.startswith("lilliput/engine/_native")]'
 
 clean:
 	rm -rf $(VENV) build demo

@@ -32,7 +32,9 @@ VERBS = {
     "recipes": "List the recipes, or show one.",
     "doctor": "Say what this machine and this install can do.",
 }
-OK, BUG, USAGE, RESOURCE, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 5, 130, 141
+EXTRA_OF = dict.fromkeys(("torch", "transformers", "huggingface_hub", "pyarrow"), "compress")
+EXTRA_OF |= {"starlette": "serve", "uvicorn": "serve"}
+OK, BUG, USAGE, UNSUPPORTED, RESOURCE, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 4, 5, 130, 141
 
 
 class Verbs(click.Group):
@@ -106,7 +108,10 @@ def _explain(error: BaseException) -> tuple[int, str, dict[str, Any]]:
     if isinstance(error, click.ClickException):
         return error.exit_code if error.exit_code != 1 else USAGE, error.format_message(), {}
     if isinstance(error, (KeyboardInterrupt, click.Abort)):
-        return INTERRUPTED, "interrupted. Nothing half-written was left; run the same command again to go on", {}
+        return INTERRUPTED, "interrupted", {}
+    if isinstance(error, ModuleNotFoundError) and error.name in EXTRA_OF:
+        fix = f"Run: pip install 'lilliput[{EXTRA_OF[error.name]}]'"
+        return UNSUPPORTED, f"{error.name}: this needs a package that is not installed. {fix}", {}
     if isinstance(error, MemoryError):
         return RESOURCE, "out of memory. Use a smaller --context, fewer --bits or a smaller model", {}
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -1,12 +1,24 @@
 """`lilliput compress`: a checkpoint in, one artifact of several bit widths out."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from lilliput.apps.cli.options import common, max_ram, widths
 from lilliput.apps.cli.output import Output, table
 from lilliput.measure.memory import format_bytes
+
+if TYPE_CHECKING:
+    from lilliput.pipeline import CompressReport
+
+COLUMNS = {
+    "bits": "bits",
+    "size": "size",
+    "bits_per_weight": "bits a weight",
+    "kl": "KL",
+    "top1_agreement": "top-1 agreement",
+}
 
 
 @common
@@ -21,8 +33,14 @@ from lilliput.measure.memory import format_bytes
 @widths("Widths to serve, ascending; by default the recipe's.")
 @click.option("--group-size", type=click.IntRange(min=-1), help="Weights that share a scale; -1 for a whole row.")
 @click.option(
-    "--calibration", multiple=True, type=click.Path(), metavar="FILE", help="Text, JSONL or Parquet; repeatable."
+    "--calibration",
+    multiple=True,
+    type=click.Path(),
+    metavar="FILE",
+    help="Text, JSONL, Parquet, or a dataset on the hub; repeatable.",
 )
+@click.option("--samples", type=click.IntRange(1), default=128, show_default=True, help="Rows of calibration text.")
+@click.option("--length", type=click.IntRange(2), default=512, show_default=True, help="Tokens of a row.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of everything random.")
 @max_ram
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Go on where an interrupted run stopped.")
@@ -38,6 +56,8 @@ def command(
     bits: list[int] | None,
     group_size: int | None,
     calibration: tuple[str, ...],
+    samples: int,
+    length: int,
     seed: int,
     max_ram: int | None,
     resume: bool,
@@ -47,8 +67,13 @@ def command(
 ) -> None:
     """Compress MODEL (a checkpoint folder or a hub id) into one artifact that serves every width asked for.
 
+    Ctrl-C keeps what is done; the same command again goes on from there. Needs lilliput[compress].
+
     \b
-    JSON: {"path", "size_bytes", "rows": [...], ...}, the report of lilliput.compress
+    JSON: {"path": the artifact, or null after --dry-run, "source", "recipe": [...], "source_bytes", "size_bytes",
+           "rows": [{"bits", "size_bytes", "bits_per_weight", "kl", "top1_agreement"}],
+           "layers": [{"name", "shape", "method", "bits"}], "expected_ram_bytes", "work_bytes", "resumed": bool,
+           "warnings": [text]}
     """
     if group_size == 0:
         raise click.BadParameter("0 is no group size. Write 64, or -1 for a whole row.", param_hint="--group-size")
@@ -62,6 +87,8 @@ def command(
             bits=bits,
             group_size=group_size,
             calibration=calibration,
+            samples=samples,
+            length=length,
             seed=seed,
             max_ram=max_ram,
             resume=resume,
@@ -70,5 +97,14 @@ def command(
             gate=gate,
             progress=progress,
         )
-    document = report.model_dump(mode="json")
-    out.result(document, lambda: f"{document['path']}: {format_bytes(document['size_bytes'])}\n{table(document['rows'], {})}")
+    for warning in report.warnings:
+        out.note(f"warning: {warning}")
+    out.result(report.model_dump(mode="json"), lambda: _text(report))
+
+
+def _text(report: "CompressReport") -> str:
+    share = f"{format_bytes(report.source_bytes)} -> {format_bytes(report.size_bytes)}"
+    first = f"{report.path}: {share}" if report.path else f"dry run, nothing was written: {share}"
+    rows = [row.model_dump() | {"size": format_bytes(row.size_bytes)} for row in report.rows]
+    memory = "" if report.path else f"\nexpected memory: {format_bytes(report.expected_ram_bytes)}"
+    return f"{first}{memory}\n\n{table(rows, COLUMNS)}"

@@ -1,12 +1,16 @@
-"""`lilliput inspect`: describe a checkpoint or an artifact without loading its weights."""
+"""`lilliput inspect`: describe a checkpoint or an artifact without reading its weights."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from lilliput.apps.cli.options import common
-from lilliput.apps.cli.output import Output, pairs
+from lilliput.apps.cli.output import Output, pairs, table
+from lilliput.measure.memory import format_bytes
+
+if TYPE_CHECKING:
+    from lilliput.core.spec import ModelSpec
 
 
 @common
@@ -14,34 +18,87 @@ from lilliput.apps.cli.output import Output, pairs
 @click.argument("model")
 @click.pass_obj
 def command(out: Output, model: str) -> None:
-    """Describe MODEL: an artifact, a checkpoint folder, or a hub id.
+    """Describe MODEL: an artifact, a checkpoint folder, or a hub id. Reads headers, not weights.
 
     \b
-    JSON of an artifact:   {"kind": "artifact", "path", "bits", "sizes": [{"bits", "size_bytes"}], "manifest": {...}}
-    JSON of a checkpoint:  {"kind": "checkpoint", "summary": {...}}
+    JSON of an artifact:
+      {"kind": "artifact", "path", "size_bytes", "bits": [int], "rows": [{"bits", "size_bytes", "kl",
+       "top1_agreement"}], "manifest": {...}}
+    JSON of a checkpoint:
+      {"kind": "checkpoint", "path", "size_bytes", "parameters", "family", "notes": [...], "spec": {...},
+       "linears": [{"name", "role", "shape": [out, in], "dtype"}]}
     """
-    if (Path(model) / "manifest.json").is_file():
+    if (Path(model) / "manifest.json").exists():
         _artifact(out, model)
     else:
         _checkpoint(out, model)
 
 
 def _artifact(out: Output, path: str) -> None:
-    from lilliput.artifact import Artifact
+    from lilliput.artifact.read import Artifact
 
     artifact = Artifact.open(path)
-    manifest = artifact.manifest.model_dump(mode="json")
-    document = {"kind": "artifact", "path": str(path), "bits": list(artifact.bits), "manifest": manifest}
-    out.result(document, lambda: _describe(manifest["spec"], {"artifact": path, "bits": list(artifact.bits)}))
+    manifest = artifact.manifest
+    rows: list[dict[str, Any]] = [{"bits": b, "size_bytes": artifact.bytes_at(b)} for b in artifact.bits]
+    for row in rows:
+        quality = next((q for q in manifest.quality if q.bits == row["bits"]), None)
+        row["kl"] = None if quality is None else quality.kl
+        row["top1_agreement"] = None if quality is None else quality.top1_agreement
+    document = {
+        "kind": "artifact",
+        "path": path,
+        "size_bytes": artifact.size_bytes,
+        "bits": list(artifact.bits),
+        "rows": rows,
+        "manifest": manifest.model_dump(mode="json"),
+    }
+    facts = {
+        "artifact": path,
+        "size": format_bytes(artifact.size_bytes),
+        "made from": f"{manifest.source.name}, {manifest.source.parameters:,} parameters",
+        "by": f"lilliput {manifest.lilliput_version}",
+    }
+    shown = [row | {"size": format_bytes(row["size_bytes"])} for row in rows]
+    columns = {"bits": "bits", "size": "weights", "kl": "KL", "top1_agreement": "top-1 agreement"}
+    out.result(document, lambda: f"{pairs(facts | _shape(manifest.spec))}\n\n{table(shown, columns)}")
 
 
 def _checkpoint(out: Output, source: str) -> None:
-    from lilliput.models import describe
+    from lilliput.models import Checkpoint
 
-    summary = describe(source).model_dump(mode="json")
-    out.result({"kind": "checkpoint", "summary": summary}, lambda: pairs(summary))
+    checkpoint = Checkpoint.open(source)
+    linears: list[dict[str, Any]] = [
+        {"name": name, "role": matrix.role, "shape": list(matrix.shape), "dtype": matrix.dtype}
+        for name, matrix in checkpoint.linears().items()
+    ]
+    document = {
+        "kind": "checkpoint",
+        "path": str(checkpoint.folder),
+        "size_bytes": checkpoint.nbytes,
+        "parameters": checkpoint.parameters,
+        "family": checkpoint.spec.family,
+        "notes": list(checkpoint.notes),
+        "spec": checkpoint.spec.model_dump(mode="json"),
+        "linears": linears,
+    }
+    facts = {
+        "checkpoint": checkpoint.folder,
+        "size": format_bytes(checkpoint.nbytes),
+        "parameters": f"{checkpoint.parameters:,}",
+        "dtype": ", ".join(sorted({matrix["dtype"] for matrix in linears})),
+        "matrices": len(linears),
+    }
+    notes = "".join(f"\nnote: {note}" for note in checkpoint.notes)
+    out.result(document, lambda: pairs(facts | _shape(checkpoint.spec)) + notes)
 
 
-def _describe(spec: dict[str, Any], first: dict[str, Any]) -> str:
-    keys = ("family", "num_layers", "hidden_size", "num_heads", "num_kv_heads", "vocab_size", "context")
-    return pairs(first | {key: spec.get(key) for key in keys})
+def _shape(spec: "ModelSpec") -> dict[str, Any]:
+    heads = f"{spec.num_heads} of {spec.head_dim}, {spec.num_kv_heads} for keys and values"
+    return {
+        "family": spec.family,
+        "layers": spec.num_layers,
+        "width": f"{spec.hidden_size}, feed-forward {spec.intermediate_size}",
+        "heads": heads,
+        "vocabulary": spec.vocab_size,
+        "context": spec.context,
+    }

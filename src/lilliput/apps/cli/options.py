@@ -10,6 +10,7 @@ from lilliput.measure.memory import parse_size
 
 F = TypeVar("F", bound=Callable[..., Any] | click.Command)
 
+
 def _bytes(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
     return None if value is None else parse_size(value)
 

@@ -7,11 +7,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from lilliput.core.progress import Progress, Silent
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
 
 EVERY_S = 5.0
 
@@ -89,7 +92,7 @@ class _Bar:
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
         self.bars = Bars(*columns, console=Console(stderr=True), speed_estimate_period=60)
         self.bars.start()
-        self.task = None
+        self.task: TaskID | None = None
         return self
 
     def __exit__(self, *exc: object) -> None:

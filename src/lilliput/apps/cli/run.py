@@ -83,7 +83,7 @@ def command(
         on_token=None if out.json else show,
     )
     document = {
-        "bits": bits or max(engine.bits),
+        "bits": bits or max(engine.bits, default=None),
         "prompt_tokens": done.prompt_tokens,
         "tokens": list(done.tokens),
         "text": done.text,

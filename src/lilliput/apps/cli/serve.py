@@ -2,13 +2,11 @@
 
 import logging
 import sys
-from importlib.util import find_spec
 
 import click
 
 from lilliput.apps.cli.options import artifact_argument, common, threads
 from lilliput.apps.cli.output import Output
-from lilliput.core.errors import Unsupported
 
 
 @common
@@ -39,10 +37,6 @@ def command(
 
     With --json, one document on stdout before the first request: {"url", "model", "bits", "context"}.
     """
-    for package in ("starlette", "uvicorn"):
-        if find_spec(package) is None:
-            what = f"the package {package} is not installed"
-            raise Unsupported(what, where="serve", fix="Run: pip install 'lilliput[serve]'")
     from lilliput.apps.server import Limits, model_name, serve
     from lilliput.engine import Engine
 

@@ -4,7 +4,7 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
@@ -84,7 +84,7 @@ def create_app(
     host: the address it will be bound to; on a loopback address only loopback names are answered. bits: the width of
     requests that name none, by default the widest.
     """
-    service = _Service(engine, name, bits or max(engine.bits), limits or Limits())
+    service = _Service(engine, name, bits or max(engine.bits, default=None), limits or Limits())
     routes = [
         Route("/health", service.health, methods=["GET"]),
         Route("/v1/models", service.models, methods=["GET"]),
@@ -102,13 +102,13 @@ class _Task:
 
     prompt: list[int]
     most: int
-    bits: int
+    bits: int | None
     sampling: Sampling
     stops: tuple[str, ...]
 
 
 class _Service:
-    def __init__(self, engine: Generator, name: str, bits: int, limits: Limits) -> None:
+    def __init__(self, engine: Generator, name: str, bits: int | None, limits: Limits) -> None:
         self.engine, self.name, self.bits, self.limits = engine, name, bits, limits
         self.turns, self.started = Turns(limits.queue), int(time.time())
 
@@ -258,7 +258,7 @@ class _Stream(Response):
         finally:
             self.service.turns.leave()
 
-    async def events(self, job: Job) -> AsyncIterator[bytes]:
+    async def events(self, job: Job) -> AsyncGenerator[bytes, None]:
         """The events of one answer, `[DONE]` last; an error ends them with an error object."""
         head = {**self.head, "object": self.shape.chunk} | ({"usage": None} if self.usage else {})
         choice: dict[str, Any] = {"index": 0, "logprobs": None}

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import TypeVar
 
@@ -52,7 +52,7 @@ class Job:
         """Whether somebody asked."""
         return self._stopped.is_set()
 
-    async def run(self, work: Callable[[Callable[[str], bool]], T], turns: Turns) -> AsyncIterator[str | T]:
+    async def run(self, work: Callable[[Callable[[str], bool]], T], turns: Turns) -> AsyncGenerator[str | T, None]:
         """Yield the pieces that `work(on_token)` makes, then what it returns. Nothing if cancelled before its turn."""
         loop, pieces = asyncio.get_running_loop(), asyncio.Queue[str | None]()
 

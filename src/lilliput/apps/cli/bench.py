@@ -1,0 +1,72 @@
+"""`lilliput bench`: how fast each width answers on this machine, and in how much memory."""
+
+import click
+
+from lilliput.apps.cli.options import artifact_argument, common, threads, widths
+from lilliput.apps.cli.output import Output, table
+from lilliput.measure.memory import format_bytes
+
+COLUMNS = {
+    "bits": "bits",
+    "prefill_tokens_per_s": "prefill tokens/s",
+    "decode_tokens_per_s": "decode tokens/s",
+    "time_to_first_token_s": "first token s",
+    "load_s": "load s",
+    "peak": "peak memory",
+    "read": "weights a token",
+    "bandwidth_share": "of bandwidth",
+}
+
+
+@common
+@click.command("bench")
+@artifact_argument
+@widths("Widths to time; by default all.")
+@click.option("--prompt-tokens", type=click.IntRange(1), default=128, show_default=True, help="Length of the prompt.")
+@click.option("--new-tokens", type=click.IntRange(2), default=128, show_default=True, help="Tokens to write.")
+@click.option(
+    "--rounds", type=click.IntRange(1), default=3, show_default=True, help="Processes a width; medians count."
+)
+@threads(2)
+@click.pass_obj
+def command(
+    out: Output,
+    artifact: str,
+    bits: list[int] | None,
+    prompt_tokens: int,
+    new_tokens: int,
+    rounds: int,
+    threads: int,
+) -> None:
+    """Time ARTIFACT at each width, each in a process of its own.
+
+    \b
+    JSON: {"rows": [{"bits", "threads", "rounds", "prompt_tokens", "decoded_tokens", "prefill_tokens_per_s",
+                     "decode_tokens_per_s", "time_to_first_token_s", "load_s", "peak_rss_bytes",
+                     "weight_bytes_read_per_token", "memory_bytes_per_s", "bandwidth_share", "foreign_cores"}],
+           "environment": {"cpu", "cores", "versions", ...}}
+    """
+    from lilliput.artifact.read import Artifact
+    from lilliput.measure import environment
+    from lilliput.measure.latency import bench
+
+    with out.progress() as progress:
+        rows = bench(
+            artifact,
+            bits=bits or Artifact.open(artifact).bits,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            rounds=rounds,
+            threads=threads,
+            progress=progress,
+        )
+    data = [row.model_dump(mode="json") for row in rows]
+    shown = [
+        row
+        | {
+            "peak": None if row["peak_rss_bytes"] is None else format_bytes(row["peak_rss_bytes"]),
+            "read": format_bytes(row["weight_bytes_read_per_token"]),
+        }
+        for row in data
+    ]
+    out.result({"rows": data, "environment": environment.describe()}, lambda: table(shown, COLUMNS))

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from lilliput.models import Checkpoint, load_block, load_decoder, load_ends
+from lilliput.models import Checkpoint, load_decoder
 from support.families import FAMILIES, VOCAB, model_for, write_checkpoint
 
 LLAMA3 = {

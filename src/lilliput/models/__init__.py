@@ -15,12 +15,26 @@ if TYPE_CHECKING:
     from lilliput.models.decoder import load_block as load_block
     from lilliput.models.decoder import load_decoder as load_decoder
     from lilliput.models.decoder import load_ends as load_ends
+    from lilliput.models.summary import ModelSummary as ModelSummary
+    from lilliput.models.summary import describe as describe
 
 _HOMES = {
     "checkpoint": ("Checkpoint", "Matrix", "TensorInfo"),
     "decoder": ("Block", "Decoder", "load_block", "load_decoder", "load_ends"),
+    "summary": ("ModelSummary", "describe"),
 }
-__all__ = ["Block", "Checkpoint", "Decoder", "Matrix", "TensorInfo", "load_block", "load_decoder", "load_ends"]
+__all__ = [
+    "Block",
+    "Checkpoint",
+    "Decoder",
+    "Matrix",
+    "ModelSummary",
+    "TensorInfo",
+    "describe",
+    "load_block",
+    "load_decoder",
+    "load_ends",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -5,6 +5,7 @@ the architecture needs when the checkpoint is opened, so a missing or misshapen 
 """
 
 import hashlib
+import json
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from lilliput.core.errors import InputCorrupt, InputMissing, Unsupported
 from lilliput.core.spec import ModelSpec
 from lilliput.models.architecture import Architecture, Key, Source, find_architecture, modules
 from lilliput.models.config import read_config
-from lilliput.models.source import inside, locate, weight_files
+from lilliput.models.source import first_line, inside, locate, weight_files
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,7 +99,6 @@ class Checkpoint:
     folder: Path
     spec: ModelSpec
     config: dict[str, Any]
-    family: str
     files: tuple[str, ...]
     notes: tuple[str, ...] = ()
     _stored: dict[str, Stored] = field(repr=False, default_factory=dict)
@@ -118,7 +118,9 @@ class Checkpoint:
         stored: dict[str, Stored] = {}
         for name in files:
             stored |= _headers(inside(folder, name), None if index is None else {k for k in index if index[k] == name})
-        return cls.of(folder, config, stored, files)
+        found = cls.of(folder, config, stored, files)
+        found._check_tie()
+        return found
 
     @classmethod
     def of(cls, folder: Path, config: dict[str, Any], stored: dict[str, Stored], files: Iterable[str]) -> "Checkpoint":
@@ -128,9 +130,7 @@ class Checkpoint:
         spec = arch.spec(config, where=where)
         origins = _origins(arch, spec, config, stored, str(folder))
         _no_leftovers(arch, spec, origins, stored, str(folder))
-        found = cls(folder, spec, config, arch.family, tuple(files), arch.notes(config), stored, origins)
-        found._check_tie(arch)
-        return found
+        return cls(folder, spec, config, tuple(files), arch.notes(config), stored, origins)
 
     def names(self) -> list[str]:
         """Return the canonical names of all tensors, in order of use."""
@@ -170,6 +170,11 @@ class Checkpoint:
                     digest.update(f"{name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
             self._cache["fingerprint"] = digest.hexdigest()
         return self._cache["fingerprint"]
+
+    @property
+    def family(self) -> str:
+        """The architecture's name, as `spec.family`."""
+        return self.spec.family
 
     @property
     def parameters(self) -> int:
@@ -231,21 +236,31 @@ class Checkpoint:
         except (SafetensorError, OSError) as error:
             raise InputCorrupt(f"{name} cannot be read ({error})", where=str(path), fix=_AGAIN) from None
 
-    def _check_tie(self, arch: Architecture) -> None:
-        """Raise InputCorrupt where the config ties the head and the file has another one; compares 3 short stretches."""
-        head = next((n for n in _candidates(arch, arch.modules["lm_head"], 0) if f"{n}.weight" in self._stored), None)
+    def _check_tie(self) -> None:
+        """Raise InputCorrupt where the config ties the head and the file has a different one; compares three rows."""
+        arch = find_architecture(self.config, where=str(self.folder))
+        head = next((n for n in _heads(arch) if n in self._stored), None)
         if not self.spec.tied_head or head is None:
             return
-        names = (self._origins["embed_tokens.weight"].stored[0], f"{head}.weight")
-        embed, own = (self._stored[name] for name in names)
-        same = embed.info == own.info and all(
-            _peek(inside(self.folder, embed.file), names[0], row) == _peek(inside(self.folder, own.file), names[1], row)
-            for row in {0, self.spec.vocab_size // 2, self.spec.vocab_size - 1}
-            if inside(self.folder, embed.file).is_file()
-        )
-        if not same:
-            what = f"tie_word_embeddings is true, yet {names[1]} differs from {names[0]}"
+        embed = self._origins["embed_tokens.weight"].stored[0]
+        if self._peek(embed) != self._peek(head):
+            what = f"tie_word_embeddings is true, yet {head} differs from {embed}"
             raise InputCorrupt(what, where=str(self.folder), fix="Set tie_word_embeddings to false to use both")
+
+    def _peek(self, name: str) -> tuple[Any, ...]:
+        """Return shape, dtype and the bytes of three rows of a stored matrix.
+
+        Read past the library, which cannot give bfloat16 without torch; it has checked the header already.
+        """
+        info, path = self._stored[name].info, inside(self.folder, self._stored[name].file)
+        with path.open("rb") as file:
+            start = 8 + int.from_bytes(file.read(8), "little")
+            begin, end = json.loads(file.read(start - 8))[name]["data_offsets"]
+            width, rows = (end - begin) // info.shape[0], []
+            for row in (0, info.shape[0] // 2, info.shape[0] - 1):
+                file.seek(start + begin + row * width)
+                rows.append(file.read(width))
+        return info, *rows
 
 
 def _headers(path: Path, wanted: set[str] | None) -> dict[str, Stored]:
@@ -266,17 +281,9 @@ def _headers(path: Path, wanted: set[str] | None) -> dict[str, Stored]:
     return {name: Stored(path.name, info) for name, info in infos.items()}
 
 
-def _peek(path: Path, name: str, row: int) -> bytes:
-    """Return the bytes of one row of a matrix, as stored, read past the library since NumPy has no bfloat16."""
-    with path.open("rb") as file:
-        import json
-
-        length = int.from_bytes(file.read(8), "little")
-        entry = json.loads(file.read(length))[name]
-        begin, end = entry["data_offsets"]
-        width = (end - begin) // entry["shape"][0]
-        file.seek(8 + length + begin + row * width)
-        return file.read(width)
+def _heads(arch: Architecture) -> list[str]:
+    """Return all names the head's matrix may have."""
+    return [f"{name}.weight" for name in _candidates(arch, arch.modules["lm_head"], 0)]
 
 
 def _candidates(arch: Architecture, source: Source, layer: int) -> list[str]:
@@ -348,7 +355,7 @@ def _no_leftovers(
     """Raise Unsupported where the files hold tensors that the architecture does not account for."""
     used = {name for origin in origins.values() for name in origin.stored}
     if spec.tied_head:
-        used |= {f"{name}.weight" for name in _candidates(arch, arch.modules["lm_head"], 0)}
+        used |= set(_heads(arch))
     left = [name for name in stored if name not in used and not name.endswith(tuple(arch.ignore) or ("\0",))]
     if left:
         what = f"the weight files hold {_some(left)}, which {spec.family} as config.json describes it has no place for"
@@ -391,7 +398,7 @@ def _convert_tokenizer(folder: Path, dest: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), use_fast=True, trust_remote_code=False)
         tokenizer.save_pretrained(str(dest))
     except Exception as error:  # transformers raises whatever the file made it trip over
-        first = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
-        raise Unsupported(f"its tokenizer cannot be converted ({first})", where=str(folder), fix=fix) from None
+        what = f"its tokenizer cannot be converted ({first_line(error)})"
+        raise Unsupported(what, where=str(folder), fix=fix) from None
     if not (dest / "tokenizer.json").is_file():
         raise Unsupported("its tokenizer has no fast form", where=str(folder), fix=fix)

@@ -94,7 +94,7 @@ class ConfigKeys(_Listed):
     use_sliding_window: bool | None = None
     max_window_layers: Annotated[int, Field(ge=0, le=1000)] | None = None
     layer_types: _Words | None = None
-    query_pre_attn_scalar: _Positive | None = None
+    query_pre_attn_scalar: _Tokens | _Positive | None = None
     attn_logit_softcapping: _Positive | None = None
     final_logit_softcapping: _Positive | None = None
 
@@ -136,7 +136,7 @@ def filter_config(raw: Any, *, where: str) -> dict[str, Any]:
         return ConfigKeys.model_validate(raw).model_dump(exclude_unset=True)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
-        key = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("constrained", "list[")))
+        key = ".".join(str(part) for part in first["loc"] if str(part).isidentifier())  # without names of types
         what = f"{key} is {_short(first['input'])}: {first['msg'][:1].lower()}{first['msg'][1:]}"
         raise InputCorrupt(what, where=where, fix="Correct the value, or download the file again") from None
 

@@ -61,7 +61,9 @@ class Attention(nn.Module):
 
     def _qk_norm(self, heads: int) -> Normalize | None:
         qk, width = self.spec.qk_norm, self.spec.head_dim
-        return qk and Normalize(qk.norm, (heads, width) if qk.per_head else (width,), bias=False)
+        if qk is None:
+            return None
+        return Normalize(qk.norm, (heads, width) if qk.per_head else (width,), bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (batch, length, hidden); returns the same shape."""
@@ -147,7 +149,8 @@ class Block(nn.Module):
         mlp = self.mlp(normed if self.mlp_norm is None else self.mlp_norm(x))
         if self.mlp_post_norm is not None:
             mlp = self.mlp_post_norm(mlp)
-        return x + attn + mlp if self.spec.parallel_block else x + mlp
+        out: Tensor = x + attn + mlp if self.spec.parallel_block else x + mlp
+        return out
 
     def linears(self) -> dict[str, nn.Linear]:
         """Return the linear layers by canonical name, in the order of ModelSpec.linears."""
@@ -200,7 +203,8 @@ class Decoder(nn.Module):
             what = f"a sequence of {length} tokens, and positions are learned for {self.spec.context}"
             raise OutOfResource(what, where=self.spec.family, fix=f"Use at most {self.spec.context} tokens")
         places = torch.arange(length, device=tokens.device) + self.spec.position_offset
-        return hidden + self.embed_positions(places)
+        at: Tensor = self.embed_positions(places)
+        return hidden + at
 
     def finish(self, hidden: Tensor) -> Tensor:
         """hidden: (.., hidden); returns logits (.., vocab)."""

@@ -39,15 +39,16 @@ def _linear(plain: list[float], rope: dict[str, Any], context: int, where: str) 
 
 def _llama3(plain: list[float], rope: dict[str, Any], context: int, where: str) -> tuple[list[float], float]:
     """Long wavelengths are stretched by `factor`, short ones kept, those between blended linearly in 1/wavelength."""
-    factor, low, high = (_need(rope, key, where) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+    keys = ("factor", "low_freq_factor", "high_freq_factor")
+    factor, low, high = (float(_need(rope, key, where)) for key in keys)
     if high <= low:
         what = f"high_freq_factor {high} is not above low_freq_factor {low}"
         raise InputCorrupt(what, where=where, fix="Download config.json again")
-    trained = rope.get("original_max_position_embeddings") or context
+    trained: int = rope.get("original_max_position_embeddings") or context
 
     def stretch(freq: float) -> float:
-        turns: float = trained * freq / (2 * math.pi)  # over the trained context
-        keep: float = min(max((turns - low) / (high - low), 0.0), 1.0)
+        turns = trained * freq / (2 * math.pi)  # over the trained context
+        keep = min(max((turns - low) / (high - low), 0.0), 1.0)
         return keep * freq + (1 - keep) * freq / factor
 
     return [stretch(f) for f in plain], 1.0

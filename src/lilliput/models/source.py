@@ -6,6 +6,8 @@ torch; huggingface_hub is imported when a hub id is given.
 
 import json
 import re
+import shlex
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from lilliput.core.errors import InputCorrupt, InputMissing, InputUnsafe
 
 SIDE_FILES = ("*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
 WEIGHT_FILES = ("*.safetensors",)
+UNWANTED = ("*/*", "consolidated*")
+"""Other copies of the same weights, which some repositories carry."""
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -104,24 +108,29 @@ def _fetch(name: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
         what = "is not a folder, and fetching from the hub needs huggingface_hub"
         raise InputMissing(what, where=name, fix='Run pip install "lilliput[compress]"') from None
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+        wanted, unwanted = list(patterns), list(UNWANTED)
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted))
     except Exception as error:  # the hub's library raises a dozen kinds, of three other libraries
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        what = f"is not a folder here and could not be fetched from the hub ({first.rstrip('.')})"
+        what = f"is not a folder here and could not be fetched from the hub ({first_line(error)})"
         raise InputMissing(what, where=name, fix="Check the name and the connection, or give a folder") from None
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of what an error of another library says, without a full stop."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 def _convert(folder: Path, pickles: list[str]) -> str:
     """Return the command that turns pickles into safetensors, as a step of its own that the user decides on."""
-    shards = [p for p in pickles if p.startswith("pytorch_model") and p.endswith(".bin")] or pickles[:1]
-    pattern = "pytorch_model*.bin" if shards[0].startswith("pytorch_model") else shards[0]
+    pattern = "pytorch_model*.bin" if any(fnmatch(p, "pytorch_model*.bin") for p in pickles) else pickles[0]
     code = (
         "import sys, pathlib, torch; from safetensors.torch import save_file; d = pathlib.Path(sys.argv[1]); "
-        "t = {k: v.clone().contiguous() for f in sorted(d.glob(sys.argv[2])) "
-        "for k, v in torch.load(f, map_location='cpu', weights_only=True).items()}; "
-        "save_file(t, d / 'model.safetensors')"
+        "save_file({k: v.clone().contiguous() for f in sorted(d.glob(sys.argv[2])) "
+        "for k, v in torch.load(f, map_location='cpu', weights_only=True).items()}, d / 'model.safetensors')"
     )
-    return f"If you trust where it came from, convert it yourself: python -c \"{code}\" '{folder}' '{pattern}'"
+    arguments = f"{shlex.quote(str(folder))} {shlex.quote(pattern)}"
+    return f'Run python -c "{code}" {arguments} once, if you trust where it came from'
 
 
 _FRESH = "Do not use this checkpoint unless you know why, and download it again from its author"

@@ -1,0 +1,402 @@
+// The one file that knows Python: numpy arrays in and out, the GIL, signals. src/lilliput/engine/native.py wraps it.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <chrono>
+#include <map>
+#include <stdexcept>
+
+#include "model/generate.hpp"
+#include "model/model.hpp"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+using namespace lilliput;
+
+namespace {
+
+using Bytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Row = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Rows = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+nb::object new_array(std::vector<size_t> shape, float** data) {
+  size_t count = 1;
+  for (const size_t n : shape) count *= n;
+  auto* memory = new float[count]();
+  *data = memory;
+  nb::capsule owner(memory, [](void* p) noexcept { delete[] static_cast<float*>(p); });
+  return nb::cast(nb::ndarray<nb::numpy, float>(memory, shape.size(), shape.data(), owner));
+}
+
+void require(bool holds, const std::string& what) {
+  if (!holds) throw std::invalid_argument(what);
+}
+
+void require_size(const Bytes& bytes, int64_t size, const std::string& what) {
+  require(static_cast<int64_t>(bytes.size()) == size,
+          what + " has " + std::to_string(bytes.size()) + " bytes instead of " + std::to_string(size));
+}
+
+// Signals are looked at twenty times a second: often enough for Ctrl-C, seldom enough to cost nothing.
+std::function<void()> signal_poll() {
+  return [last = std::chrono::steady_clock::now()]() mutable {
+    const auto now = std::chrono::steady_clock::now();
+    if (now - last < std::chrono::milliseconds(50)) return;
+    last = now;
+    nb::gil_scoped_acquire gil;
+    if (PyErr_CheckSignals() != 0) throw nb::python_error();
+  };
+}
+
+Dtype dtype_of(const std::string& name) {
+  if (name == "F32") return Dtype::f32;
+  if (name == "F16") return Dtype::f16;
+  if (name == "BF16") return Dtype::bf16;
+  throw std::invalid_argument("no matrix can be stored as " + name);
+}
+
+Activation activation_of(const std::string& name) {
+  if (name == "silu") return Activation::silu;
+  if (name == "gelu") return Activation::gelu;
+  if (name == "gelu_tanh") return Activation::gelu_tanh;
+  if (name == "relu") return Activation::relu;
+  throw std::invalid_argument("there is no activation " + name);
+}
+
+// A matrix and the arrays its pointers lead to.
+struct HeldMatrix {
+  Matrix matrix;
+  std::vector<Bytes> held;
+};
+
+HeldMatrix float_matrix(const std::string& name, const Bytes& data, const std::string& dtype, int64_t out,
+                        int64_t columns) {
+  HeldMatrix h;
+  h.matrix.plain = {data.data(), dtype_of(dtype), out, columns};
+  require_size(data, out * columns * (dtype == "F32" ? 4 : 2), name);
+  h.held.push_back(data);
+  return h;
+}
+
+HeldMatrix nested_matrix(const std::string& name, const std::vector<Bytes>& planes, const std::vector<int>& widths,
+                         const std::vector<std::pair<int, Bytes>>& scales,
+                         const std::vector<std::pair<int, Bytes>>& zeros, int64_t out, int64_t columns, int64_t group) {
+  require(out > 0 && columns > 0 && group > 0, name + " has an empty shape");
+  require(!planes.empty() && planes.size() == widths.size() && planes.size() <= 8, name + ": fields do not match");
+  HeldMatrix h;
+  h.matrix.nested = true;
+  NestedView& view = h.matrix.fields;
+  const int64_t row_tiles = (out + kTileRows - 1) / kTileRows, input_tiles = (columns + kTileInputs - 1) / kTileInputs;
+  view.out = out;
+  view.columns = columns;
+  view.group = group;
+  for (size_t f = 0; f < planes.size(); ++f) {
+    require(widths[f] == 1 || widths[f] == 2 || widths[f] == 4, name + ": a field is not 1, 2 or 4 bits");
+    require_size(planes[f], row_tiles * input_tiles * 64 * widths[f], name + ".plane");
+    view.planes[f] = planes[f].data();
+    view.widths[f] = widths[f];
+    view.bits += widths[f];
+    h.held.push_back(planes[f]);
+  }
+  require(view.bits <= 8, name + ": codes of more than 8 bits");
+  view.fields = static_cast<int>(planes.size());
+  const int64_t bytes = row_tiles * ((columns + group - 1) / group) * kTileRows * 2;
+  const auto keep = [&](const std::vector<std::pair<int, Bytes>>& from, const uint16_t** to, const char* kind) {
+    for (const auto& [bits, data] : from) {
+      require(bits >= 1 && bits <= 8, name + kind + " for a width outside 1..8");
+      require_size(data, bytes, name + kind);
+      to[bits] = reinterpret_cast<const uint16_t*>(data.data());
+      h.held.push_back(data);
+    }
+  };
+  keep(scales, h.matrix.scale, ".scale");
+  keep(zeros, h.matrix.zero, ".zero");
+  return h;
+}
+
+NormSpec norm_spec(const nb::dict& d) {
+  return {nb::cast<std::string>(d["kind"]) == "layer", nb::cast<float>(d["eps"]), nb::cast<float>(d["offset"])};
+}
+
+float number_or_zero(const nb::handle& value) { return value.is_none() ? 0.0f : nb::cast<float>(value); }
+
+// From ModelSpec.model_dump().
+Spec spec_of(const nb::dict& d) {
+  Spec s;
+  const std::pair<const char*, int64_t Spec::*> sizes[] = {
+      {"vocab_size", &Spec::vocab_size},     {"hidden_size", &Spec::hidden_size},
+      {"num_layers", &Spec::num_layers},     {"num_heads", &Spec::num_heads},
+      {"num_kv_heads", &Spec::num_kv_heads}, {"head_dim", &Spec::head_dim},
+      {"intermediate_size", &Spec::intermediate_size}};
+  for (const auto& [name, field] : sizes) s.*field = nb::cast<int64_t>(d[name]);
+  const std::pair<const char*, bool Spec::*> flags[] = {{"gated_mlp", &Spec::gated_mlp},
+                                                        {"parallel_block", &Spec::parallel_block},
+                                                        {"shared_block_norm", &Spec::shared_block_norm},
+                                                        {"post_norms", &Spec::post_norms},
+                                                        {"tied_head", &Spec::tied_head}};
+  for (const auto& [name, field] : flags) s.*field = nb::cast<bool>(d[name]);
+  s.norm = norm_spec(nb::cast<nb::dict>(d["norm"]));
+  s.activation = activation_of(nb::cast<std::string>(d["activation"]));
+  if (nb::object rotary = d["rotary"]; !rotary.is_none()) {
+    s.rotary_dim = nb::cast<int64_t>(rotary["dim"]);
+    s.inv_freq = nb::cast<std::vector<float>>(rotary["inv_freq"]);
+    s.rotary_scale = nb::cast<float>(rotary["scale"]);
+  }
+  if (nb::object offset = d["position_offset"]; !offset.is_none()) s.position_offset = nb::cast<int64_t>(offset);
+  if (nb::object qk = d["qk_norm"]; !qk.is_none()) {
+    s.qk_norm = norm_spec(nb::cast<nb::dict>(qk["norm"]));
+    s.qk_per_head = nb::cast<bool>(qk["per_head"]);
+  }
+  s.attn_scale = nb::cast<float>(d["attn_scale"]);
+  s.attn_softcap = number_or_zero(d["attn_softcap"]);
+  s.logit_softcap = number_or_zero(d["logit_softcap"]);
+  s.embed_scale = nb::cast<float>(d["embed_scale"]);
+  s.windows = nb::cast<std::vector<int64_t>>(d["windows"]);
+  return s;
+}
+
+SamplingOptions sampling_of(const nb::dict& d) {
+  SamplingOptions s;
+  s.temperature = nb::cast<double>(d["temperature"]);
+  s.top_k = nb::cast<int64_t>(d["top_k"]);
+  s.top_p = nb::cast<double>(d["top_p"]);
+  s.min_p = nb::cast<double>(d["min_p"]);
+  s.repetition_penalty = nb::cast<double>(d["repetition_penalty"]);
+  s.seed = nb::cast<uint64_t>(d["seed"]);
+  return s;
+}
+
+// A Model and the arrays it points into, kept alive together.
+class BoundModel {
+ public:
+  BoundModel(const nb::dict& spec, int threads, const std::string& variant) : model_(spec_of(spec), threads, variant) {}
+
+  void add_vector(const std::string& name, const Row& values) {
+    model_.add_vector(name, std::vector<float>(values.data(), values.data() + values.size()));
+  }
+
+  void add_float(const std::string& name, const Bytes& data, const std::string& dtype, int64_t out, int64_t columns,
+                 const std::optional<Row>& bias) {
+    add(name, float_matrix(name, data, dtype, out, columns), bias);
+  }
+
+  void add_nested(const std::string& name, const std::vector<Bytes>& planes, const std::vector<int>& widths,
+                  const std::vector<std::pair<int, Bytes>>& scales, const std::vector<std::pair<int, Bytes>>& zeros,
+                  int64_t out, int64_t columns, int64_t group, const std::optional<Row>& bias) {
+    add(name, nested_matrix(name, planes, widths, scales, zeros, out, columns, group), bias);
+  }
+
+  void finish() { model_.finish(); }
+  int threads() const { return model_.threads(); }
+  int64_t cache_bytes(int64_t positions) const { return model_.cache_shape().bytes(positions); }
+
+  nb::object run_logits(const std::vector<int32_t>& tokens, int bits) {
+    float* data = nullptr;
+    nb::object array = new_array({tokens.size(), static_cast<size_t>(model_.spec().vocab_size)}, &data);
+    {
+      nb::gil_scoped_release free;
+      logits(model_, tokens, bits, data, signal_poll());
+    }
+    return array;
+  }
+
+  nb::list run_generate(const std::vector<std::vector<int32_t>>& prompts, int bits, int64_t max_new_tokens,
+                        int64_t context, const std::vector<int32_t>& eos, const nb::dict& sampling,
+                        const nb::object& on_token) {
+    GenerateOptions options{bits, max_new_tokens, context, eos, sampling_of(sampling)};
+    for (const auto& prompt : prompts)
+      require(!prompt.empty() && static_cast<int64_t>(prompt.size()) < context, "a prompt is empty or fills the context");
+    const bool silent = on_token.is_none();
+    const auto hook = [&](int64_t sequence, int32_t token) {
+      if (silent) return true;
+      nb::gil_scoped_acquire gil;
+      return !on_token(sequence, token).is(nb::handle(Py_False));
+    };
+    std::vector<Generated> results;
+    {
+      nb::gil_scoped_release free;
+      results = generate(model_, prompts, options, hook, signal_poll());
+    }
+    static const char* const kFinish[] = {"stop", "length", "cancelled"};
+    nb::list list;
+    for (const auto& r : results)
+      list.append(nb::make_tuple(r.tokens, kFinish[static_cast<int>(r.finish)], r.prefill_s, r.decode_s));
+    return list;
+  }
+
+ private:
+  void add(const std::string& name, HeldMatrix h, const std::optional<Row>& bias) {
+    if (bias) h.matrix.bias.assign(bias->data(), bias->data() + bias->size());
+    for (auto& array : h.held) held_.push_back(array);
+    model_.add_matrix(name, std::move(h.matrix));
+  }
+
+  std::vector<Bytes> held_;  // destroyed after the model, whose threads are then at rest
+  Model model_;
+};
+
+// The ops one by one, for tests and benchmarks.
+
+nb::object op_matmul_nested(const std::vector<Bytes>& planes, const std::vector<int>& widths, const Bytes& scale,
+                            const std::optional<Bytes>& zero, int64_t out, int64_t columns, int64_t group, const Rows& x,
+                            const std::string& variant) {
+  int bits = 0;
+  for (const int width : widths) bits += width;
+  std::vector<std::pair<int, Bytes>> zeros;
+  if (zero) zeros.emplace_back(bits, *zero);
+  const HeldMatrix h = nested_matrix("matrix", planes, widths, {{bits, scale}}, zeros, out, columns, group);
+  require(static_cast<int64_t>(x.shape(1)) == columns, "x has not as many columns as the matrix");
+  float* y = nullptr;
+  nb::object array = new_array({x.shape(0), static_cast<size_t>(out)}, &y);
+  std::vector<float> scratch(kPanelFloats);
+  matmul_nested(variant)(h.matrix.at(bits), x.data(), static_cast<int64_t>(x.shape(0)), columns, y, out, 0,
+                         (out + kTileRows - 1) / kTileRows, scratch.data());
+  return array;
+}
+
+nb::object op_nested_rows(const std::vector<Bytes>& planes, const std::vector<int>& widths, const Bytes& scale,
+                          const std::optional<Bytes>& zero, int64_t out, int64_t columns, int64_t group) {
+  int bits = 0;
+  for (const int width : widths) bits += width;
+  std::vector<std::pair<int, Bytes>> zeros;
+  if (zero) zeros.emplace_back(bits, *zero);
+  const HeldMatrix h = nested_matrix("matrix", planes, widths, {{bits, scale}}, zeros, out, columns, group);
+  float* y = nullptr;
+  nb::object array = new_array({static_cast<size_t>(out), static_cast<size_t>(columns)}, &y);
+  for (int64_t row = 0; row < out; ++row) nested_row(h.matrix.at(bits), row, y + row * columns);
+  return array;
+}
+
+nb::object op_matmul_float(const Bytes& data, const std::string& dtype, int64_t out, const Rows& x,
+                           const std::string& variant) {
+  const auto columns = static_cast<int64_t>(x.shape(1));
+  const HeldMatrix h = float_matrix("matrix", data, dtype, out, columns);
+  float* y = nullptr;
+  nb::object array = new_array({x.shape(0), static_cast<size_t>(out)}, &y);
+  matmul_float(variant)(h.matrix.plain, x.data(), static_cast<int64_t>(x.shape(0)), columns, y, out, 0, out);
+  return array;
+}
+
+nb::object op_attention(const Row& q, const Rows& keys, const Rows& values, int64_t first, int64_t last, float scale,
+                        float cap, const std::string& variant) {
+  const auto dim = static_cast<int64_t>(q.shape(0)), count = static_cast<int64_t>(keys.shape(0));
+  require(static_cast<int64_t>(keys.shape(1)) == dim && static_cast<int64_t>(values.shape(1)) == dim &&
+              static_cast<int64_t>(values.shape(0)) == count && first >= 0 && first <= last && last < count,
+          "keys, values and the range do not fit");
+  const CacheShape shape{1, 1, dim};
+  Cache cache(shape);
+  cache.reserve(count);
+  for (int64_t j = 0; j < count; ++j) cache.put(0, 0, j, keys.data() + j * dim, values.data() + j * dim);
+  float* y = nullptr;
+  nb::object array = new_array({q.shape(0)}, &y);
+  std::vector<float> scratch(static_cast<size_t>(attention_scratch(last + 1)));
+  attention(variant)({cache.pages(), shape.key_offset(0, 0), shape.value_offset(0, 0), dim, scale, cap}, q.data(),
+                     first, last, y, scratch.data());
+  return array;
+}
+
+nb::object op_norm(const Row& x, const Row& weight, const std::optional<Row>& bias, float eps, float offset, bool layer,
+                   const std::string& variant) {
+  require(x.size() == weight.size() && (!bias || bias->size() == x.size()), "weight or bias do not fit x");
+  float* y = nullptr;
+  nb::object array = new_array({x.size()}, &y);
+  norm(variant)({weight.data(), bias ? bias->data() : nullptr, eps, offset, layer}, x.data(),
+                static_cast<int64_t>(x.size()), y);
+  return array;
+}
+
+nb::object op_rotary(const Row& x, const Row& inv_freq, int64_t position, float scale, const std::string& variant) {
+  const auto half = static_cast<int64_t>(inv_freq.size());
+  require(static_cast<int64_t>(x.size()) >= 2 * half, "x is shorter than the rotary dimension");
+  float* y = nullptr;
+  nb::object array = new_array({x.size()}, &y);
+  std::copy_n(x.data(), x.size(), y);
+  std::vector<float> cos(inv_freq.size()), sin(inv_freq.size());
+  rotary_angles(inv_freq.data(), half, position, scale, cos.data(), sin.data());
+  rotary(variant)(cos.data(), sin.data(), half, y);
+  return array;
+}
+
+nb::object op_activation(const std::string& kind, const Row& x, const std::optional<Row>& up,
+                         const std::string& variant) {
+  require(!up || up->size() == x.size(), "up does not fit x");
+  float* y = nullptr;
+  nb::object array = new_array({x.size()}, &y);
+  activation(variant)(activation_of(kind), x.data(), up ? up->data() : nullptr, static_cast<int64_t>(x.size()), y);
+  return array;
+}
+
+nb::object op_softcap(const Row& x, float cap) {
+  float* y = nullptr;
+  nb::object array = new_array({x.size()}, &y);
+  std::copy_n(x.data(), x.size(), y);
+  softcap(cap, y, static_cast<int64_t>(x.size()));
+  return array;
+}
+
+nb::object op_exponential(const Row& x) {
+  float* y = nullptr;
+  nb::object array = new_array({x.size()}, &y);
+  std::copy_n(x.data(), x.size(), y);
+  exponentials(y, static_cast<int64_t>(x.size()));
+  return array;
+}
+
+std::vector<int32_t> op_sample(const Row& row, const nb::dict& sampling, const std::vector<int32_t>& seen,
+                               int64_t draws) {
+  const auto vocab = static_cast<int64_t>(row.size());
+  Sampler sampler(sampling_of(sampling), vocab);
+  for (const int32_t token : seen) {
+    require(token >= 0 && token < vocab, "a token is outside the vocabulary");
+    sampler.see(token);
+  }
+  std::vector<int32_t> drawn;
+  for (int64_t n = 0; n < draws; ++n) {
+    std::vector<float> copy(row.data(), row.data() + vocab);
+    drawn.push_back(sampler.draw(copy.data()));
+  }
+  return drawn;
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  m.doc() = "Kernels and the decode loop. Import lilliput.engine.native, not this.";
+#if defined(__clang__)
+  m.attr("compiler") = "clang " __clang_version__;
+#elif defined(__GNUC__)
+  m.attr("compiler") = "gcc " __VERSION__;
+#endif
+  nb::exception<NotANumber>(m, "NotANumber", PyExc_ValueError);
+  m.def("variants", &variants, "op"_a);
+  m.def("matmul_nested", &op_matmul_nested, "planes"_a, "widths"_a, "scale"_a, "zero"_a.none(), "out"_a, "columns"_a,
+        "group"_a, "x"_a, "variant"_a);
+  m.def("nested_rows", &op_nested_rows, "planes"_a, "widths"_a, "scale"_a, "zero"_a.none(), "out"_a, "columns"_a,
+        "group"_a);
+  m.def("matmul_float", &op_matmul_float, "data"_a, "dtype"_a, "out"_a, "x"_a, "variant"_a);
+  m.def("attention", &op_attention, "q"_a, "keys"_a, "values"_a, "first"_a, "last"_a, "scale"_a, "softcap"_a,
+        "variant"_a);
+  m.def("norm", &op_norm, "x"_a, "weight"_a, "bias"_a.none(), "eps"_a, "offset"_a, "layer"_a, "variant"_a);
+  m.def("rotary", &op_rotary, "x"_a, "inv_freq"_a, "position"_a, "scale"_a, "variant"_a);
+  m.def("activation", &op_activation, "kind"_a, "x"_a, "up"_a.none(), "variant"_a);
+  m.def("softcap", &op_softcap, "x"_a, "cap"_a);
+  m.def("exponential", &op_exponential, "x"_a);
+  m.def("sample", &op_sample, "row"_a, "sampling"_a, "seen"_a, "draws"_a);
+  nb::class_<BoundModel>(m, "Model")
+      .def(nb::init<const nb::dict&, int, const std::string&>(), "spec"_a, "threads"_a, "variant"_a)
+      .def("add_vector", &BoundModel::add_vector, "name"_a, "values"_a)
+      .def("add_float", &BoundModel::add_float, "name"_a, "data"_a, "dtype"_a, "out"_a, "columns"_a, "bias"_a.none())
+      .def("add_nested", &BoundModel::add_nested, "name"_a, "planes"_a, "widths"_a, "scales"_a, "zeros"_a, "out"_a,
+           "columns"_a, "group"_a, "bias"_a.none())
+      .def("finish", &BoundModel::finish)
+      .def("cache_bytes", &BoundModel::cache_bytes, "positions"_a)
+      .def_prop_ro("threads", &BoundModel::threads)
+      .def("logits", &BoundModel::run_logits, "tokens"_a, "bits"_a)
+      .def("generate", &BoundModel::run_generate, "prompts"_a, "bits"_a, "max_new_tokens"_a, "context"_a, "eos"_a,
+           "sampling"_a, "on_token"_a.none());
+}

@@ -1,0 +1,314 @@
+#include "model/model.hpp"
+
+#include <algorithm>
+#include <stdexcept>
+
+namespace lilliput {
+namespace {
+
+constexpr int64_t kQueries = 8;      // queries of one head that a thread takes at a time
+constexpr int64_t kElements = 4096;  // elements of a pointwise step that are worth a thread's while
+
+std::string shape_text(int64_t out, int64_t columns) {
+  return "(" + std::to_string(out) + ", " + std::to_string(columns) + ")";
+}
+
+// The variant asked for where this op has it; ops with only a reference run that.
+std::string pick_name(const char* op, const std::string& name) {
+  const auto known = variants(op);
+  return std::find(known.begin(), known.end(), name) == known.end() ? std::string() : name;
+}
+
+}  // namespace
+
+NestedView Matrix::at(int bits) const {
+  int own = 0;
+  for (int width = 1; width <= 8; ++width)
+    if (scale[width] && own < bits) own = width;  // ends at the first width of at least `bits`, or at the widest
+  NestedView view = fields;
+  view.fields = 0;
+  view.bits = 0;
+  while (view.bits < own && view.fields < fields.fields) view.bits += fields.widths[view.fields++];
+  if (own == 0 || view.bits != own)
+    throw std::invalid_argument("a matrix is not stored at " + std::to_string(bits) + " bits");
+  view.scale = scale[own];
+  view.zero = zero[own];
+  return view;
+}
+
+Model::Model(Spec spec, int threads, const std::string& variant)
+    : spec_(std::move(spec)),
+      matmul_nested_(lilliput::matmul_nested(variant)),
+      matmul_float_(lilliput::matmul_float(variant)),
+      attention_(lilliput::attention(variant)),
+      norm_(lilliput::norm(pick_name("norm", variant))),
+      rotary_(lilliput::rotary(pick_name("rotary", variant))),
+      activation_(lilliput::activation(pick_name("activation", variant))),
+      pool_(threads) {}
+
+Model::Norm Model::norm_at(const std::string& name, const NormSpec& spec, int64_t size) const {
+  const auto weight = vectors_.find(name + ".weight");
+  if (weight == vectors_.end()) throw std::invalid_argument(name + ".weight is missing");
+  const auto bias = vectors_.find(name + ".bias");
+  Norm norm{spec, &weight->second, bias == vectors_.end() ? nullptr : &bias->second};
+  if (static_cast<int64_t>(norm.weight->size()) != size || (norm.bias && norm.bias->size() != norm.weight->size()))
+    throw std::invalid_argument(name + " has " + std::to_string(norm.weight->size()) + " elements instead of " +
+                                std::to_string(size));
+  return norm;
+}
+
+const Matrix* Model::matrix_at(const std::string& name, int64_t out, int64_t columns) const {
+  const auto found = matrices_.find(name);
+  if (found == matrices_.end()) throw std::invalid_argument(name + " is missing");
+  const Matrix& m = found->second;
+  if (m.columns() != columns || (out >= 0 && m.out() != out))
+    throw std::invalid_argument(name + " is " + shape_text(m.out(), m.columns()) + " instead of " +
+                                shape_text(out, columns));
+  if (!m.bias.empty() && static_cast<int64_t>(m.bias.size()) != m.out())
+    throw std::invalid_argument(name + ".bias has " + std::to_string(m.bias.size()) + " elements instead of " +
+                                std::to_string(m.out()));
+  return &m;
+}
+
+void Model::finish() {
+  const Spec& s = spec_;
+  const int64_t queries = s.num_heads * s.head_dim, keys = s.num_kv_heads * s.head_dim;
+  if (s.num_kv_heads < 1 || s.num_heads % s.num_kv_heads != 0)
+    throw std::invalid_argument("num_heads is not a multiple of num_kv_heads");
+  if (s.rotary_dim > s.head_dim || static_cast<int64_t>(s.inv_freq.size()) * 2 != s.rotary_dim)
+    throw std::invalid_argument("the rotary dimension fits neither head_dim nor inv_freq");
+  if (static_cast<int64_t>(s.windows.size()) != s.num_layers)
+    throw std::invalid_argument("windows has not one entry a layer");
+  embedding_ = matrix_at("embed_tokens", s.vocab_size, s.hidden_size);
+  if (s.position_offset) positions_ = matrix_at("embed_positions", -1, s.hidden_size);
+  head_ = s.tied_head ? embedding_ : matrix_at("lm_head", s.vocab_size, s.hidden_size);
+  final_norm_ = norm_at("final_norm", s.norm, s.hidden_size);
+  for (int64_t n = 0; n < s.num_layers; ++n) {
+    const std::string base = "layers." + std::to_string(n) + ".";
+    Block b{};
+    b.attn_norm = norm_at(base + "attn_norm", s.norm, s.hidden_size);
+    if (!(s.parallel_block && s.shared_block_norm)) b.mlp_norm = norm_at(base + "mlp_norm", s.norm, s.hidden_size);
+    if (s.post_norms) {
+      b.attn_post_norm = norm_at(base + "attn_post_norm", s.norm, s.hidden_size);
+      b.mlp_post_norm = norm_at(base + "mlp_post_norm", s.norm, s.hidden_size);
+    }
+    if (s.qk_norm) {
+      b.q_norm = norm_at(base + "attn.q_norm", *s.qk_norm, s.qk_per_head ? queries : s.head_dim);
+      b.k_norm = norm_at(base + "attn.k_norm", *s.qk_norm, s.qk_per_head ? keys : s.head_dim);
+    }
+    b.q = matrix_at(base + "attn.q_proj", queries, s.hidden_size);
+    b.k = matrix_at(base + "attn.k_proj", keys, s.hidden_size);
+    b.v = matrix_at(base + "attn.v_proj", keys, s.hidden_size);
+    b.o = matrix_at(base + "attn.o_proj", s.hidden_size, queries);
+    if (s.gated_mlp) b.gate = matrix_at(base + "mlp.gate_proj", s.intermediate_size, s.hidden_size);
+    b.up = matrix_at(base + "mlp.up_proj", s.intermediate_size, s.hidden_size);
+    b.down = matrix_at(base + "mlp.down_proj", s.hidden_size, s.intermediate_size);
+    blocks_.push_back(b);
+  }
+  scratch_.resize(static_cast<size_t>(pool_.threads()));
+}
+
+void Model::reserve(int64_t tokens, int64_t positions) {
+  if (tokens > room_tokens_) {
+    const auto room = [tokens](std::vector<float>& v, int64_t width) { v.resize(static_cast<size_t>(tokens * width)); };
+    const int64_t queries = spec_.num_heads * spec_.head_dim, keys = spec_.num_kv_heads * spec_.head_dim;
+    for (auto* v : {&hidden_, &normed_, &delta_, &last_}) room(*v, spec_.hidden_size);
+    if (spec_.parallel_block) room(delta2_, spec_.hidden_size);
+    for (auto* v : {&q_, &mixed_}) room(*v, queries);
+    for (auto* v : {&k_, &v_}) room(*v, keys);
+    room(up_, spec_.intermediate_size);
+    if (spec_.gated_mlp) room(gate_, spec_.intermediate_size);
+    for (auto* v : {&cos_, &sin_}) room(*v, spec_.rotary_dim / 2);
+    room_tokens_ = tokens;
+  }
+  if (positions > room_positions_) {
+    const int64_t floats = std::max(kPanelFloats, attention_scratch(positions));
+    for (auto& s : scratch_) s.resize(static_cast<size_t>(floats));
+    room_positions_ = positions;
+  }
+}
+
+void Model::multiply(const std::vector<Job>& jobs, const float* x, int64_t tokens, int bits) {
+  std::vector<int64_t> ends;
+  std::vector<NestedView> views;
+  int64_t tiles = 0;
+  for (const Job& job : jobs) {
+    tiles += (job.matrix->out() + kTileRows - 1) / kTileRows;
+    ends.push_back(tiles);
+    views.push_back(job.matrix->nested ? job.matrix->at(bits) : NestedView{});
+  }
+  const auto work = [&](int64_t begin, int64_t end, int worker) {
+    for (size_t n = 0; n < jobs.size(); ++n) {
+      const int64_t base = n ? ends[n - 1] : 0;
+      const int64_t from = std::max(begin, base) - base, to = std::min(end, ends[n]) - base;
+      if (from >= to) continue;
+      const Matrix& m = *jobs[n].matrix;
+      float* y = jobs[n].to;
+      const int64_t out = m.out(), first = from * kTileRows, last = std::min(to * kTileRows, out);
+      if (m.nested)
+        matmul_nested_(views[n], x, tokens, m.columns(), y, out, from, to, scratch_[static_cast<size_t>(worker)].data());
+      else
+        matmul_float_(m.plain, x, tokens, m.columns(), y, out, first, last);
+      if (m.bias.empty()) continue;
+      for (int64_t t = 0; t < tokens; ++t)
+        for (int64_t r = first; r < last; ++r) y[t * out + r] += m.bias[static_cast<size_t>(r)];
+    }
+  };
+  pool_.run(tiles, std::max<int64_t>(1, tiles / (4 * pool_.threads())), work);
+}
+
+void Model::normalize(const Norm& norm, const float* x, int64_t tokens, float* y) {
+  const int64_t n = spec_.hidden_size;
+  pool_.run(tokens, std::max<int64_t>(1, kElements / n), [&](int64_t begin, int64_t end, int) {
+    for (int64_t t = begin; t < end; ++t) norm_(norm.view(), x + t * n, n, y + t * n);
+  });
+}
+
+void Model::add(const float* from, int64_t count, float* to) {
+  pool_.run(count, 4 * kElements, [&](int64_t begin, int64_t end, int) {
+    for (int64_t i = begin; i < end; ++i) to[i] += from[i];
+  });
+}
+
+void Model::embed(const std::vector<Slice>& slices, int bits) {
+  const auto row_of = [bits](const Matrix& m, int64_t row, float* to) {
+    m.nested ? nested_row(m.at(bits), row, to) : float_row(m.plain, row, to);
+  };
+  const int64_t n = spec_.hidden_size, half = spec_.rotary_dim / 2;
+  std::vector<float> place(positions_ ? static_cast<size_t>(n) : 0);
+  int64_t t = 0;
+  for (const Slice& slice : slices) {
+    for (int64_t i = 0; i < slice.count; ++i, ++t) {
+      float* x = hidden_.data() + t * n;
+      const int64_t position = slice.cache->length() + i;
+      row_of(*embedding_, slice.tokens[i], x);
+      for (int64_t k = 0; k < n; ++k) x[k] *= spec_.embed_scale;
+      if (positions_) {
+        row_of(*positions_, position + *spec_.position_offset, place.data());
+        for (int64_t k = 0; k < n; ++k) x[k] += place[static_cast<size_t>(k)];
+      }
+      if (half) rotary_angles(spec_.inv_freq.data(), half, position, spec_.rotary_scale, &cos_[t * half], &sin_[t * half]);
+    }
+  }
+}
+
+// From q_, k_ and v_ to mixed_: head norms, rotation, caches, attention.
+void Model::attend(const std::vector<Slice>& slices, int64_t layer, int64_t tokens) {
+  const Spec& s = spec_;
+  const Block& block = blocks_[static_cast<size_t>(layer)];
+  const int64_t dim = s.head_dim, half = s.rotary_dim / 2, heads = s.num_heads, kv_heads = s.num_kv_heads;
+  std::vector<std::pair<const Slice*, int64_t>> owner;  // of each token: its slice and its place there
+  for (const Slice& slice : slices)
+    for (int64_t i = 0; i < slice.count; ++i) owner.emplace_back(&slice, i);
+
+  const auto prepare = [&](float* head, const Norm& norm, int64_t index, int64_t t) {
+    if (s.qk_norm) norm_(norm.view(s.qk_per_head ? index * dim : 0), head, dim, head);
+    if (half) rotary_(&cos_[static_cast<size_t>(t * half)], &sin_[static_cast<size_t>(t * half)], half, head);
+  };
+  pool_.run(tokens, std::max<int64_t>(1, kElements / (heads * dim)), [&](int64_t begin, int64_t end, int) {
+    for (int64_t t = begin; t < end; ++t) {
+      const auto [slice, i] = owner[static_cast<size_t>(t)];
+      for (int64_t h = 0; h < heads; ++h) prepare(q_.data() + (t * heads + h) * dim, block.q_norm, h, t);
+      for (int64_t h = 0; h < kv_heads; ++h) {
+        float* key = k_.data() + (t * kv_heads + h) * dim;
+        prepare(key, block.k_norm, h, t);
+        slice->cache->put(layer, h, slice->cache->length() + i, key, v_.data() + (t * kv_heads + h) * dim);
+      }
+    }
+  });
+
+  const int64_t window = s.windows[static_cast<size_t>(layer)], runs = (tokens + kQueries - 1) / kQueries;
+  const CacheShape shape = cache_shape();
+  pool_.run(heads * runs, 1, [&](int64_t begin, int64_t end, int worker) {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t h = item / runs, kv = h / (heads / kv_heads), first_token = item % runs * kQueries;
+      for (int64_t t = first_token; t < std::min(tokens, first_token + kQueries); ++t) {
+        const auto [slice, i] = owner[static_cast<size_t>(t)];
+        const int64_t position = slice->cache->length() + i;
+        const AttentionView view{slice->cache->pages(), shape.key_offset(layer, kv), shape.value_offset(layer, kv), dim,
+                                 s.attn_scale, s.attn_softcap};
+        const int64_t first = window > 0 ? std::max<int64_t>(0, position - window + 1) : 0;
+        attention_(view, q_.data() + (t * heads + h) * dim, first, position, mixed_.data() + (t * heads + h) * dim,
+                   scratch_[static_cast<size_t>(worker)].data());
+      }
+    }
+  });
+}
+
+void Model::feed(int64_t layer, const float* from, float* to, int64_t tokens, int bits) {
+  const Block& block = blocks_[static_cast<size_t>(layer)];
+  if (spec_.gated_mlp)
+    multiply({{block.gate, gate_.data()}, {block.up, up_.data()}}, from, tokens, bits);
+  else
+    multiply({{block.up, up_.data()}}, from, tokens, bits);
+  pool_.run(tokens * spec_.intermediate_size, kElements, [&](int64_t begin, int64_t end, int) {
+    if (spec_.gated_mlp)
+      activation_(spec_.activation, gate_.data() + begin, up_.data() + begin, end - begin, up_.data() + begin);
+    else
+      activation_(spec_.activation, up_.data() + begin, nullptr, end - begin, up_.data() + begin);
+  });
+  multiply({{block.down, to}}, up_.data(), tokens, bits);
+}
+
+void Model::forward(const std::vector<Slice>& slices, int bits, float* logits, const std::function<void()>& poll) {
+  const std::lock_guard lock(turn_);
+  const int64_t n = spec_.hidden_size;
+  int64_t tokens = 0, positions = 0;
+  for (const Slice& slice : slices) {
+    for (int64_t i = 0; i < slice.count; ++i)
+      if (slice.tokens[i] < 0 || slice.tokens[i] >= spec_.vocab_size)
+        throw std::invalid_argument("token " + std::to_string(slice.tokens[i]) + " is outside the vocabulary of " +
+                                    std::to_string(spec_.vocab_size));
+    tokens += slice.count;
+    positions = std::max(positions, slice.cache->length() + slice.count);
+    slice.cache->reserve(slice.cache->length() + slice.count);
+  }
+  if (positions_ && positions + *spec_.position_offset > positions_->out())
+    throw std::invalid_argument("position " + std::to_string(positions - 1) + " has no row in embed_positions");
+  reserve(tokens, positions);
+  embed(slices, bits);
+
+  for (int64_t layer = 0; layer < spec_.num_layers; ++layer) {
+    if (poll) poll();
+    const Block& block = blocks_[static_cast<size_t>(layer)];
+    normalize(block.attn_norm, hidden_.data(), tokens, normed_.data());
+    multiply({{block.q, q_.data()}, {block.k, k_.data()}, {block.v, v_.data()}}, normed_.data(), tokens, bits);
+    attend(slices, layer, tokens);
+    multiply({{block.o, delta_.data()}}, mixed_.data(), tokens, bits);
+    if (spec_.parallel_block) {
+      if (!spec_.shared_block_norm) normalize(block.mlp_norm, hidden_.data(), tokens, normed_.data());
+      feed(layer, normed_.data(), delta2_.data(), tokens, bits);
+      if (spec_.post_norms) {
+        normalize(block.attn_post_norm, delta_.data(), tokens, delta_.data());
+        normalize(block.mlp_post_norm, delta2_.data(), tokens, delta2_.data());
+      }
+      add(delta_.data(), tokens * n, hidden_.data());
+      add(delta2_.data(), tokens * n, hidden_.data());
+      continue;
+    }
+    if (spec_.post_norms) normalize(block.attn_post_norm, delta_.data(), tokens, delta_.data());
+    add(delta_.data(), tokens * n, hidden_.data());
+    normalize(block.mlp_norm, hidden_.data(), tokens, normed_.data());
+    feed(layer, normed_.data(), delta_.data(), tokens, bits);
+    if (spec_.post_norms) normalize(block.mlp_post_norm, delta_.data(), tokens, delta_.data());
+    add(delta_.data(), tokens * n, hidden_.data());
+  }
+
+  int64_t rows = 0, at = 0;
+  for (const Slice& slice : slices) {
+    slice.cache->advance(slice.count);
+    const int64_t first = slice.all ? 0 : slice.count - 1;
+    std::copy_n(hidden_.data() + (at + first) * n, (slice.count - first) * n, last_.data() + rows * n);
+    rows += slice.count - first;
+    at += slice.count;
+  }
+  normalize(final_norm_, last_.data(), rows, last_.data());
+  multiply({{head_, logits}}, last_.data(), rows, bits);
+  if (spec_.logit_softcap > 0) {
+    pool_.run(rows * spec_.vocab_size, kElements, [&](int64_t begin, int64_t end, int) {
+      softcap(spec_.logit_softcap, logits + begin, end - begin);
+    });
+  }
+}
+
+}  // namespace lilliput

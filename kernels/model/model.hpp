@@ -1,0 +1,132 @@
+// A decoder as core/spec.py describes it, over weights that stay where they are stored.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "model/cache.hpp"
+#include "model/pool.hpp"
+#include "ops/dispatch.hpp"
+
+namespace lilliput {
+
+struct NormSpec {
+  bool layer = false;
+  float eps = 1e-5f, offset = 0;
+};
+
+// The fields of ModelSpec that the arithmetic needs, under the same names; 0 stands for None in the caps.
+struct Spec {
+  int64_t vocab_size = 0, hidden_size = 0, num_layers = 0, num_heads = 0, num_kv_heads = 0, head_dim = 0;
+  int64_t intermediate_size = 0;
+  NormSpec norm;
+  Activation activation = Activation::silu;
+  bool gated_mlp = true;
+  int64_t rotary_dim = 0;  // 0: none
+  std::vector<float> inv_freq;
+  float rotary_scale = 1;
+  std::optional<int64_t> position_offset;
+  std::optional<NormSpec> qk_norm;
+  bool qk_per_head = false;
+  bool parallel_block = false, shared_block_norm = false, post_norms = false, tied_head = false;
+  float attn_scale = 1, attn_softcap = 0, logit_softcap = 0, embed_scale = 1;
+  std::vector<int64_t> windows;
+};
+
+// A matrix and, where there is one, the bias of its outputs. Pointers belong to the caller.
+struct Matrix {
+  bool nested = false;
+  FloatView plain{};
+  NestedView fields{};  // all fields stored; `at` cuts it to a width
+  const uint16_t* scale[9] = {};
+  const uint16_t* zero[9] = {};
+  std::vector<float> bias;
+
+  int64_t out() const { return nested ? fields.out : plain.out; }
+  int64_t columns() const { return nested ? fields.columns : plain.columns; }
+  // The narrowest width stored of at least `bits`, or the widest, as StoredLinear.width_at says: a matrix may have a
+  // ladder of its own. Throws std::invalid_argument when there is none.
+  NestedView at(int bits) const;
+};
+
+// Tokens that follow what `cache` holds. Logits are wanted for the last one, or for all.
+struct Slice {
+  Cache* cache;
+  const int32_t* tokens;
+  int64_t count;
+  bool all;
+};
+
+class Model {
+ public:
+  // `variant` names one variant for every op that has it; empty takes the best.
+  Model(Spec spec, int threads, const std::string& variant);
+
+  void add_matrix(const std::string& name, Matrix matrix) { matrices_[name] = std::move(matrix); }
+  void add_vector(const std::string& name, std::vector<float> values) { vectors_[name] = std::move(values); }
+  // Resolves names to layers and checks every shape. Throws std::invalid_argument naming what is missing or wrong.
+  void finish();
+
+  const Spec& spec() const { return spec_; }
+  CacheShape cache_shape() const { return {spec_.num_layers, spec_.num_kv_heads, spec_.head_dim}; }
+  int threads() const { return pool_.threads(); }
+
+  // Runs the slices at one width and appends to their caches. logits: (rows, vocab) float32, one row a slice or one a
+  // token. `poll` is called now and then and may throw. Tokens in [0, vocab), counts >= 1; caches grow as needed.
+  // Calls from several threads take turns.
+  void forward(const std::vector<Slice>& slices, int bits, float* logits, const std::function<void()>& poll);
+
+ private:
+  struct Norm {
+    NormSpec spec;
+    const std::vector<float>* weight = nullptr;
+    const std::vector<float>* bias = nullptr;
+    NormView view(int64_t at = 0) const {
+      return {weight->data() + at, bias ? bias->data() + at : nullptr, spec.eps, spec.offset, spec.layer};
+    }
+  };
+  struct Block {
+    Norm attn_norm, attn_post_norm, mlp_norm, mlp_post_norm, q_norm, k_norm;
+    const Matrix *q, *k, *v, *o, *gate, *up, *down;
+  };
+  struct Job {
+    const Matrix* matrix;
+    float* to;  // (tokens, matrix.out())
+  };
+
+  Norm norm_at(const std::string& name, const NormSpec& spec, int64_t size) const;
+  const Matrix* matrix_at(const std::string& name, int64_t out, int64_t columns) const;
+  void reserve(int64_t tokens, int64_t positions);
+  void embed(const std::vector<Slice>& slices, int bits);
+  void attend(const std::vector<Slice>& slices, int64_t layer, int64_t tokens);
+  void feed(int64_t layer, const float* from, float* to, int64_t tokens, int bits);
+  void multiply(const std::vector<Job>& jobs, const float* x, int64_t tokens, int bits);
+  void normalize(const Norm& norm, const float* x, int64_t tokens, float* y);
+  void add(const float* from, int64_t count, float* to);
+
+  Spec spec_;
+  MatmulNested* matmul_nested_;
+  MatmulFloat* matmul_float_;
+  Attention* attention_;
+  NormOp* norm_;
+  RotaryOp* rotary_;
+  ActivationOp* activation_;
+  std::unordered_map<std::string, Matrix> matrices_;
+  std::unordered_map<std::string, std::vector<float>> vectors_;
+  std::vector<Block> blocks_;
+  const Matrix *embedding_ = nullptr, *positions_ = nullptr, *head_ = nullptr;
+  Norm final_norm_;
+
+  std::mutex turn_;  // guards everything below
+  Pool pool_;
+  int64_t room_tokens_ = 0, room_positions_ = 0;
+  std::vector<float> hidden_, normed_, q_, k_, v_, mixed_, delta_, delta2_, gate_, up_, last_, cos_, sin_;
+  std::vector<std::vector<float>> scratch_;  // one a thread
+};
+
+}  // namespace lilliput

@@ -1,0 +1,87 @@
+#include "model/sampler.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+#include "ops/activation/activation.hpp"
+
+namespace lilliput {
+namespace {
+
+// SplitMix64 as a counter-based generator: draw n of a seed needs no draws before it. Uniform in [0, 1), 53 bits.
+double uniform(uint64_t seed, uint64_t n) {
+  uint64_t z = seed * 0xd1342543de82ef95ull + (n + 1) * 0x9e3779b97f4a7c15ull;
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+  z ^= z >> 31;
+  return static_cast<double>(z >> 11) * 0x1p-53;
+}
+
+}  // namespace
+
+Sampler::Sampler(const SamplingOptions& options, int64_t vocab_size) : options_(options), vocab_size_(vocab_size) {
+  if (options.repetition_penalty != 1) seen_.resize(static_cast<size_t>(vocab_size));
+}
+
+void Sampler::see(int32_t token) {
+  if (!seen_.empty()) seen_[static_cast<size_t>(token)] = 1;
+}
+
+int32_t Sampler::draw(float* logits) {
+  const auto penalty = static_cast<float>(options_.repetition_penalty);
+  for (size_t id = 0; id < seen_.size(); ++id)
+    if (seen_[id]) logits[id] = logits[id] > 0 ? logits[id] / penalty : logits[id] * penalty;
+  int32_t best = 0;
+  for (int64_t id = 0; id < vocab_size_; ++id) {
+    if (std::isnan(logits[id])) throw NotANumber("a logit is not a number");
+    if (logits[id] > logits[best]) best = static_cast<int32_t>(id);
+  }
+  const uint64_t n = draws_++;
+  if (options_.temperature == 0) return best;
+
+  // Candidates by falling logit, the lower id first among equals; sorted only where a cut needs it.
+  order_.resize(static_cast<size_t>(vocab_size_));
+  std::iota(order_.begin(), order_.end(), 0);
+  const auto before = [logits](int32_t a, int32_t b) {
+    return logits[a] != logits[b] ? logits[a] > logits[b] : a < b;
+  };
+  if (options_.top_k > 0 && options_.top_k < vocab_size_) {
+    std::partial_sort(order_.begin(), order_.begin() + options_.top_k, order_.end(), before);
+    order_.resize(static_cast<size_t>(options_.top_k));
+  } else if (options_.top_p < 1) {
+    std::sort(order_.begin(), order_.end(), before);
+  }
+  weights_.resize(order_.size());
+  const float peak = logits[best];
+  const auto temperature = static_cast<float>(options_.temperature);
+  for (size_t i = 0; i < order_.size(); ++i) weights_[i] = (logits[order_[i]] - peak) / temperature;
+  exponentials(weights_.data(), static_cast<int64_t>(weights_.size()));
+
+  double sum = std::accumulate(weights_.begin(), weights_.end(), 0.0);
+  if (options_.top_p < 1) {  // the shortest head of the order that holds top_p of the mass
+    const double target = options_.top_p * sum;
+    double held = 0;
+    size_t kept = 0;
+    while (kept < weights_.size() && (kept == 0 || held < target)) held += weights_[kept++];
+    weights_.resize(kept);
+    sum = held;
+  }
+  if (options_.min_p > 0) {  // weights are relative to the likeliest token, which has 1
+    sum = 0;
+    for (float& w : weights_) {
+      if (w < options_.min_p) w = 0;
+      sum += w;
+    }
+  }
+  double left = uniform(options_.seed, n) * sum;
+  int32_t chosen = best;
+  for (size_t i = 0; i < weights_.size(); ++i) {
+    if (weights_[i] == 0) continue;
+    chosen = order_[i];
+    if ((left -= weights_[i]) < 0) break;
+  }
+  return chosen;
+}
+
+}  // namespace lilliput

@@ -1,0 +1,10 @@
+// The portable body compiled for AVX512.
+#include "ops/attention/body.hpp"
+
+namespace lilliput {
+
+void attention_avx512(const AttentionView& kv, const float* q, int64_t first, int64_t last, float* y, float* scratch) {
+  attention_body<4>(kv, q, first, last, y, scratch);
+}
+
+}  // namespace lilliput

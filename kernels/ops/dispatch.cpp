@@ -1,0 +1,81 @@
+#include "ops/dispatch.hpp"
+
+#include <stdexcept>
+
+namespace lilliput {
+namespace {
+
+bool always() { return true; }
+#if defined(__x86_64__)
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"); }
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+#endif
+
+template <class Run>
+struct Variant {
+  const char* name;
+  Run* run;
+  bool (*available)();
+};
+
+#define VARIANT(op, isa, when) {#isa, op##_##isa, when},
+constexpr Variant<MatmulNested> kMatmulNested[] = {
+#include "ops/matmul_nested/variants.inc"
+};
+constexpr Variant<MatmulFloat> kMatmulFloat[] = {
+#include "ops/matmul_float/variants.inc"
+};
+constexpr Variant<Attention> kAttention[] = {
+#include "ops/attention/variants.inc"
+};
+constexpr Variant<NormOp> kNorm[] = {
+#include "ops/norm/variants.inc"
+};
+constexpr Variant<RotaryOp> kRotary[] = {
+#include "ops/rotary/variants.inc"
+};
+constexpr Variant<ActivationOp> kActivation[] = {
+#include "ops/activation/variants.inc"
+};
+#undef VARIANT
+
+template <class Run, size_t N>
+std::vector<std::string> names(const Variant<Run> (&table)[N]) {
+  std::vector<std::string> found;
+  for (const auto& v : table)
+    if (v.available()) found.emplace_back(v.name);
+  return found;
+}
+
+template <class Run, size_t N>
+Run* pick(const Variant<Run> (&table)[N], const std::string& name) {
+  Run* best = nullptr;
+  for (const auto& v : table)
+    if (v.available() && (name.empty() || name == v.name)) best = v.run;
+  if (!best) throw std::invalid_argument("this CPU has no variant " + name);
+  return best;
+}
+
+}  // namespace
+
+std::vector<std::string> variants(const std::string& op) {
+  if (op == "matmul_nested") return names(kMatmulNested);
+  if (op == "matmul_float") return names(kMatmulFloat);
+  if (op == "attention") return names(kAttention);
+  if (op == "norm") return names(kNorm);
+  if (op == "rotary") return names(kRotary);
+  if (op == "activation") return names(kActivation);
+  throw std::invalid_argument("there is no op " + op);
+}
+
+MatmulNested* matmul_nested(const std::string& name) { return pick(kMatmulNested, name); }
+MatmulFloat* matmul_float(const std::string& name) { return pick(kMatmulFloat, name); }
+Attention* attention(const std::string& name) { return pick(kAttention, name); }
+NormOp* norm(const std::string& name) { return pick(kNorm, name); }
+RotaryOp* rotary(const std::string& name) { return pick(kRotary, name); }
+ActivationOp* activation(const std::string& name) { return pick(kActivation, name); }
+
+}  // namespace lilliput

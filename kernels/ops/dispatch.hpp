@@ -1,0 +1,28 @@
+// The variants of every op that this machine can run. Each variants.inc is the one list of its op, best last.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "ops/activation/activation.hpp"
+#include "ops/attention/attention.hpp"
+#include "ops/matmul_float/matmul_float.hpp"
+#include "ops/matmul_nested/matmul_nested.hpp"
+#include "ops/norm/norm.hpp"
+#include "ops/rotary/rotary.hpp"
+
+namespace lilliput {
+
+// Names of the variants of `op` this CPU can run, best last. Throws std::invalid_argument for an unknown op.
+std::vector<std::string> variants(const std::string& op);
+
+// The variant of that name, or the best one where `name` is empty. Throws std::invalid_argument for a name this CPU
+// cannot run.
+MatmulNested* matmul_nested(const std::string& name = {});
+MatmulFloat* matmul_float(const std::string& name = {});
+Attention* attention(const std::string& name = {});
+NormOp* norm(const std::string& name = {});
+RotaryOp* rotary(const std::string& name = {});
+ActivationOp* activation(const std::string& name = {});
+
+}  // namespace lilliput

@@ -1,0 +1,38 @@
+// y = x W^T for a matrix stored as nested bit fields (src/lilliput/numerics/packing.py draws the tiles).
+//
+//     w[n, k] = scale[n, g] * ((c[n, k] - (2^bits - 1) / 2) - zero[n, g]),  g = k / group, in float32
+//     y[t, n] = ((0 + x[t, 0] w[n, 0]) + x[t, 1] w[n, 1]) + ..,             k ascending, in float32
+//
+// The order of the sum is part of the definition: it does not depend on how many tokens, tiles or threads there are.
+#pragma once
+
+#include <cstdint>
+
+namespace lilliput {
+
+constexpr int64_t kTileRows = 16;
+constexpr int64_t kTileInputs = 32;
+constexpr int64_t kPanel = 256;  // inputs dequantized at once: 16 rows of float32 make 16 KiB, half an L1 cache
+constexpr int64_t kPanelFloats = kPanel * kTileRows;
+
+struct NestedView {
+  const uint8_t* planes[8];  // leading fields only; field f is (row tiles, input tiles, 64 * width)
+  int widths[8];
+  int fields;
+  int bits;               // sum of widths
+  const uint16_t* scale;  // float16, (row tiles, groups, 16)
+  const uint16_t* zero;   // the same, or null
+  int64_t out, columns;
+  int64_t group;  // inputs a group; `columns` for one group a row
+};
+
+// Rows [16 * tile_begin, min(16 * tile_end, out)) of y. x: (tokens, ldx); y: (tokens, ldy), both float32;
+// scratch: kPanelFloats floats of the calling thread.
+typedef void MatmulNested(const NestedView& w, const float* x, int64_t tokens, int64_t ldx, float* y, int64_t ldy,
+                          int64_t tile_begin, int64_t tile_end, float* scratch);
+MatmulNested matmul_nested_reference, matmul_nested_avx2, matmul_nested_avx512;
+
+// One row of W into `to`, (columns,) float32: the formula above, weight by weight.
+void nested_row(const NestedView& w, int64_t row, float* to);
+
+}  // namespace lilliput

@@ -1,0 +1,42 @@
+// The definition of matmul_nested, and its rows one by one for embedding tables.
+#include "ops/matmul_nested/body.hpp"
+
+namespace lilliput {
+
+void matmul_nested_reference(const NestedView& w, const float* x, int64_t tokens, int64_t ldx, float* y, int64_t ldy,
+                             int64_t tile_begin, int64_t tile_end, float* scratch) {
+  matmul_nested_body<2>(w, x, tokens, ldx, y, ldy, tile_begin, tile_end, scratch);
+}
+
+static int code_of(const NestedView& w, int64_t row, int64_t k) {
+  const int64_t input_tiles = (w.columns + kTileInputs - 1) / kTileInputs;
+  const int64_t tile = (row / kTileRows) * input_tiles + k / kTileInputs;
+  const int step = static_cast<int>(k % kTileInputs) / 4, i = step / 4, f = step % 4;
+  const int lane = static_cast<int>(row % kTileRows) * 4 + static_cast<int>(k % 4);
+  int code = 0;
+  for (int n = 0; n < w.fields; ++n) {
+    const int width = w.widths[n];
+    const uint8_t* bytes = w.planes[n] + tile * 64 * width;
+    int part;
+    if (width == 4)
+      part = (bytes[64 * (2 * i + f % 2) + lane] >> (4 * (f / 2))) & 15;
+    else if (width == 2)
+      part = (bytes[64 * i + lane] >> (2 * f)) & 3;
+    else
+      part = (bytes[lane] >> (2 * f + 1 - i)) & 1;
+    code = (code << width) | part;
+  }
+  return code;
+}
+
+void nested_row(const NestedView& w, int64_t row, float* to) {
+  const int64_t groups = (w.columns + w.group - 1) / w.group;
+  const float middle = static_cast<float>((1 << w.bits) - 1) / 2;
+  for (int64_t k = 0; k < w.columns; ++k) {
+    const int64_t at = ((row / kTileRows) * groups + k / w.group) * kTileRows + row % kTileRows;
+    const float zero = w.zero ? widen_half_1(w.zero[at]) : 0.0f;
+    to[k] = widen_half_1(w.scale[at]) * ((static_cast<float>(code_of(w, row, k)) - middle) - zero);
+  }
+}
+
+}  // namespace lilliput

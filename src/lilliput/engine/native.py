@@ -1,0 +1,213 @@
+"""The only door to C++: typed wrappers of the kernels, one by one, and of the model they add up to.
+
+Every op takes `variant`, one of `variants(op)`; the empty name takes the best this CPU can run. All variants of an op
+give the same bits. Arrays are float32 and contiguous unless said otherwise.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lilliput.artifact.read import StoredLinear, StoredTensor
+from lilliput.core.errors import InputCorrupt, Unsupported
+from lilliput.core.spec import ModelSpec
+from lilliput.engine.sampling import Sampling
+
+F32 = npt.NDArray[np.float32]
+
+
+@cache
+def _native() -> Any:
+    try:
+        return import_module("lilliput.engine._native")
+    except ImportError as error:
+        what = f"the compiled kernels do not load ({error})"
+        fix = "Install a wheel for this machine, or build them: `pip install .` needs a C++20 compiler"
+        raise Unsupported(what, where="lilliput.engine", fix=fix) from error
+
+
+def variants(op: str) -> list[str]:
+    """Names of the variants of `op` that this CPU can run, best last. Raises ValueError for an unknown op."""
+    return list(_native().variants(op))
+
+
+def compiler() -> str:
+    """What built the kernels, such as "gcc 12.2.0"."""
+    return str(getattr(_native(), "compiler", "unknown"))
+
+
+def matmul_nested(linear: StoredLinear, bits: int, x: F32, *, variant: str = "") -> F32:
+    """x: (tokens, columns); returns (tokens, out), x times the transposed matrix at `bits`, inputs added in order."""
+    return _f32(_native().matmul_nested(*_nested(linear, bits), _floats(x), variant))
+
+
+def nested_rows(linear: StoredLinear, bits: int) -> F32:
+    """Return the matrix at `bits`, (out, columns), weight by weight as embedding lookups compute it."""
+    return _f32(_native().nested_rows(*_nested(linear, bits)))
+
+
+def matmul_float(weight: StoredTensor, x: F32, *, variant: str = "") -> F32:
+    """weight: (out, columns) F32, F16 or BF16; x: (tokens, columns). Returns (tokens, out)."""
+    return _f32(_native().matmul_float(_bytes(weight.data), weight.dtype, weight.shape[0], _floats(x), variant))
+
+
+def attention(
+    q: F32, keys: F32, values: F32, *, first: int, last: int, scale: float, softcap: float = 0.0, variant: str = ""
+) -> F32:
+    """One query (head_dim,) against keys first..last of (positions, head_dim). softcap 0 is none."""
+    return _f32(
+        _native().attention(_floats(q), _floats(keys), _floats(values), first, last, scale, softcap, variant),
+    )
+
+
+def norm(
+    x: F32, weight: F32, bias: F32 | None = None, *, eps: float, offset: float = 0.0, layer: bool, variant: str = ""
+) -> F32:
+    """Layer or RMS norm of one vector (n,), as `core.spec.Norm` defines it."""
+    return _f32(
+        _native().norm(
+            _floats(x), _floats(weight), None if bias is None else _floats(bias), eps, offset, layer, variant
+        )
+    )
+
+
+def rotary(x: F32, inv_freq: F32, *, position: int, scale: float = 1.0, variant: str = "") -> F32:
+    """Rotate the first 2 * len(inv_freq) channels of one head, as `core.spec.Rotary` defines it."""
+    return _f32(_native().rotary(_floats(x), _floats(inv_freq), position, scale, variant))
+
+
+def activation(kind: str, x: F32, up: F32 | None = None, *, variant: str = "") -> F32:
+    """Apply an `Activation` of core.spec to (n,), times `up` where given."""
+    return _f32(_native().activation(kind, _floats(x), None if up is None else _floats(up), variant))
+
+
+def softcap(x: F32, cap: float) -> F32:
+    """cap * tanh(x / cap) of (n,)."""
+    return _f32(_native().softcap(_floats(x), cap))
+
+
+def exponential(x: F32) -> F32:
+    """exp of (n,) as softmax and SiLU use it: 0 below -87, exp(88) above 88."""
+    return _f32(_native().exponential(_floats(x)))
+
+
+def sample(logits: F32, sampling: Sampling, *, seen: Sequence[int] = (), draws: int = 1) -> list[int]:
+    """Draw `draws` tokens in a row from the same logits (vocab,); seen: tokens that the penalty applies to."""
+    return list(_native().sample(_floats(logits), asdict(sampling), list(seen), draws))
+
+
+class Model:
+    """A decoder in C++ over arrays that stay where they are: matrices are read in place, for as long as this lives."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        floats: Mapping[str, StoredTensor],
+        linears: Mapping[str, StoredLinear],
+        *,
+        threads: int,
+        variant: str = "",
+    ) -> None:
+        """floats: tensors by full name; linears: quantized matrices by module name, all by `core.spec`'s names.
+
+        variant: runs every op that has it in that variant; for tests.
+        Raises InputCorrupt when a tensor is missing or does not fit the spec.
+        """
+        self._core = _native().Model(spec.model_dump(), threads, variant)
+        matrices = {name.removesuffix(".weight") for name, t in floats.items() if _is_matrix(name, t)}
+        try:
+            for name in sorted(matrices | linears.keys()):
+                bias = None if f"{name}.bias" not in floats else _vector(floats[f"{name}.bias"])
+                if name in linears:
+                    self._add_nested(name, linears[name], bias)
+                else:
+                    weight = floats[f"{name}.weight"]
+                    self._core.add_float(name, _bytes(weight.data), weight.dtype, *weight.shape, bias)
+            for name, tensor in floats.items():
+                if not _is_matrix(name, tensor):
+                    self._core.add_vector(name, _vector(tensor))
+            self._core.finish()
+        except ValueError as error:
+            fix = "Make the artifact again, or check it with `lilliput verify`"
+            raise InputCorrupt(str(error), where=f"weights of a {spec.family} model", fix=fix) from error
+
+    def _add_nested(self, name: str, m: StoredLinear, bias: F32 | None) -> None:
+        scales = [(bits, _bytes(values)) for bits, values in m.scale.items()]
+        zeros = [(bits, _bytes(values)) for bits, values in m.zero.items()]
+        planes = [_bytes(plane) for plane in m.planes]
+        self._core.add_nested(name, planes, list(m.fields), scales, zeros, m.out, m.columns, _group(m), bias)
+
+    @property
+    def threads(self) -> int:
+        """Threads that share the work."""
+        return int(self._core.threads)
+
+    def cache_bytes(self, positions: int) -> int:
+        """Bytes of keys and values of one sequence; they come in pages of 256 positions."""
+        return int(self._core.cache_bytes(positions))
+
+    def logits(self, tokens: Sequence[int], bits: int) -> F32:
+        """Return (tokens, vocab) for a fresh sequence. bits: 0 where nothing is quantized."""
+        return _f32(self._core.logits(list(tokens), bits))
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        bits: int,
+        max_new_tokens: int,
+        context: int,
+        eos: Sequence[int],
+        sampling: Sampling,
+        on_token: Callable[[int, int], bool] | None = None,
+    ) -> list[tuple[list[int], str, float, float]]:
+        """Continue every prompt; on_token(sequence, token) returns False to end that sequence.
+
+        Returns for each: tokens without the end-of-sequence token, "stop" | "length" | "cancelled", seconds of
+        prefill, seconds from the end of all prefills to the sequence's last token.
+        Raises InputCorrupt when the model computes NaN; whatever on_token raises; KeyboardInterrupt.
+        """
+        options = (bits, max_new_tokens, context, list(eos), asdict(sampling), on_token)
+        try:
+            return list(self._core.generate([list(p) for p in prompts], *options))
+        except _native().NotANumber as error:
+            fix = "Check the artifact with `lilliput verify`, then the source model"
+            raise InputCorrupt("the model computes NaN for this prompt", where="logits", fix=fix) from error
+
+
+def _is_matrix(name: str, tensor: StoredTensor) -> bool:
+    # the head norms of StableLM 2 are (heads, head_dim) but no matrices
+    return name.endswith(".weight") and len(tensor.shape) == 2 and not name.endswith("_norm.weight")
+
+
+def _group(m: StoredLinear) -> int:
+    return m.columns if m.group_size == -1 else m.group_size
+
+
+def _nested(m: StoredLinear, bits: int) -> tuple[Any, ...]:
+    """The arguments that stand for a matrix cut to one of its own widths."""
+    count = next(n for n in range(1, len(m.fields) + 1) if sum(m.fields[:n]) == bits)
+    zero = _bytes(m.zero[bits]) if bits in m.zero else None
+    planes = [_bytes(plane) for plane in m.planes[:count]]
+    return planes, list(m.fields[:count]), _bytes(m.scale[bits]), zero, m.out, m.columns, _group(m)
+
+
+def _bytes(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)  # a view: stored arrays are contiguous
+
+
+def _vector(tensor: StoredTensor) -> F32:
+    return _floats(tensor.to_float32().reshape(-1))
+
+
+def _floats(array: npt.NDArray[Any]) -> F32:
+    return np.ascontiguousarray(array, dtype=np.float32)
+
+
+def _f32(array: Any) -> F32:
+    return np.asarray(array, dtype=np.float32)

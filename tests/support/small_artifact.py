@@ -7,7 +7,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from lilliput.artifact.schema import FloatEntry, Manifest, QuantEntry, SourceInfo
-from lilliput.artifact.write import ArtifactWriter, Plan
+from lilliput.artifact.write import ArtifactWriter, Plan, partial_of, publish
 from lilliput.core.spec import ModelSpec, Norm, Rotary
 
 BYTES = pre_tokenizers.ByteLevel.alphabet()
@@ -142,8 +142,11 @@ def write_small_artifact(
     plan: overrides spec and bits, see `small_plan`.
     """
     plan = plan or small_plan(spec or llama_spec(), bits)
-    with ArtifactWriter.start(folder, plan) as writer:
+    partial = partial_of(folder)
+    with ArtifactWriter.start(partial, plan) as writer:
         fill(writer, seed)
-        write_tokenizer(folder)
-        (folder / "README.md").write_text("# A small artifact\n")
-        return writer.finish(source=provenance(), recipe=[{"rtn": {"bits": list(plan.bits)}}], seed=seed)
+        write_tokenizer(partial)
+        (partial / "README.md").write_text("# A small artifact\n")
+        manifest = writer.finish(source=provenance(), recipe=[{"rtn": {"bits": list(plan.bits)}}], seed=seed)
+    publish(partial, folder)
+    return manifest

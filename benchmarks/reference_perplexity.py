@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 from harness import emit
-
 from lilliput.data.documents import read_documents
 from lilliput.data.streams import windows
 from lilliput.data.tokenizer import Tokenizer

@@ -7,6 +7,7 @@ checked before it is done. All limits are counts, not seconds: a template passes
 
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
@@ -30,8 +31,10 @@ MAX_OUTPUT: Final = 1 << 24
 MAX_STEPS: Final = 200_000
 """Loop turns and macro calls of one rendering."""
 
-_PADDING: Final = frozenset({"center", "ljust", "rjust", "zfill", "expandtabs", "format", "format_map"})
+_PADDING: Final = frozenset({"center", "ljust", "rjust", "zfill", "expandtabs"})
 """Methods of str that make much text of a small number; no chat template we know of needs one."""
+_WIDE = re.compile(r"\d{4,}|%[^%a-zA-Z]*\*|\{[^{}]*\{")
+"""In a format, % or {}: a width of four digits, or one that an argument decides."""
 
 
 class ChatTemplate:
@@ -83,6 +86,11 @@ def _bounded(size: int) -> None:
         raise SecurityError(f"text of {size} characters, above the limit of {MAX_OUTPUT}")
 
 
+def _narrow(template: Any) -> None:
+    if isinstance(template, bytes) or _WIDE.search(str(template)):
+        raise SecurityError("text formatting with a wide field")
+
+
 def _size(value: Any) -> int:
     return len(value) if isinstance(value, str | bytes | list | tuple) else 0
 
@@ -125,7 +133,9 @@ def _checked(filter_: Callable[..., Any], name: str) -> Callable[..., Any]:
     def bounded(first: Any, *args: Any, **kwargs: Any) -> Any:
         value, given = (args[0], args[1:]) if hasattr(filter_, "jinja_pass_arg") else (first, args)
         given = (*given, *kwargs.values())
-        if name == "replace":
+        if name == "format":
+            _narrow(value)
+        elif name == "replace":
             _bounded(_growth(name, value, given))
         elif name == "join":
             separator = str(given[0]) if given else ""
@@ -166,9 +176,9 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         # No loader: include, import and extends have nothing to read. No autoescape: a prompt is not HTML.
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
         self.filters["tojson"] = _tojson
-        for name in ("batch", "center", "format", "pprint", "random", "slice", "urlize", "wordwrap", "xmlattr"):
+        for name in ("batch", "center", "pprint", "random", "slice", "urlize", "wordwrap", "xmlattr"):
             del self.filters[name]  # they make much of little, or differ from run to run; no template needs them
-        for name in ("indent", "join", "replace"):
+        for name in ("format", "indent", "join", "replace"):
             self.filters[name] = _checked(self.filters[name], name)
         # No strftime_now: the same chat gives the same prompt on every day. Templates fall back to their own date.
         self.globals = {"raise_exception": _raise_exception, "range": self._range, "namespace": jinja2.utils.Namespace}
@@ -196,6 +206,12 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             return False
         return super().is_safe_attribute(obj, attr, value)
 
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        wrapped = super().wrap_str_format(value)
+        if wrapped is not None:
+            _narrow(value.__self__)
+        return wrapped
+
     def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
         if operator == "+":
             _bounded(_size(left) + _size(right))
@@ -206,7 +222,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         elif operator == "**" and not (abs(left) <= 1 << 20 and abs(right) <= 16):
             raise SecurityError("a power of large numbers")
         elif operator == "%" and isinstance(left, str | bytes):
-            raise SecurityError("text formatting with %")
+            _narrow(left)
         return super().call_binop(context, operator, left, right)
 
     def _range(self, *args: int) -> range:

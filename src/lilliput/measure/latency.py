@@ -93,8 +93,10 @@ def bench(
     Raises ConfigError for sizes below 1 (new_tokens below 2) or where a process fails, with its last line;
     OutOfResource where it was killed or ran past its time.
     """
-    if not isinstance(artifact, str | Path):
-        artifact, threads = artifact.path, threads or artifact.threads
+    if isinstance(artifact, str | Path):
+        path = Path(artifact)
+    else:
+        path, threads = artifact.path, threads or artifact.threads
     for name, value, least in (
         ("prompt_tokens", prompt_tokens, 1),
         ("new_tokens", new_tokens, 2),
@@ -104,7 +106,7 @@ def bench(
             raise ConfigError(f"{name} is {value}", where="bench", fix=f"Give {least} or more")
     progress = progress or Silent()
     progress.begin("timing", rounds * len(bits))
-    job = {"artifact": str(artifact), "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "threads": threads}
+    job = {"artifact": str(path), "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "threads": threads}
     found: dict[int, list[LatencyRound]] = {width: [] for width in bits}
     for _ in range(rounds):
         for width in found:
@@ -118,7 +120,7 @@ def summarize(rounds: Sequence[LatencyRound]) -> LatencyRow:
     first = rounds[0]
     peaks = [r.peak_rss_bytes for r in rounds if r.peak_rss_bytes is not None]
     foreign = [r.foreign_cores for r in rounds if r.foreign_cores is not None]
-    decode = median((r.decoded_tokens / r.decode_s for r in rounds))
+    decode = median(r.decoded_tokens / r.decode_s for r in rounds)
     memory = median(r.memory_bytes_per_s for r in rounds)
     return LatencyRow(
         bits=first.bits,

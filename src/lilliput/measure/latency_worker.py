@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pkgutil import resolve_name
 from typing import Any, Final
 
 import numpy as np
@@ -95,10 +96,8 @@ def memory_bytes_per_s(threads: int, size_bytes: int = BUFFER_BYTES, rounds: int
 
 def main() -> int:
     """Run the job given as the only argument; errors go to stderr as one line."""
-    from lilliput.engine import Engine
-
     try:
-        print(run(json.loads(sys.argv[1]), Engine).model_dump_json())
+        print(run(json.loads(sys.argv[1]), resolve_name("lilliput.engine:Engine")).model_dump_json())
     except (LilliputError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1

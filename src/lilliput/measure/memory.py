@@ -7,7 +7,7 @@ from typing import Final
 
 from lilliput.core.errors import ConfigError
 
-_UNITS: Final = {"": 1, "B": 1} | {
+_UNITS: Final[dict[str, int]] = {"": 1, "B": 1} | {
     f"{letter}{tail}": base**power
     for power, letter in enumerate("KMGT", start=1)
     for tail, base in (("", 1000), ("B", 1000), ("IB", 1024))
@@ -58,7 +58,7 @@ def available_bytes(root: Path = Path("/")) -> int | None:
 
 def parse_size(text: str) -> int:
     """Bytes of "8GiB" (2**30), "1.1GB" (10**9), "512M" or "4096". Raises ConfigError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*", text)
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([A-Za-z]*)\s*", text)
     unit = _UNITS.get(match[2].upper()) if match else None
     if match is None or unit is None:
         raise ConfigError(f"{text!r} is no size", where="size", fix="Write it as 8GiB, 1.1GB or 512MiB")

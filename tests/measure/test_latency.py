@@ -1,0 +1,113 @@
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lilliput.core.errors import ConfigError, OutOfResource
+from lilliput.measure import latency, latency_worker
+from lilliput.measure.latency import LatencyRound, bench, summarize
+
+
+class Engine:
+    """An engine that ends each text after `lasts` tokens and takes 0.1 s a token to do so, it says."""
+
+    threads = 2
+    lasts = 4
+
+    def __init__(self, path: str, *, threads: int | None, context: int | None) -> None:
+        self.tokenizer = SimpleNamespace(bos_id=0, eos_ids=(1,), vocab_size=512)
+        self.prompts: list[list[int]] = []
+
+    def generate(self, prompt: list[int], *, max_new_tokens: int, bits: int, on_token: Any = None) -> SimpleNamespace:
+        self.prompts.append(prompt)
+        made = list(range(min(self.lasts, max_new_tokens)))
+        for token in made:
+            if on_token:
+                on_token(token)
+        return SimpleNamespace(tokens=made, prefill_s=0.5, decode_s=0.1 * (len(made) - 1))
+
+    def weight_bytes(self, bits: int) -> int:
+        return 1000 * bits
+
+
+JOB = {"artifact": "a", "bits": 4, "prompt_tokens": 6, "new_tokens": 8, "threads": None}
+
+
+def test_a_round_goes_on_until_enough_tokens_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency_worker, "memory_bytes_per_s", lambda threads: 1e9)
+    found = latency_worker.run(JOB, Engine)
+    assert (found.decoded_tokens, found.decode_s) == (9, pytest.approx(0.9))  # three texts of 1 + 3 tokens
+    assert (found.threads, found.prefill_s, found.weight_bytes_read_per_token) == (2, 0.5, 4000)
+    monkeypatch.setattr(Engine, "lasts", 1)
+    with pytest.raises(ValueError, match="nothing to time"):
+        latency_worker.run(JOB, Engine)
+
+
+def test_prompts_differ_start_with_bos_and_hold_no_end() -> None:
+    engine = Engine("a", threads=None, context=None)
+    prompts = [latency_worker.prompt(engine, 128, salt) for salt in range(9)]
+    assert all(len(p) == 128 and p[0] == 0 and not {0, 1} & set(p[1:]) for p in prompts)
+    assert len({tuple(p) for p in prompts}) == 9
+
+
+def test_memory_is_read_by_all_threads() -> None:
+    assert latency_worker.memory_bytes_per_s(2, size_bytes=1 << 20, rounds=1) > 1e6
+
+
+def one(**changes: Any) -> LatencyRound:
+    fields = {"bits": 4, "threads": 2, "prompt_tokens": 10, "decoded_tokens": 20, "load_s": 1.0, "prefill_s": 2.0}
+    fields |= {"decode_s": 4.0, "time_to_first_token_s": 2.1, "peak_rss_bytes": 100, "foreign_cores": 0.1}
+    fields |= {"weight_bytes_read_per_token": 1000, "memory_bytes_per_s": 10_000.0}
+    return LatencyRound(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+def test_a_row_holds_medians_and_the_largest_peak() -> None:
+    row = summarize([one(), one(decode_s=5.0, peak_rss_bytes=300), one(decode_s=40.0, foreign_cores=None)])
+    assert (row.rounds, row.prefill_tokens_per_s, row.decode_tokens_per_s) == (3, 5.0, 4.0)
+    assert (row.peak_rss_bytes, row.foreign_cores, row.bandwidth_share) == (300, 0.1, 0.4)
+
+
+def test_rounds_go_through_all_widths_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs: list[dict[str, Any]] = []
+
+    def fake(job: dict[str, Any], timeout_s: float) -> LatencyRound:
+        jobs.append(job)
+        return one(bits=job["bits"])
+
+    monkeypatch.setattr(latency, "_round", fake)
+    engine = SimpleNamespace(path=Path("x.lilliput"), threads=3, bits=(2, 4))
+    rows = bench(engine, bits=[4, 2], rounds=2)
+    assert [job["bits"] for job in jobs] == [4, 2, 4, 2]
+    assert [row.bits for row in rows] == [4, 2]
+    assert (jobs[0]["artifact"], jobs[0]["threads"]) == ("x.lilliput", 3)
+
+
+def test_bench_refuses_what_it_cannot_time() -> None:
+    with pytest.raises(ConfigError, match=r"bench: new_tokens is 1\. Give 2 or more\."):
+        bench("a", bits=[4], new_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "said"),
+    [
+        (
+            "import sys; print('a: b. c.', file=sys.stderr); sys.exit(1)",
+            ConfigError,
+            r"the process failed \(a: b\. c\.\)",
+        ),
+        ("print('{}')", ConfigError, r"it said '\{\}\\n' \(ValidationError\)"),
+        ("pass", ConfigError, "it said ''"),
+        ("import os; os.kill(os.getpid(), 9)", OutOfResource, r"timing 4 bits: the process was ended by signal 9\."),
+        ("import time; time.sleep(60)", OutOfResource, "not done after 0.5 s"),
+    ],
+)
+def test_a_process_that_fails_is_reported_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, code: str, kind: Any, said: str
+) -> None:
+    real = latency.subprocess.run
+    monkeypatch.setattr(
+        latency.subprocess, "run", lambda command, **kwargs: real([command[0], "-S", "-c", code], **kwargs)
+    )
+    with pytest.raises(kind, match=said):
+        bench("a", bits=[4], rounds=1, timeout_s=0.5 if "sleep" in code else 60)

@@ -60,8 +60,26 @@ VALUES = st.recursive(
     max_leaves=5,
 )
 PATHS = st.sampled_from(
-    "bits entries floats files spec recipe seed data tools quality layers spec/windows spec/norm spec/rotary/inv_freq "
-    "spec/num_layers entries/embed floats/final_norm.weight files/config.json".split()
+    [
+        "bits",
+        "entries",
+        "floats",
+        "files",
+        "spec",
+        "recipe",
+        "seed",
+        "data",
+        "tools",
+        "quality",
+        "layers",
+        "spec/windows",
+        "spec/norm",
+        "spec/rotary/inv_freq",
+        "spec/num_layers",
+        "entries/embed",
+        "floats/final_norm.weight",
+        "files/config.json",
+    ]
 )
 
 

@@ -36,7 +36,7 @@ from lilliput.artifact.schema import (
     plain_name,
     seal,
 )
-from lilliput.core.errors import ConfigError, LilliputError, QualityFailed
+from lilliput.core.errors import ConfigError, LilliputError, OutOfResource, QualityFailed
 from lilliput.numerics.packing import ROWS, pack_fields, tile_groups
 
 JOURNAL_FILE = ".written"
@@ -73,11 +73,13 @@ class ArtifactWriter:
             raise ConfigError("holds a finished artifact", str(folder), "Give another folder, or delete this one")
         journal = os.open(folder / JOURNAL_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
-            done = _begin(folder, journal, key)
-            files, fresh = _open_files(folder, plan)
+            done = _begin(folder, journal, key, plan)
+            try:
+                files, fresh = _open_files(folder, plan)
+            except OutOfResource:
+                (folder / JOURNAL_FILE).unlink()  # nothing is left that it could vouch for
+                raise
         except BaseException:
-            if not os.fstat(journal).st_size:
-                (folder / JOURNAL_FILE).unlink()
             os.close(journal)
             raise
         for name in (MANIFEST_FILE, INDEX_FILE):  # not whole until `finish` says so again
@@ -317,8 +319,8 @@ def _remove_artifact(folder: Path) -> None:
         folder.rmdir()
 
 
-def _begin(folder: Path, journal: int, key: str) -> set[str]:
-    """Lock the journal and return the names in it. Raises ConfigError when it is another run's."""
+def _begin(folder: Path, journal: int, key: str, plan: Plan) -> set[str]:
+    """Lock the journal and return the names in it. Raises ConfigError when it, or the folder, is another's."""
     if "\n" in key:
         raise ValueError("the key of a run is one line")
     try:
@@ -326,7 +328,14 @@ def _begin(folder: Path, journal: int, key: str) -> set[str]:
     except OSError:
         raise ConfigError("another run is writing here", str(folder), "Wait for it or give another folder") from None
     text = os.pread(journal, os.fstat(journal).st_size, 0).decode("utf-8", "replace")
-    first, *names = text.split("\n")[:-1] or [key]  # a last line without its newline was cut off
+    if "\n" not in text:
+        found = [name for name in plan.files if (folder / name).exists()]
+        if found:  # without a journal they are not ours to overwrite
+            (folder / JOURNAL_FILE).unlink()
+            raise ConfigError(f"already holds a {found[0]}", str(folder), "Give another folder, or delete this one")
+        text = f"{key}\n"
+        os.pwrite(journal, text.encode(), 0)
+    first, *names = text.split("\n")[:-1]  # a last line without its newline was cut off
     if first != key:
         fix = f"Delete it to start anew, or repeat the run that made it ({first[:80]!r})"
         raise ConfigError("holds the unfinished work of another run", str(folder), fix)

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from lilliput.artifact import Plan, QualityEntry, SourceInfo
+from lilliput.artifact.plan import Plan
+from lilliput.artifact.schema import QualityEntry, SourceInfo
 from lilliput.core.recipe import Recipe
 from lilliput.pipeline.gate import UNQUANTIZED
 

@@ -16,26 +16,15 @@ import torch
 from torch import Tensor
 
 from lilliput import __version__
-from lilliput.artifact import (
-    SCHEMA_VERSION,
-    ArtifactWriter,
-    DataFile,
-    DataInfo,
-    LayerRecord,
-    Manifest,
-    QualityEntry,
-    SourceInfo,
-    amend,
-    check_output,
-    partial_of,
-    publish,
-)
+from lilliput.artifact.schema import SCHEMA_VERSION, DataFile, DataInfo, LayerRecord, Manifest, QualityEntry, SourceInfo
+from lilliput.artifact.write import ArtifactWriter, amend, check_output, partial_of, publish
 from lilliput.core.errors import ConfigError, Interrupted, OutOfResource, QualityFailed
 from lilliput.core.progress import Progress, Silent
 from lilliput.core.recipe import Recipe, load_recipe
-from lilliput.data import Tokenizer, batches, read_documents
-from lilliput.data.streams import Batches
-from lilliput.methods.base import LayerMethod, Method, ModelMethod
+from lilliput.data.documents import read_documents
+from lilliput.data.streams import Batches, batches
+from lilliput.data.tokenizer import Tokenizer
+from lilliput.methods.base import Method, ModelMethod
 from lilliput.methods.journal import Journal, State
 from lilliput.methods.sources import CheckpointSource, DecoderSource, Source
 from lilliput.methods.sweep import FLOAT, Job, Outcome, Sweep
@@ -371,6 +360,3 @@ def resumable(out: Path, journal: Journal, steps: int) -> Iterator[None]:
     except KeyboardInterrupt:
         what = f"stopped after {journal.load().step} of {steps} steps; what is done is kept in {partial_of(out)}"
         raise Interrupted(what, where=str(out), fix="Repeat the same command to go on from there") from None
-
-
-__all__ = ["LayerMethod", "compress"]

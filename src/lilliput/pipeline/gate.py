@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from lilliput.artifact import QualityEntry
+from lilliput.artifact.schema import QualityEntry
 from lilliput.core.errors import QualityFailed
 from lilliput.engine import Engine
 from lilliput.numerics.divergence import divergence, log_softmax

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
-from lilliput.artifact import FloatEntry, Plan, QuantEntry
+from lilliput.artifact.plan import Plan
+from lilliput.artifact.schema import FloatEntry, QuantEntry
 from lilliput.core.errors import ConfigError, OutOfResource
 from lilliput.core.recipe import Recipe
 from lilliput.methods.base import LayerMethod, Method, ModelMethod, Quantizer, Statistic, build_stage

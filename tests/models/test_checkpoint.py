@@ -1,17 +1,20 @@
 """What a checkpoint folder may hold, what is said when it does not, and that reading is by name, lazy and exact."""
 
+import contextlib
 import json
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lilliput.core.errors import InputCorrupt, InputMissing, InputUnsafe, Unsupported
+from lilliput.core.errors import InputCorrupt, InputMissing, InputUnsafe, LilliputError, Unsupported
 from lilliput.models import Checkpoint, describe, load_block, load_decoder, load_ends
 from support.families import FAMILIES, VOCAB, write_checkpoint
 
@@ -285,14 +288,12 @@ def test_a_hub_id_is_fetched_without_code_or_pickles(monkeypatch: pytest.MonkeyP
     assert not any(p.endswith((".py", ".bin", ".pt")) or p == "*" for p in asked["allow_patterns"])
 
 
-def test_a_hub_id_is_described_from_its_headers(monkeypatch: pytest.MonkeyPatch, llama: Path, tmp_path: Path) -> None:
+def test_a_hub_id_is_described_from_its_headers(monkeypatch: pytest.MonkeyPatch, llama: Path) -> None:
     import huggingface_hub
 
-    class Header:
-        tensors = {n: type("T", (), {"dtype": "F32", "shape": list(t.shape)}) for n, t in
-                   load_file(llama / "model.safetensors").items()}  # fmt: skip
-
-    metadata = type("M", (), {"files_metadata": {"model.safetensors": Header}})
+    stored = load_file(llama / "model.safetensors")
+    header = SimpleNamespace(tensors={n: SimpleNamespace(dtype="F32", shape=list(t.shape)) for n, t in stored.items()})
+    metadata = SimpleNamespace(files_metadata={"model.safetensors": header})
     expected = describe(llama)
     (llama / "model.safetensors").unlink()
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **kw: str(llama))
@@ -350,3 +351,18 @@ def test_a_tokenizer_that_cannot_be_converted_is_said(llama: Path, tmp_path: Pat
     (llama / "tokenizer.model").write_bytes(b"not a model")
     with pytest.raises(Unsupported, match=r"its tokenizer (cannot be converted \(|has no fast form)"):
         Checkpoint.open(llama).export_tokenizer(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.safetensors.index.json"])
+def test_a_damaged_file_opens_or_says_why(name: str, llama: Path) -> None:
+    if "index" in name:
+        shard(llama)
+    whole = (llama / name).read_bytes()
+    random = Random(0)
+    for _ in range(150):
+        data = bytearray(whole)
+        for _ in range(random.randint(1, 3)):
+            data[random.randrange(min(len(data), 3000))] = random.randrange(256)
+        (llama / name).write_bytes(data[: random.randrange(len(data))] if random.random() < 0.2 else data)
+        with contextlib.suppress(LilliputError):
+            Checkpoint.open(llama)

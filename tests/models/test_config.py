@@ -102,7 +102,7 @@ def test_a_quantized_checkpoint_is_refused() -> None:
     [
         ({"architectures": ["MambaForCausalLM"], "model_type": "mamba"}, r"'MambaForCausalLM' of model type 'mamba'"),
         ({"architectures": ["EvilLlamaForCausalLM"]}, r"'EvilLlamaForCausalLM' of model type 'llama' is not served"),
-        ({"architectures": None, "model_type": "bert"}, r"architecture 'bert' is not served\. Known are Gemma2For"),
+        ({"architectures": None, "model_type": "bert"}, r"architecture 'bert' is not served\. Known are GemmaFor"),
         ({"architectures": ["LlamaForCausalLM"], "model_type": "mistral"}, r"of model type 'mistral'"),
     ],
 )
@@ -132,6 +132,7 @@ def test_a_rotary_kind_we_do_not_serve_is_named(kind: str) -> None:
         ({"rope_scaling": {"type": "linear"}}, InputCorrupt, r"rotary embedding lacks factor"),
         ({"partial_rotary_factor": 0.5}, Unsupported, r"rotation of a part of the head in the llama family"),
         ({"hidden_size": None}, InputCorrupt, r"lacks hidden_size"),
+        ({"rope_theta": 1e-300}, InputCorrupt, r"rotary embedding turns by .* radians a token"),
     ],
 )
 def test_values_that_do_not_fit_each_other_are_refused(changes: dict[str, Any], error: Any, says: str) -> None:
@@ -149,7 +150,7 @@ def test_values_that_do_not_fit_each_other_are_refused(changes: dict[str, Any], 
 def test_opt_350m_is_refused_in_one_line(changes: dict[str, Any], says: str) -> None:
     opt = {"architectures": ["OPTForCausalLM"], "model_type": "opt", "word_embed_proj_dim": 64, "ffn_dim": 96}
     with pytest.raises(Unsupported, match=says):
-        spec(**opt, **changes) if "word_embed_proj_dim" not in changes else spec(**(opt | changes))
+        spec(**(opt | changes))
 
 
 def test_both_styles_of_config_say_the_same() -> None:
@@ -179,9 +180,11 @@ def test_longrope_limits_the_context_and_says_so() -> None:
 
 def test_windows_follow_the_rules_of_their_family() -> None:
     qwen = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "num_hidden_layers": 4, "sliding_window": 8}
+    qwen["num_key_value_heads"] = 2
     assert spec(**qwen).windows == (0, 0, 0, 0)
     assert spec(**qwen, use_sliding_window=True, max_window_layers=3).windows == (0, 0, 0, 8)
     gemma = {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "num_hidden_layers": 3}
+    gemma["head_dim"] = 16
     assert spec(**gemma).windows == (4096, 0, 4096)
     mistral = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "num_key_value_heads": 2}
     assert spec(**mistral).windows == (4096, 4096)
@@ -205,3 +208,116 @@ def test_every_family_explains_every_module_it_can_have(name: str) -> None:
 def test_the_filtered_config_is_json() -> None:
     found = filter_config(LLAMA | {"rope_scaling": {"type": "linear", "factor": 2}}, where="config.json")
     assert json.loads(json.dumps(found)) == found
+
+
+def test_a_config_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def deny(*_: Any, **__: Any) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(Path, "open", deny)
+    with pytest.raises(InputMissing, match=r"config\.json: cannot be read \(Permission denied\)"):
+        read_config(tmp_path / "config.json")
+
+
+REAL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    # What published configs say, as far as it concerns us, and what it must mean.
+    "Llama 3.2 1B": (
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "head_dim": 64,
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "max_position_embeddings": 131072,
+            "num_attention_heads": 32,
+            "num_hidden_layers": 16,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-05,
+            "rope_scaling": {
+                "factor": 32.0,
+                "high_freq_factor": 4.0,
+                "low_freq_factor": 1.0,
+                "original_max_position_embeddings": 8192,
+                "rope_type": "llama3",
+            },
+            "rope_theta": 500000.0,
+            "tie_word_embeddings": True,
+            "vocab_size": 128256,
+            "eos_token_id": [128001, 128008, 128009],
+        },
+        {"head_dim": 64, "tied_head": True, "context": 131072},
+    ),
+    "Gemma 2B": (
+        {
+            "architectures": ["GemmaForCausalLM"],
+            "model_type": "gemma",
+            "head_dim": 256,
+            "hidden_act": "gelu",
+            "hidden_activation": None,
+            "hidden_size": 2048,
+            "intermediate_size": 16384,
+            "num_attention_heads": 8,
+            "num_hidden_layers": 18,
+            "num_key_value_heads": 1,
+            "rope_scaling": None,
+            "vocab_size": 256000,
+        },
+        {"activation": "gelu_tanh", "tied_head": True, "num_kv_heads": 1},
+    ),
+    "Pythia 70m": (
+        {
+            "architectures": ["GPTNeoXForCausalLM"],
+            "model_type": "gpt_neox",
+            "hidden_act": "gelu",
+            "hidden_size": 512,
+            "intermediate_size": 2048,
+            "num_attention_heads": 8,
+            "num_hidden_layers": 6,
+            "rotary_emb_base": 10000,
+            "rotary_pct": 0.25,
+            "use_parallel_residual": True,
+            "vocab_size": 50304,
+        },
+        {"parallel_block": True, "shared_block_norm": False, "tied_head": False, "num_kv_heads": 8, "gated_mlp": False},
+    ),
+    "OPT 125m": (
+        {
+            "architectures": ["OPTForCausalLM"],
+            "model_type": "opt",
+            "_remove_final_layer_norm": False,
+            "do_layer_norm_before": True,
+            "ffn_dim": 3072,
+            "hidden_size": 768,
+            "num_attention_heads": 12,
+            "num_hidden_layers": 12,
+            "vocab_size": 50272,
+            "word_embed_proj_dim": 768,
+        },
+        {"rotary": None, "position_offset": 2, "tied_head": True, "activation": "relu", "head_dim": 64},
+    ),
+    "StableLM 2 1.6B": (
+        {
+            "architectures": ["StableLmForCausalLM"],
+            "model_type": "stablelm",
+            "hidden_size": 2048,
+            "intermediate_size": 5632,
+            "num_attention_heads": 32,
+            "num_hidden_layers": 24,
+            "num_key_value_heads": 32,
+            "partial_rotary_factor": 0.25,
+            "rope_theta": 10000,
+            "use_qkv_bias": True,
+            "vocab_size": 100352,
+        },
+        {"qk_norm": None, "parallel_block": False},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_published_configs_mean_what_they_say(name: str) -> None:
+    raw, expected = REAL[name]
+    config = filter_config(raw, where=name)
+    found = find_architecture(config, where=name).spec(config, where=name)
+    assert {key: getattr(found, key) for key in expected} == expected

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from lilliput.core.errors import OutOfResource
 from lilliput.models import Checkpoint, load_decoder
 from support.families import FAMILIES, VOCAB, model_for, write_checkpoint
 
@@ -63,3 +64,20 @@ def test_the_logits_are_those_of_transformers(family: str, changes: dict[str, An
         found = load_decoder(Checkpoint.open(tmp_path)).eval()(batch)
     assert expected.abs().max() > 1  # large enough for an error to show
     assert (found - expected).abs().max() <= 2e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2"])
+def test_queries_in_chunks_give_the_same_logits(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    FAMILIES[family](tmp_path, 7)
+    decoder, batch = load_decoder(Checkpoint.open(tmp_path)).eval(), tokens(1, 33)
+    with torch.no_grad():
+        whole = decoder(batch)
+        monkeypatch.setattr("lilliput.models.decoder.QUERY_CHUNK", 8)
+        assert (decoder(batch) - whole).abs().max() <= 1e-5 * whole.abs().max()
+
+
+def test_learned_positions_end(tmp_path: Path) -> None:
+    FAMILIES["opt"](tmp_path, 7)
+    decoder = load_decoder(Checkpoint.open(tmp_path))
+    with pytest.raises(OutOfResource, match=r"opt: a sequence of 257 tokens, and positions are learned for 256\. "):
+        decoder(tokens(1, 257))

@@ -335,7 +335,7 @@ def find_architecture(config: dict[str, Any], *, where: str) -> Architecture:
         if named and (kind in arch.model_types if kind else bool(classes)):
             return arch
     name = classes[0] if classes else kind
-    known = ", ".join(sorted(name for arch in architectures().values() for name in arch.classes))
+    known = ", ".join(arch.classes[0] for arch in architectures().values())
     what = f"architecture {name!r}" + (f" of model type {kind!r}" if classes and kind else "") + " is not served"
     raise Unsupported(what, where=where, fix=f"Known are {known}")
 

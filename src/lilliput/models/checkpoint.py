@@ -243,12 +243,12 @@ class Checkpoint:
         if not self.spec.tied_head or head is None:
             return
         embed = self._origins["embed_tokens.weight"].stored[0]
-        if self._peek(embed) != self._peek(head):
+        if self._stored[embed].info != self._stored[head].info or self._peek(embed) != self._peek(head):
             what = f"tie_word_embeddings is true, yet {head} differs from {embed}"
             raise InputCorrupt(what, where=str(self.folder), fix="Set tie_word_embeddings to false to use both")
 
-    def _peek(self, name: str) -> tuple[Any, ...]:
-        """Return shape, dtype and the bytes of three rows of a stored matrix.
+    def _peek(self, name: str) -> list[bytes]:
+        """Return three rows of a stored matrix, as bytes.
 
         Read past the library, which cannot give bfloat16 without torch; it has checked the header already.
         """
@@ -260,7 +260,7 @@ class Checkpoint:
             for row in (0, info.shape[0] // 2, info.shape[0] - 1):
                 file.seek(start + begin + row * width)
                 rows.append(file.read(width))
-        return info, *rows
+        return rows
 
 
 def _headers(path: Path, wanted: set[str] | None) -> dict[str, Stored]:

@@ -113,8 +113,11 @@ def read_config(path: Path) -> dict[str, Any]:
         raise InputMissing(
             "there is no config.json", where=str(path.parent), fix="Give a folder that holds a checkpoint"
         )
-    with path.open("rb") as file:
-        data = file.read(MAX_CONFIG_BYTES + 1)
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_CONFIG_BYTES + 1)
+    except OSError as error:
+        raise InputMissing(f"cannot be read ({error.strerror})", where=str(path), fix="Check its permissions") from None
     if len(data) > MAX_CONFIG_BYTES:
         raise InputCorrupt(f"is larger than {MAX_CONFIG_BYTES} bytes", where=str(path), fix="Download it again")
     try:

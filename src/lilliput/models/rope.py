@@ -8,6 +8,9 @@ from typing import Any
 from lilliput.core.errors import InputCorrupt, Unsupported
 from lilliput.core.spec import Rotary
 
+_MAX_FREQ = 1e6
+"""Radians a token. Real models have at most 1; this bound only keeps float32 finite."""
+
 
 def rotary(rope: dict[str, Any], *, dim: int, theta: float, context: int, where: str) -> Rotary:
     """Return the rotation of the first `dim` channels of each head.
@@ -25,6 +28,9 @@ def rotary(rope: dict[str, Any], *, dim: int, theta: float, context: int, where:
         raise InputCorrupt(what, where=where, fix="Check head_dim and partial_rotary_factor")
     plain = [theta ** (-j / dim) for j in range(0, dim, 2)]
     freqs, scale = KINDS[kind](plain, rope, context, where)
+    if not all(f <= _MAX_FREQ for f in freqs):
+        what = f"rotary embedding turns by {max(freqs):.3g} radians a token"
+        raise InputCorrupt(what, where=where, fix="Check rope_theta and the factors in config.json")
     return Rotary(dim=dim, inv_freq=tuple(_float32(f) for f in freqs), scale=scale)
 
 
@@ -67,7 +73,7 @@ def _longrope(plain: list[float], rope: dict[str, Any], context: int, where: str
     factor = rope.get("factor") or context / trained
     scale = rope.get("attention_factor")
     if scale is None:
-        scale = math.sqrt(1 + math.log(factor) / math.log(trained)) if factor > 1 else 1.0
+        scale = math.sqrt(1 + math.log(factor) / math.log(trained)) if factor > 1 and trained > 1 else 1.0
     return [f / s for f, s in zip(plain, short, strict=True)], scale
 
 

@@ -5,6 +5,7 @@ torch; huggingface_hub is imported when a hub id is given.
 """
 
 import json
+import os
 import re
 import shlex
 from fnmatch import fnmatch
@@ -21,12 +22,13 @@ _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _MAX_INDEX_BYTES = 64 << 20
+_PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+ -]{0,199}")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 
 def is_hub_id(source: str | Path) -> bool:
     """Say whether `source` can only be a hub id: owner/name, and no such folder here."""
-    return isinstance(source, str) and not Path(source).exists() and _HUB_ID.fullmatch(source) is not None
+    return isinstance(source, str) and _HUB_ID.fullmatch(source) is not None and not os.path.exists(source)
 
 
 def locate(source: str | Path, revision: str | None = None, *, weights: bool = True) -> Path:
@@ -37,11 +39,10 @@ def locate(source: str | Path, revision: str | None = None, *, weights: bool = T
     """
     if is_hub_id(source):
         return _fetch(str(source), revision, SIDE_FILES + WEIGHT_FILES if weights else SIDE_FILES)
-    folder = Path(source)
-    if not folder.is_dir():
-        what = "is not a folder" if folder.exists() else "there is no such folder"
+    if not os.path.isdir(source):  # unlike Path's, these say False to any string
+        what = "is not a folder" if os.path.exists(source) else "there is no such folder"
         raise InputMissing(what, where=str(source), fix="Give a checkpoint folder, or a hub id such as owner/name")
-    return folder
+    return Path(source)
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -50,7 +51,7 @@ def inside(folder: Path, name: str) -> Path:
     Raises InputUnsafe for anything else: separators, "..", a link that leads out.
     """
     path = folder / name
-    if name in ("", ".", "..") or re.search(r"[/\\:\0]", name):
+    if not _PLAIN.fullmatch(name):
         raise InputUnsafe(f"names the file {name!r}, which is not a plain name", where=str(folder), fix=_FRESH)
     homes = [folder.resolve()]
     if homes[0].parent.name == "snapshots":  # in the hub's cache the files are links to ../../blobs
@@ -80,7 +81,8 @@ def weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
     if pickles:
         what = f"{pickles[0]} is a pickle, and opening a pickle can run code"
         raise InputUnsafe(what, where=str(folder), fix=_convert(folder, pickles))
-    raise InputMissing(f"holds no {_SINGLE}", where=str(folder), fix="Give a folder that holds a checkpoint")
+    fix = "Give a checkpoint whose weights are safetensors"
+    raise InputMissing(f"holds no {_SINGLE}", where=str(folder), fix=fix)
 
 
 def _read_index(path: Path) -> dict[str, str]:

@@ -47,6 +47,7 @@ def test_a_usual_template_renders_as_transformers_does() -> None:
         ("{{ 'none' if tools is none else 'some' }}", "none"),
         ("{{ strftime_now('%Y') if strftime_now is defined else 'no date' }}", "no date"),
         ("{% if add_generation_prompt %}A{% endif %}", "A"),
+        ("{% for m in messages %}{% generation %}{{ m.role }}{% endgeneration %}.{% endfor %}", "user.assistant."),
         ("{{ 'x' * 3 ~ 2 ** 3 ~ 7 % 4 }}", "xxx83"),
     ],
 )

@@ -25,7 +25,9 @@ class Engine:
         for token in made:
             if on_token:
                 on_token(token)
-        return SimpleNamespace(tokens=made, prefill_s=0.5, decode_s=0.1 * (len(made) - 1))
+        finish = "stop" if self.lasts < max_new_tokens else "length"
+        steps = len(made) - (finish == "length")  # the end of text is made too, and not among the tokens
+        return SimpleNamespace(tokens=made, finish_reason=finish, prefill_s=0.5, decode_s=0.1 * steps)
 
     def weight_bytes(self, bits: int) -> int:
         return 1000 * bits
@@ -37,9 +39,12 @@ JOB = {"artifact": "a", "bits": 4, "prompt_tokens": 6, "new_tokens": 8, "threads
 def test_a_round_goes_on_until_enough_tokens_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latency_worker, "memory_bytes_per_s", lambda threads: 1e9)
     found = latency_worker.run(JOB, Engine)
-    assert (found.decoded_tokens, found.decode_s) == (9, pytest.approx(0.9))  # three texts of 1 + 3 tokens
+    assert (found.decoded_tokens, found.decode_s) == (
+        8,
+        pytest.approx(0.8),
+    )  # two texts of 4 tokens and the end, less 1
     assert (found.threads, found.prefill_s, found.weight_bytes_read_per_token) == (2, 0.5, 4000)
-    monkeypatch.setattr(Engine, "lasts", 1)
+    monkeypatch.setattr(Engine, "lasts", 0)
     with pytest.raises(ValueError, match="nothing to time"):
         latency_worker.run(JOB, Engine)
 
@@ -76,8 +81,8 @@ def test_rounds_go_through_all_widths_in_turn(monkeypatch: pytest.MonkeyPatch) -
         return one(bits=job["bits"])
 
     monkeypatch.setattr(latency, "_round", fake)
-    engine = SimpleNamespace(path=Path("x.lilliput"), threads=3, bits=(2, 4))
-    rows = bench(engine, bits=[4, 2], rounds=2)
+    engine = SimpleNamespace(artifact=SimpleNamespace(path=Path("x.lilliput")), threads=3)
+    rows = bench(engine, bits=[4, 2], rounds=2)  # type: ignore[arg-type]
     assert [job["bits"] for job in jobs] == [4, 2, 4, 2]
     assert [row.bits for row in rows] == [4, 2]
     assert (jobs[0]["artifact"], jobs[0]["threads"]) == ("x.lilliput", 3)

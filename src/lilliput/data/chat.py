@@ -16,6 +16,7 @@ from typing import Any, Final
 import jinja2
 import jinja2.ext
 import jinja2.nodes
+import jinja2.parser
 import jinja2.visitor
 from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -148,6 +149,16 @@ def _checked(filter_: Callable[..., Any], name: str) -> Callable[..., Any]:
     return bounded
 
 
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}`, by which templates mark what the model wrote: only training reads the marks."""
+
+    tags = frozenset({"generation"})  # type: ignore[assignment]
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 class _Counted(jinja2.visitor.NodeTransformer):
     """Puts a step into each loop turn and macro call, and checks in place of "a ~ b"."""
 
@@ -174,7 +185,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def __init__(self) -> None:
         # No loader: include, import and extends have nothing to read. No autoescape: a prompt is not HTML.
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation])
         self.filters["tojson"] = _tojson
         for name in ("batch", "center", "pprint", "random", "slice", "urlize", "wordwrap", "xmlattr"):
             del self.filters[name]  # they make much of little, or differ from run to run; no template needs them

@@ -7,12 +7,13 @@ import re
 import subprocess
 import time
 from functools import cache
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
 from lilliput import __version__
+from lilliput.core.errors import Unsupported
+from lilliput.engine import native
 from lilliput.measure import memory
 
 FLAGS: Final = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_vnni", "avx_vnni", "amx_int8", "asimd", "asimddp")
@@ -92,11 +93,9 @@ def commit() -> str | None:
 def compiler() -> str | None:
     """What built the kernels, as the native module says; None where it is not built or does not say."""
     try:
-        native = import_module("lilliput.engine._native")
-    except ImportError:
+        return native.compiler()
+    except Unsupported:
         return None
-    said = getattr(native, "compiler", None)
-    return str(said() if callable(said) else said) if said is not None else None
 
 
 class ForeignLoad:

@@ -11,20 +11,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lilliput.core.errors import ConfigError, OutOfResource
 from lilliput.core.progress import Progress, Silent
 
-
-class Opened(Protocol):
-    """The part of the engine used here, to name the artifact and its settings."""
-
-    path: Path
-    threads: int
-    bits: tuple[int, ...]
+if TYPE_CHECKING:
+    from lilliput.engine import Engine
 
 
 class LatencyRound(BaseModel):
@@ -77,7 +72,7 @@ class LatencyRow(BaseModel):
 
 
 def bench(
-    artifact: str | Path | Opened,
+    artifact: "str | Path | Engine",
     *,
     bits: Sequence[int],
     prompt_tokens: int = 128,
@@ -96,7 +91,7 @@ def bench(
     if isinstance(artifact, str | Path):
         path = Path(artifact)
     else:
-        path, threads = artifact.path, threads or artifact.threads
+        path, threads = artifact.artifact.path, threads or artifact.threads
     for name, value, least in (
         ("prompt_tokens", prompt_tokens, 1),
         ("new_tokens", new_tokens, 2),

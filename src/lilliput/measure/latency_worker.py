@@ -8,12 +8,12 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pkgutil import resolve_name
 from typing import Any, Final
 
 import numpy as np
 
 from lilliput.core.errors import LilliputError
+from lilliput.engine import Engine
 from lilliput.measure.environment import ForeignLoad, cores
 from lilliput.measure.latency import LatencyRound
 from lilliput.measure.memory import peak_rss_bytes
@@ -46,8 +46,10 @@ def run(job: dict[str, Any], open_engine: Callable[..., Any]) -> LatencyRound:
         if seen:
             first_s.append(seen[0] - begin)
         prefill_s.append(done.prefill_s)
-        if len(done.tokens) > 1:  # the first token comes of the prompt's last logits: decoding makes the others
-            decoded += len(done.tokens) - 1
+        # The first token comes of the prompt's last logits; decoding makes the others, and the end of text, which the
+        # engine leaves out of its tokens.
+        if (steps := len(done.tokens) - (done.finish_reason != "stop")) > 0:
+            decoded += steps
             decode_s += done.decode_s
         if decoded >= job["new_tokens"] - 1:
             break
@@ -97,7 +99,7 @@ def memory_bytes_per_s(threads: int, size_bytes: int = BUFFER_BYTES, rounds: int
 def main() -> int:
     """Run the job given as the only argument; errors go to stderr as one line."""
     try:
-        print(run(json.loads(sys.argv[1]), resolve_name("lilliput.engine:Engine")).model_dump_json())
+        print(run(json.loads(sys.argv[1]), Engine).model_dump_json())
     except (LilliputError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1

@@ -63,7 +63,9 @@ class Echo:
         stop: Sequence[str],
         on_token: Callable[[str], bool | None] | None,
     ) -> Made:
-        self.seen.append({"prompt": list(prompt), "max": max_new_tokens, "bits": bits, "sampling": sampling, "stop": stop})
+        self.seen.append(
+            {"prompt": list(prompt), "max": max_new_tokens, "bits": bits, "sampling": sampling, "stop": stop}
+        )
         self.running += 1
         self.most_running = max(self.most_running, self.running)
         self.began.set()

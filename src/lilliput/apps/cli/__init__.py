@@ -75,7 +75,7 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         code = cli.main(given, prog_name="lilliput", standalone_mode=False, obj=out)
         sys.stdout and sys.stdout.flush()
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit):  # click turns a broken pipe into sys.exit, and nothing else here does that
         _silence_stdout()
         return BROKEN_PIPE
     except BaseException as error:

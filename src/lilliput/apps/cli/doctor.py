@@ -78,12 +78,12 @@ def command(ctx: click.Context) -> None:
 
 def _kernels() -> tuple[dict[str, list[str]] | None, str | None]:
     """The variants of every op this CPU runs, or why there are none."""
-    try:
-        from lilliput.engine import native
+    from lilliput.engine import native
 
-        return {op: list(native.variants(op)) for op in OPS}, None
-    except ImportError as error:
-        return None, f"the native extension does not load ({error}): reinstall lilliput, or run `make native`"
+    try:
+        return {op: native.variants(op) for op in OPS}, None
+    except Unsupported as error:
+        return None, str(error)
 
 
 def _version(name: str) -> str | None:

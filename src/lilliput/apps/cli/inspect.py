@@ -25,8 +25,9 @@ def command(out: Output, model: str) -> None:
       {"kind": "artifact", "path", "size_bytes", "bits": [int], "rows": [{"bits", "size_bytes", "kl",
        "top1_agreement"}], "manifest": {...}}
     JSON of a checkpoint:
-      {"kind": "checkpoint", "path", "size_bytes", "parameters", "family", "notes": [...], "spec": {...},
-       "linears": [{"name", "role", "shape": [out, in], "dtype"}]}
+      {"kind": "checkpoint", "source", "family", "parameters", "size_bytes", "dtypes": {dtype: parameters}, "layers",
+       "hidden_size", "heads", "kv_heads", "vocab_size", "context", "sliding_window", "tied_head",
+       "quantizable_parameters", "quantizable": [text], "skipped": [text], "tokenizer", "notes": [text]}
     """
     if (Path(model) / "manifest.json").exists():
         _artifact(out, model)
@@ -64,32 +65,18 @@ def _artifact(out: Output, path: str) -> None:
 
 
 def _checkpoint(out: Output, source: str) -> None:
-    from lilliput.models import Checkpoint
+    from lilliput.models import describe
 
-    checkpoint = Checkpoint.open(source)
-    linears: list[dict[str, Any]] = [
-        {"name": name, "role": matrix.role, "shape": list(matrix.shape), "dtype": matrix.dtype}
-        for name, matrix in checkpoint.linears().items()
-    ]
-    document = {
-        "kind": "checkpoint",
-        "path": str(checkpoint.folder),
-        "size_bytes": checkpoint.nbytes,
-        "parameters": checkpoint.parameters,
-        "family": checkpoint.spec.family,
-        "notes": list(checkpoint.notes),
-        "spec": checkpoint.spec.model_dump(mode="json"),
-        "linears": linears,
+    summary = describe(source)
+    facts = summary.model_dump(exclude={"quantizable", "skipped", "notes", "source"}) | {
+        "parameters": f"{summary.parameters:,}",
+        "size_bytes": format_bytes(summary.size_bytes),
+        "dtypes": [f"{dtype} {count:,}" for dtype, count in summary.dtypes.items()],
+        "quantizable_parameters": f"{summary.quantizable_parameters:,}",
     }
-    facts = {
-        "checkpoint": checkpoint.folder,
-        "size": format_bytes(checkpoint.nbytes),
-        "parameters": f"{checkpoint.parameters:,}",
-        "dtype": ", ".join(sorted({matrix["dtype"] for matrix in linears})),
-        "matrices": len(linears),
-    }
-    notes = "".join(f"\nnote: {note}" for note in checkpoint.notes)
-    out.result(document, lambda: pairs(facts | _shape(checkpoint.spec)) + notes)
+    lines = [f"{label}: {text}" for label in ("quantizable", "skipped", "notes") for text in getattr(summary, label)]
+    text = "\n".join([pairs({"checkpoint": source} | facts), "", *lines])
+    out.result({"kind": "checkpoint"} | summary.model_dump(mode="json"), text)
 
 
 def _shape(spec: "ModelSpec") -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The HTTP server over an engine that is not one: requests in, answers, refusals and disconnects out."""
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,9 +16,9 @@ pytest.importorskip("httpx")
 
 from starlette.testclient import TestClient
 
-from lilliput.apps.server import Limits, create_app
+from lilliput.apps.server import Limits, create_app, serve
 from lilliput.apps.server.app import Sampling
-from lilliput.core.errors import ConfigError
+from lilliput.core.errors import ConfigError, OutOfResource
 
 HOME = "http://127.0.0.1:8080"
 
@@ -355,3 +356,29 @@ def test_a_request_whose_client_left_the_line_is_never_started(engine: Echo) -> 
 
     anyio.run(scene)
     assert len(engine.seen) == 1
+
+
+@pytest.mark.parametrize(
+    ("host", "key", "loud"), [("0.0.0.0", None, True), ("0.0.0.0", "k", False), ("127.0.0.1", None, False)]
+)
+def test_listening_elsewhere_without_a_key_is_warned_about(
+    engine: Echo,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    host: str,
+    key: str | None,
+    loud: bool,
+) -> None:
+    monkeypatch.setattr("uvicorn.Server.run", lambda self, sockets: None)
+    urls: list[str] = []
+    serve(engine, "x/tiny.lilliput", host=host, port=0, api_key=key, ready=urls.append)
+    assert urls[0].startswith(f"http://{host}:")
+    assert not urls[0].endswith(":0")
+    assert ("WITHOUT --api-key" in caplog.text) == loud
+
+
+def test_a_port_that_is_taken_is_an_error_with_a_way_out(engine: Echo) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(OutOfResource, match=rf"^127\.0\.0\.1:{port}: cannot listen .* Choose another --port"):
+            serve(engine, "tiny", port=port)

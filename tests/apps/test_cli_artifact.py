@@ -1,0 +1,137 @@
+"""The verbs on a real artifact, of random numbers: what they print is what the library says."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import IO, Any
+
+import pytest
+
+from lilliput.apps.cli import main
+from lilliput.engine import Engine, Sampling
+from support.small_artifact import write_small_artifact
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("cli") / "small.lilliput"
+    write_small_artifact(folder)
+    return str(folder)
+
+
+def document(capsys: pytest.CaptureFixture[str], *args: str, code: int = 0) -> Any:
+    assert main([*args, "--json"]) == code
+    return json.loads(capsys.readouterr().out)
+
+
+def read_document(stream: IO[str]) -> Any:
+    """Read lines until they are one JSON document, as whoever starts a server does."""
+    text = ""
+    while line := stream.readline():
+        text += line
+        if line == "}\n":
+            return json.loads(text)
+    raise AssertionError(f"no document in {text!r}")
+
+
+def test_inspect_shows_widths_and_manifest(artifact: str, capsys: pytest.CaptureFixture[str]) -> None:
+    told = document(capsys, "inspect", artifact)
+    assert (told["kind"], told["bits"]) == ("artifact", [2, 3, 4, 8])
+    sizes = [row["size_bytes"] for row in told["rows"]]
+    assert sizes == sorted(sizes)
+    assert told["manifest"]["spec"]["num_layers"] == 2
+    assert main(["inspect", artifact]) == 0
+    assert "2 for keys and values" in capsys.readouterr().out
+
+
+def test_verify_passes_and_a_changed_byte_is_3(
+    artifact: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert document(capsys, "verify", artifact)["ok"]
+    broken = tmp_path / "broken.lilliput"
+    write_small_artifact(broken)
+    file = broken / "bits-2.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    told = document(capsys, "verify", str(broken), code=3)
+    assert not told["ok"]
+    assert "bits-2.safetensors" in told["problems"][0]
+    assert main(["verify", str(broken)]) == 3
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+
+
+def test_run_prints_what_the_engine_says(artifact: str, capsys: pytest.CaptureFixture[str]) -> None:
+    engine = Engine(artifact, threads=1)
+    expected = engine.generate("ab", max_new_tokens=12, bits=3, sampling=Sampling(temperature=0.9, seed=5))
+    args = ["run", artifact, "-p", "ab", "-n", "12", "--bits", "3", "--temperature", "0.9", "--seed", "5"]
+    told = document(capsys, *args)
+    assert (told["bits"], told["tokens"], told["text"]) == (3, list(expected.tokens), expected.text)
+    assert (told["prompt_tokens"], told["finish_reason"]) == (3, expected.finish_reason)
+    assert main([*args, "--threads", "2"]) == 0
+    out, err = capsys.readouterr()
+    assert out == expected.text + "\n"
+    assert err.startswith("[3 bits, ")
+    assert main([*args, "--quiet"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_run_refuses_what_cannot_be(artifact: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", artifact, "-p", "a", "--bits", "5"]) == 2
+    assert "2, 3, 4, 8" in capsys.readouterr().err
+    assert main(["run", artifact, "-p", "a", "--chat"]) == 2
+    assert "no chat template" in capsys.readouterr().err
+    assert main(["run", artifact, "-p", "a" * 200]) == 5
+    assert "context of 128" in capsys.readouterr().err
+
+
+def test_eval_has_a_row_a_width_and_no_original_where_none_was_given(
+    artifact: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("a few words to measure on, again and again\n" * 5)
+    told = document(capsys, "eval", artifact, "--text", str(text), "--bits", "2,4", "--length", "32", "--limit", "3")
+    assert [row["bits"] for row in told["rows"]] == [2, 4]
+    assert {row["tokens"] for row in told["rows"]} == {93}
+    assert all(row["perplexity"] > 1 and row["kl"] is None for row in told["rows"])
+    assert told["original"] is None
+    assert main(["eval", artifact, "--text", str(text), "--bits", "2", "--length", "32", "--limit", "1"]) == 0
+    out, err = capsys.readouterr()
+    assert out.split()[:4] == ["bits", "tokens", "nll", "perplexity"]
+    assert "measuring" in err
+
+
+def test_bench_has_speed_memory_and_the_machine(artifact: str, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["--bits", "4", "--prompt-tokens", "8", "--new-tokens", "8", "--rounds", "1", "--threads", "1"]
+    told = document(capsys, "bench", artifact, *args)
+    (row,) = told["rows"]
+    for key in ("prefill_tokens_per_s", "decode_tokens_per_s", "load_s", "weight_bytes_read_per_token"):
+        assert row[key] > 0
+    assert "peak_rss_bytes" in row
+    assert told["environment"]["cores"] >= 1
+
+
+def test_serve_answers_until_interrupted(artifact: str) -> None:
+    pytest.importorskip("uvicorn")
+    import httpx
+
+    command = [sys.executable, "-m", "lilliput", "serve", artifact, "--port", "0", "--bits", "4", "--json"]
+    env = {**os.environ, "LILLIPUT_SERVE_API_KEY": "s3cret"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as server:
+        try:
+            assert server.stdout is not None
+            ready = read_document(server.stdout)
+            with httpx.Client(base_url=ready["url"], headers={"authorization": "Bearer s3cret"}, timeout=30) as client:
+                assert client.get("/v1/models").json()["data"][0]["id"] == "small"
+                asked = {"prompt": "ab", "max_tokens": 4, "temperature": 0}
+                told = client.post("/v1/completions", json=asked).json()
+                assert told["usage"]["completion_tokens"] <= 4
+                assert client.post("/v1/completions", json=asked | {"prompt": "a" * 200}).status_code == 400
+        finally:
+            server.send_signal(signal.SIGINT)
+            _, err = server.communicate(timeout=30)
+    assert server.returncode in (0, 130), err
+    assert "Traceback" not in err

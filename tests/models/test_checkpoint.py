@@ -325,6 +325,21 @@ def test_the_tokenizer_is_copied(llama: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (llama / "tokenizer.json").read_bytes()
 
 
+def test_nothing_that_grants_trust_travels_with_the_tokenizer(llama: Path, tmp_path: Path) -> None:
+    good = {"chat_template": "{{ messages }}", "extra": {"a": [1, {"b": 2}]}}
+    bad = {
+        "auto_map": {"AutoTokenizer": ["evil.T", None]},
+        "_x": 1,
+        "extra": {"a": [1, {"b": 2, "trust_remote_code": True}]},
+    }
+    (llama / "tokenizer_config.json").write_text(json.dumps(good | bad))
+    Checkpoint.open(llama).export_tokenizer(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text()) == good
+    (llama / "tokenizer_config.json").write_text("{")
+    with pytest.raises(InputCorrupt, match=r"tokenizer_config\.json: is not valid JSON"):
+        Checkpoint.open(llama).export_tokenizer(tmp_path / "out")
+
+
 def test_a_slow_tokenizer_is_converted(llama: Path, tmp_path: Path) -> None:
     from tokenizers import Tokenizer
 

@@ -72,7 +72,7 @@ def test_queries_in_chunks_give_the_same_logits(family: str, tmp_path: Path, mon
     decoder, batch = load_decoder(Checkpoint.open(tmp_path)).eval(), tokens(1, 33)
     with torch.no_grad():
         whole = decoder(batch)
-        monkeypatch.setattr("lilliput.models.decoder.QUERY_CHUNK", 8)
+        monkeypatch.setattr("lilliput.models.decoder.SCORES", 600)
         assert (decoder(batch) - whole).abs().max() <= 1e-5 * whole.abs().max()
 
 

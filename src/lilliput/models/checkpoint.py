@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 from safetensors import SafetensorError, safe_open
@@ -18,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from lilliput.core.errors import InputCorrupt, InputMissing, Unsupported
 from lilliput.core.spec import ModelSpec
 from lilliput.models.architecture import Architecture, Key, Source, find_architecture, modules
-from lilliput.models.config import read_config
+from lilliput.models.config import read_config, without_trust
 from lilliput.models.source import first_line, inside, locate, weight_files
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 _SLOW_TOKENIZERS = ("tokenizer.model", "vocab.json", "vocab.txt", "merges.txt")
+_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.json")
 _AGAIN = "Download the checkpoint again"
 
 
@@ -207,16 +209,19 @@ class Checkpoint:
     def export_tokenizer(self, dest: Path) -> list[Path]:
         """Put tokenizer.json and its companions into the folder `dest`; return their paths there.
 
-        Where there is only a slow tokenizer, transformers converts it, without remote code.
-        Raises InputMissing when there is no tokenizer, Unsupported when it cannot be converted.
+        Files are copied byte for byte, less any key of the small ones that could grant trust. Where there is only a slow
+        tokenizer, transformers converts it, without remote code. Raises InputMissing when there is no tokenizer,
+        Unsupported when it cannot be converted, InputCorrupt when a file is not JSON.
         """
         dest.mkdir(parents=True, exist_ok=True)
         files = self.tokenizer_files()
+        made: set[str] = set()
         if not any(path.name == "tokenizer.json" for path in files):
-            _convert_tokenizer(self.folder, dest)
+            _convert_tokenizer(self.folder, self.config, dest)
+            made = {path.name for path in dest.iterdir()}
         for path in files:
-            if not (dest / path.name).exists() or path.name != "tokenizer_config.json":
-                shutil.copyfile(path, dest / path.name)
+            if path.name not in made:
+                _copy_side_file(path, dest / path.name)
         return [dest / name for name in TOKENIZER_FILES if (dest / name).is_file()]
 
     def _rows(self, name: str, origin: _Origin) -> "Tensor":
@@ -387,18 +392,38 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _convert_tokenizer(folder: Path, dest: Path) -> None:
-    """Make dest/tokenizer.json from a slow tokenizer's files."""
-    if not any(inside(folder, name).is_file() for name in _SLOW_TOKENIZERS):
-        raise InputMissing("holds no tokenizer.json", where=str(folder), fix="Put the model's tokenizer.json there")
-    fix = "Convert it to tokenizer.json yourself and put that into the folder"
+def _copy_side_file(path: Path, dest: Path) -> None:
+    """Copy a tokenizer's file; of the JSON files that libraries take settings from, without what could grant trust."""
+    if path.name not in _SETTINGS:
+        shutil.copyfile(path, dest)
+        return
+    data = path.read_bytes()
     try:
-        from transformers import AutoTokenizer
+        raw = json.loads(data)
+        kept = without_trust(raw)
+    except (ValueError, RecursionError) as error:
+        raise InputCorrupt(f"is not valid JSON ({error})", where=str(path), fix=_AGAIN) from None
+    dest.write_bytes(data if kept == raw else json.dumps(kept, indent=2, ensure_ascii=False).encode())
 
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), use_fast=True, trust_remote_code=False)
-        tokenizer.save_pretrained(str(dest))
-    except Exception as error:  # transformers raises whatever the file made it trip over
-        what = f"its tokenizer cannot be converted ({first_line(error)})"
-        raise Unsupported(what, where=str(folder), fix=fix) from None
+
+def _convert_tokenizer(folder: Path, config: dict[str, Any], dest: Path) -> None:
+    """Make dest/tokenizer.json from a slow tokenizer's files; transformers sees copies of those and nothing else."""
+    there = [path for path in (inside(folder, n) for n in _SLOW_TOKENIZERS) if path.is_file()]
+    if not there:
+        raise InputMissing("holds no tokenizer.json", where=str(folder), fix="Put the model's tokenizer.json there")
+    there += [path for path in (inside(folder, n) for n in (*_SETTINGS, "added_tokens.json")) if path.is_file()]
+    fix = "Convert it to tokenizer.json yourself and put that into the folder"
+    with TemporaryDirectory() as scratch:
+        for path in there:
+            _copy_side_file(path, Path(scratch) / path.name)
+        (Path(scratch) / "config.json").write_text(json.dumps(config))
+        try:
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(scratch, use_fast=True, trust_remote_code=False)
+            tokenizer.save_pretrained(str(dest))
+        except Exception as error:  # transformers raises whatever the file made it trip over
+            what = f"its tokenizer cannot be converted ({first_line(error)})"
+            raise Unsupported(what, where=str(folder), fix=fix) from None
     if not (dest / "tokenizer.json").is_file():
         raise Unsupported("its tokenizer has no fast form", where=str(folder), fix=fix)

@@ -144,6 +144,20 @@ def filter_config(raw: Any, *, where: str) -> dict[str, Any]:
         raise InputCorrupt(what, where=where, fix="Correct the value, or download the file again") from None
 
 
+def without_trust(value: Any) -> Any:
+    """Return a parsed JSON value less every key, at any depth, that a library could read as leave to run code.
+
+    For the JSON files that travel with a tokenizer, whose keys are too many to list. An equal value means it had none.
+    """
+    if isinstance(value, dict):
+        return {k: without_trust(v) for k, v in value.items() if not _grants_trust(k)}
+    return [without_trust(v) for v in value] if isinstance(value, list) else value
+
+
+def _grants_trust(key: str) -> bool:
+    return key == "auto_map" or key.startswith("_") or "trust" in key.lower()
+
+
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
 

@@ -17,8 +17,8 @@ from lilliput.core.spec import Activation, ModelSpec, Norm, Rotary
 if TYPE_CHECKING:
     from lilliput.models.checkpoint import Checkpoint
 
-QUERY_CHUNK = 512
-"""Queries at a time where the scores have to be written out, which bounds their memory."""
+SCORES = 1 << 24
+"""Attention scores written out at a time, all heads together, where a window or a soft-cap needs them written out."""
 
 _ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -83,13 +83,14 @@ class Attention(nn.Module):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v: (batch, heads, length, head_dim); returns the same shape."""
-        length = q.shape[2]
+        batch, heads, length, _ = q.shape
         windowed = 0 < self.window < length
         if not windowed and self.spec.attn_softcap is None:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.spec.attn_scale)
         out = []
-        for start in range(0, length, QUERY_CHUNK):
-            stop = min(start + QUERY_CHUNK, length)
+        step = max(1, SCORES // (batch * heads * (min(2 * self.window, length) if windowed else length)))
+        for start in range(0, length, step):
+            stop = min(start + step, length)
             first = max(0, start - self.window + 1) if windowed else 0
             age = torch.arange(start, stop)[:, None] - torch.arange(first, stop)
             seen = (age >= 0) & (age < self.window) if windowed else age >= 0

@@ -271,7 +271,9 @@ def _misshapen(
 
 def seal(manifest: Manifest) -> bytes:
     """Return the bytes of manifest.json, digest filled in."""
-    data = manifest.model_dump(mode="json") | {"manifest_sha256": ""}
+    data = manifest.model_dump(mode="json")
+    for field in ("spec", "entries", "floats"):  # an older reader refuses what it does not know here, so say no more
+        data |= manifest.model_dump(mode="json", include={field}, exclude_defaults=True)  # than there is to say
     return _sealed(data, MANIFEST_FILE)
 
 
@@ -314,12 +316,12 @@ def load_manifest(raw: bytes, where: str) -> Manifest:
 def _known(data: dict[str, Any], error: ValidationError) -> dict[str, Any]:
     """Copy of `data` without the unknown fields that a newer minor may add."""
     for problem in error.errors():
-        *path, last = problem["loc"]
-        if problem["type"] == "extra_forbidden" and not (path and path[0] in ("spec", "entries", "floats")):
+        path = problem["loc"]
+        if problem["type"] == "extra_forbidden" and path[0] not in ("spec", "entries", "floats"):
             parent: Any = data
-            for step in path:
+            for step in path[:-1]:
                 parent = parent[step]
-            del parent[last]
+            del parent[path[-1]]
     return data
 
 

@@ -9,9 +9,9 @@ import time
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, Final
 
-from lilliput import __version__
 from lilliput.core.errors import Unsupported
 from lilliput.engine import native
 from lilliput.measure import memory
@@ -131,7 +131,7 @@ def _version(name: str) -> str | None:
     try:
         return version(name)
     except PackageNotFoundError:
-        return __version__ if name == "lilliput" else None  # run from a checkout, not installed
+        return str(resolve_name("lilliput:__version__")) if name == "lilliput" else None  # a checkout, not installed
 
 
 def _read(path: Path) -> str:

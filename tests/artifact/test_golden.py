@@ -29,7 +29,7 @@ def counted(shape: tuple[int, ...], step: int, below: int) -> np.ndarray:
 
 
 def test_the_bytes_of_schema_1_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(write, "__version__", "0.1.0")
+    monkeypatch.setattr(write, "_VERSION", "0.1.0")
     spec = llama_spec(layers=1, hidden=16, heads=1, kv_heads=1, inter=40)
     spec = spec.model_copy(update={"rotary": spec.rotary.model_copy(update={"inv_freq": (0.5,) * 8})})
     plan = small_plan(spec, (2, 3, 4, 8), ladders={"embed_tokens": (4, 8)})

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from pkgutil import resolve_name
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import JsonValue
 
-from lilliput import __version__
 from lilliput.artifact import strict_json
 from lilliput.artifact.container import PlannedFile, check_free_space
 from lilliput.artifact.folder import Folder
@@ -39,6 +39,7 @@ from lilliput.artifact.schema import (
 from lilliput.core.errors import ConfigError, LilliputError, OutOfResource, QualityFailed
 from lilliput.numerics.packing import ROWS, pack_fields, tile_groups
 
+_VERSION: str = resolve_name("lilliput:__version__")  # by name: the package itself is above this room
 JOURNAL_FILE = ".written"
 """In a partial folder until it is published: the run's key, then the name of each tensor that is on disk for good."""
 
@@ -165,7 +166,7 @@ class ArtifactWriter:
             file.close()
         _write_whole(self.folder / INDEX_FILE, self.plan.index_json())
         manifest = Manifest(
-            lilliput_version=__version__,
+            lilliput_version=_VERSION,
             bits=self.plan.bits,
             spec=self.plan.spec,
             source=source,

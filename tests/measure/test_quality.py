@@ -157,13 +157,13 @@ def test_stories260k_scores_its_own_kind_of_text_as_published() -> None:
     folder = SHARED / "stories260K/hf"
     tokenizer = Tokenizer.open(folder)
     stories = [s for s in read_documents(SHARED / "tinystories/stories_a.jsonl") if len(tokenizer.encode(s)) <= 512]
-    found = windows(stories, tokenizer, length=512, limit=10)
+    found = windows(stories, tokenizer, length=512, limit=4)
     runner = open_original(folder)
     (row,) = evaluate(runner, found, bits=[None])
     # This subset's figure, taken when all 490 gave the published 4.510: benchmarks/reference_perplexity.py
-    assert row.perplexity == pytest.approx(4.69297, rel=1e-4)
-    streamed = open_original(folder, windows=found[:2])
-    for window in found[:2]:
+    assert row.perplexity == pytest.approx(4.31257, rel=1e-4)
+    streamed = open_original(folder, windows=found[:1])
+    for window in found[:1]:
         np.testing.assert_allclose(streamed.logits(window), runner.logits(window), atol=1e-4)
     with pytest.raises(ConfigError, match="original: not one of the windows it was run on"):
         streamed.logits(found[2])

@@ -9,6 +9,7 @@ and the probe, a short text followed through the original and through every widt
 each width is from the original, and are what the engine must reproduce from the saved artifact.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -136,11 +137,11 @@ class Sweep:
                 assert isinstance(weight, Tensor), "a layer is quantized last"
                 solved[name] = method.solve(weight, stats.get(name))
             self._install(linears, solved, self.job.feed)
-        for name in linears:
-            self._put(name, solved[name], original[name], state)
         for rung in self.job.rungs:
             self._install(linears, solved, rung)
             state.streams[str(rung)] = block(state.streams[str(rung)])
+        for name in linears:
+            self._put(name, solved[name], original[name], state)
         for name, value in block.state_dict().items():
             full = f"layers.{index}.{name}"
             if full.removesuffix(".weight") not in linears:
@@ -280,16 +281,15 @@ def project(frame: Decoder, hidden: Tensor, solved: Solved, rung: int, rows: int
 
 def noise_ratio_db(original: Tensor, solved: Solved, rung: int, rows: int) -> float:
     """Signal to noise of the weights, 20 log10(||W|| / ||W - solved||) in dB to four digits; 999 where nothing changed."""
-    signal = torch.zeros((), dtype=torch.float64)
-    noise = torch.zeros((), dtype=torch.float64)
+    signal = noise = 0.0
     for start in range(0, original.shape[0], rows):
         exact = original[start : start + rows].to(torch.float32)
         part = solved[start : start + rows] if isinstance(solved, Tensor) else solved.rows(slice(start, start + rows))
-        signal += exact.double().square().sum()
-        noise += (exact - at_width(part, rung)).double().square().sum()
+        signal += float(torch.linalg.vector_norm(exact, dtype=torch.float64)) ** 2
+        noise += float(torch.linalg.vector_norm(exact - at_width(part, rung), dtype=torch.float64)) ** 2
     if not noise or not signal:
         return 999.0 if not noise else -999.0
-    return float(f"{10 * float(torch.log10(signal / noise)):.4g}")
+    return float(f"{10 * math.log10(signal / noise):.4g}")
 
 
 @contextmanager

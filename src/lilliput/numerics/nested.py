@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,15 @@ class Quantized:
 
     def dequantize(self, bits: int) -> Tensor:
         """Return the (out, in) float32 matrix at one width: scale * (c_b - (2**b - 1) / 2 - zero)."""
-        code = (self.codes >> (self.bits[-1] - bits)).to(torch.float32) - (2**bits - 1) / 2
-        columns = self.codes.shape[1]
+        code = (self.codes >> (self.bits[-1] - bits)).to(torch.float32).sub_((2**bits - 1) / 2)
+        out, columns = code.shape
+        groups = self.scale[bits].shape[1]
         size = columns if self.group_size == -1 else self.group_size
+        whole = pad(code, (0, groups * size - columns)).view(out, groups, size)
         if bits in self.zero:
-            code -= spread(self.zero[bits], size, columns)
-        return code * spread(self.scale[bits], size, columns)
+            whole = whole.sub_(self.zero[bits].to(torch.float32)[..., None])
+        whole = whole.mul_(self.scale[bits].to(torch.float32)[..., None])
+        return whole.view(out, groups * size)[:, :columns].contiguous()
 
 
 def spread(values: Tensor, size: int, columns: int) -> Tensor:

@@ -24,7 +24,10 @@ venv: $(VENV)/.installed
 $(VENV)/.dependencies: pyproject.toml constraints-dev.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
-	$(BIN)/pip install --quiet -c constraints-dev.txt '.[compress,serve,dev]'
+	$(BIN)/python -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	  extras = [project["optional-dependencies"][extra] for extra in ("compress", "serve", "dev")]; \
+	  print(*project["dependencies"], *sum(extras, []), sep="\n")' > $(VENV)/requirements.txt
+	$(BIN)/pip install --quiet -c constraints-dev.txt -r $(VENV)/requirements.txt
 	touch $@
 
 # touch first: what changes while pip runs makes the next call install again

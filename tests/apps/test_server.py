@@ -136,7 +136,7 @@ def test_a_model_without_a_template_answers_400_not_a_guess(client: TestClient, 
     engine.tokenizer.template = False
     answer = client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "hi"}]})
     assert answer.status_code == 400
-    assert answer.json()["error"]["message"] == "chat template: this model has no chat template"
+    assert answer.json()["error"]["message"] == "messages: this model has no chat template"
 
 
 def test_a_stream_is_pieces_then_a_reason_then_usage_then_done(client: TestClient) -> None:

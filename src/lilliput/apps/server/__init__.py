@@ -51,6 +51,9 @@ def serve(
     ready(f"http://{shown}:{listener.getsockname()[1]}")
     config = uvicorn.Config(
         app,
+        http="h11",
+        ws="none",
+        lifespan="off",
         log_level="warning",
         access_log=False,
         server_header=False,

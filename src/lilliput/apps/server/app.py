@@ -125,7 +125,7 @@ class _Service:
     async def completions(self, request: Request) -> Response:
         """Continue one prompt."""
         asked = await self.read(request, CompletionRequest)
-        task = await self.task(asked, asked.text, asked.max_tokens)
+        task = await self.task(asked, "prompt", lambda: asked.text, asked.max_tokens)
         return await self.answer(request, asked, task, _Text())
 
     async def chat(self, request: Request) -> Response:
@@ -134,12 +134,8 @@ class _Service:
         if asked.max_tokens is not None and asked.max_completion_tokens is not None:
             raise RequestError(400, "give max_completion_tokens or max_tokens, not both", param="max_tokens")
         messages = [message.plain for message in asked.messages]
-        try:
-            text = await anyio.to_thread.run_sync(self.engine.tokenizer.render_chat, messages)
-        except LilliputError as error:
-            log.warning("chat template: %s", error)
-            raise RequestError(400, f"chat template: {error.what}", param="messages") from error
-        task = await self.task(asked, text, asked.max_completion_tokens or asked.max_tokens)
+        most = asked.max_completion_tokens or asked.max_tokens
+        task = await self.task(asked, "messages", partial(self.engine.tokenizer.render_chat, messages), most)
         return await self.answer(request, asked, task, _Chat())
 
     async def read(self, request: Request, model: type[R]) -> R:
@@ -159,18 +155,32 @@ class _Service:
             raise RequestError(400, f"bits: {asked.bits} is not served; choose from {served}", param="bits")
         return asked
 
-    async def task(self, asked: CompletionRequest | ChatRequest, text: str, most: int | None) -> _Task:
-        """Everything the engine needs. A prompt that does not fit is refused, never cut. Raises RequestError."""
+    async def task(
+        self, asked: CompletionRequest | ChatRequest, param: str, text: Callable[[], str], most: int | None
+    ) -> _Task:
+        """Take a place in the line and make everything the engine needs; whoever answers gives the place back.
+
+        text: makes the prompt, in a thread. A prompt that does not fit is refused, never cut. Raises RequestError.
+        """
+        self.turns.admit()
         try:
-            prompt = await anyio.to_thread.run_sync(self.engine.tokenizer.encode, text)
-        except LilliputError as error:
-            raise RequestError(400, f"prompt: {error.what}", param="prompt") from error
+            prompt = await anyio.to_thread.run_sync(lambda: self.engine.tokenizer.encode(text()))
+            return self.fitted(asked, param, prompt, most)
+        except BaseException as error:
+            self.turns.leave()
+            if isinstance(error, LilliputError):
+                log.warning("refused: %s", error)
+                raise RequestError(400, f"{param}: {error.what}", param=param) from error
+            raise
+
+    def fitted(self, asked: CompletionRequest | ChatRequest, param: str, prompt: list[int], most: int | None) -> _Task:
+        """The task, if prompt and answer fit in the context. Raises RequestError."""
         context, count = self.engine.context, len(prompt)
         if not prompt:
-            raise RequestError(400, "the prompt is empty", param="prompt")
+            raise RequestError(400, "the prompt is empty", param=param)
         if count + (most or 1) > context:
             what = f"the prompt has {count} tokens and {most or 1} were asked for, but the context holds {context}"
-            raise RequestError(400, what, param="prompt", code="context_length_exceeded")
+            raise RequestError(400, what, param=param, code="context_length_exceeded")
         sampling = Sampling(
             temperature=asked.temperature,
             top_k=asked.top_k,
@@ -185,8 +195,7 @@ class _Service:
     async def answer(
         self, request: Request, asked: CompletionRequest | ChatRequest, task: _Task, shape: "_Shape"
     ) -> Response:
-        """Generate, and answer at once or in pieces. Raises RequestError when too many wait."""
-        self.turns.admit()
+        """Generate, and answer at once or in pieces."""
         head = {
             "id": f"{shape.prefix}-{secrets.token_hex(12)}",
             "created": int(time.time()),

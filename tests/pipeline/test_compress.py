@@ -170,7 +170,7 @@ def test_a_run_that_dies_amid_a_step_or_while_finishing_goes_on_to_the_same_byte
 
 def test_kill_nine_in_the_middle_then_the_same_command_gives_the_same_bytes(text: Path, tmp_path: Path) -> None:
     model = tmp_path / "deep"
-    write_checkpoint(model, "llama", 0, num_hidden_layers=24)
+    write_checkpoint(model, "llama", 0, num_hidden_layers=10)
     compress(model, tmp_path / "whole", **wanda(text))  # type: ignore[arg-type]
     code = (
         "import sys; from lilliput.pipeline import compress; "
@@ -282,7 +282,7 @@ def test_half_precision_checkpoints_pass_through_float_parts_bit_for_bit(
 ) -> None:
     weights = {k: v.to(dtype) for k, v in load_file(llama / "model.safetensors").items()}
     save_file(weights, llama / "model.safetensors", metadata={"format": "pt"})
-    recipe = [{"rtn": {"bits": [8], "embeddings": False, "head": False}}]
+    recipe = [{"rtn": {"bits": [8], "group_size": 32, "embeddings": False, "head": False}}]
     compress(llama, tmp_path / "out", recipe=recipe, gate=False)
     stored = Artifact.open(tmp_path / "out").tensor("embed_tokens.weight")
     assert stored.dtype == {torch.bfloat16: "BF16", torch.float16: "F16"}[dtype]

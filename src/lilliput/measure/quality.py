@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from lilliput.core.errors import ConfigError, QualityFailed
 from lilliput.core.progress import Progress, Silent
+from lilliput.numerics.divergence import log_softmax
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
@@ -127,14 +128,6 @@ def _window_sums(logits: F32, reference: F32 | None, tokens: npt.NDArray[np.int3
         np.subtract(log_p, log_q, out=log_q)
         kl += float(np.vdot(np.exp(log_p, out=log_p), log_q))
     return nll, kl, agree, original_nll
-
-
-def log_softmax(logits: F32) -> F64:
-    """(rows, vocab) float32 to log probabilities in float64."""
-    shifted = logits.astype(np.float64)
-    shifted -= shifted.max(axis=1, keepdims=True)
-    shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    return shifted
 
 
 def _row(bits: int | None, sums: F64, counts: F64, paired: bool) -> QualityRow:

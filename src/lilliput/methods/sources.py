@@ -96,7 +96,8 @@ class DecoderSource:
 
     def read(self, name: str) -> Tensor:
         """Return one tensor."""
-        return self._state[name]
+        value: Tensor = self._state[name]
+        return value
 
     def has(self, name: str) -> bool:
         """Whether the model has that tensor."""

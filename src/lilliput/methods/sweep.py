@@ -257,7 +257,7 @@ def rows_of(solved: Solved, rung: int) -> Callable[[Tensor], Tensor]:
 
 def embed(frame: Decoder, tokens: Tensor, rows: Callable[[Tensor], Tensor]) -> Tensor:
     """Hidden states (batch, length, hidden) of (batch, length) tokens, from only the rows they name."""
-    unique, inverse = tokens.unique(return_inverse=True)
+    unique, inverse = torch.unique(tokens, return_inverse=True)
     frame.embed_tokens.weight = nn.Parameter(rows(unique), requires_grad=False)
     return frame.embed(inverse)
 

@@ -81,7 +81,8 @@ def encode(weight: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_
     code = weight / torch.where(step > 0, step, torch.ones_like(step)) + (2**bits - 1) / 2
     if zero is not None:
         code += spread(zero, size, columns)
-    return code.round().clamp_(0, 2**bits - 1).to(torch.uint8)
+    codes: Tensor = code.round().clamp_(0, 2**bits - 1).to(torch.uint8)
+    return codes
 
 
 def refit(

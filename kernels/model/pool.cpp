@@ -26,13 +26,18 @@ Pool::Pool(int threads) {
 }
 
 Pool::~Pool() {
+  stop_ = true;
+  open_round();
+  for (auto& worker : workers_) worker.join();
+}
+
+void Pool::open_round() {
   {
+    // without the lock a worker could fall asleep between its last look and our notice
     const std::lock_guard lock(mutex_);
-    stop_ = true;
-    ++round_;
+    round_.store((round_.load() / kNext + 1) * kNext, std::memory_order_release);
   }
   wake_.notify_all();
-  for (auto& worker : workers_) worker.join();
 }
 
 void Pool::take(int worker) {
@@ -50,29 +55,32 @@ void Pool::run(int64_t items, int64_t grain, const Work& work) {
   items_ = items;
   grain_ = std::max<int64_t>(1, grain);
   next_ = 0;
-  busy_ = static_cast<int>(workers_.size());
-  {
-    const std::lock_guard lock(mutex_);  // without it a worker could fall asleep between its last look and our notice
-    ++round_;
-  }
-  wake_.notify_all();
+  left_ = 0;
+  open_round();
   take(0);
-  for (int spin = 0; busy_.load(std::memory_order_acquire) != 0; ++spin)
+  const uint64_t joined = round_.fetch_or(kClosed, std::memory_order_acq_rel) % kClosed;
+  for (int spin = 0; left_.load(std::memory_order_acquire) != joined; ++spin)
     spin < kSpins ? relax() : std::this_thread::yield();
 }
 
 void Pool::serve(int worker) {
-  uint64_t seen = 0;
+  uint64_t seen = 0;  // the last round this worker looked at
   for (;;) {
-    for (int spin = 0; spin < kSpins && round_.load(std::memory_order_acquire) == seen; ++spin) relax();
-    if (round_.load(std::memory_order_acquire) == seen) {
+    const auto fresh = [&] { return round_.load(std::memory_order_acquire) / kNext != seen; };
+    for (int spin = 0; spin < kSpins && !fresh(); ++spin) relax();
+    if (!fresh()) {
       std::unique_lock lock(mutex_);
-      wake_.wait(lock, [&] { return round_.load(std::memory_order_acquire) != seen; });
+      wake_.wait(lock, fresh);
     }
-    ++seen;  // the caller waits for every worker, so no round is missed
     if (stop_) return;
-    take(worker);
-    busy_.fetch_sub(1, std::memory_order_release);
+    uint64_t round = round_.load(std::memory_order_acquire);
+    seen = round / kNext;
+    while (round / kNext == seen && !(round & kClosed)) {
+      if (!round_.compare_exchange_weak(round, round + 1, std::memory_order_acq_rel)) continue;
+      take(worker);
+      left_.fetch_add(1, std::memory_order_release);
+      break;
+    }
   }
 }
 

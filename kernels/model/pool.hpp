@@ -28,6 +28,9 @@ class Pool {
   void run(int64_t items, int64_t grain, const Work& work);
 
  private:
+  static constexpr uint64_t kNext = uint64_t{1} << 32, kClosed = uint64_t{1} << 31;
+
+  void open_round();
   void serve(int worker);
   void take(int worker);
 
@@ -37,8 +40,10 @@ class Pool {
   const Work* work_ = nullptr;
   int64_t items_ = 0, grain_ = 1;
   std::atomic<int64_t> next_{0};
-  std::atomic<uint64_t> round_{0};
-  std::atomic<int> busy_{0};
+  // A round's number in the upper half, then whether it is closed, then how many workers joined it. A worker that the
+  // system let run too late finds the round closed and is not waited for.
+  std::atomic<uint64_t> round_{kClosed};
+  std::atomic<uint64_t> left_{0};
   std::atomic<bool> stop_{false};
 };
 

@@ -40,9 +40,9 @@ LILLIPUT_INLINE void mix_values(const AttentionView& kv, const float* p, int64_t
   for (int b = 0; b < Block; ++b) sum[b] = Floats{};
   for (int64_t j = first; j <= last;) {
     const int64_t page = j / kPage, end = (page + 1) * kPage;
-    const float* values = kv.pages[page] + kv.value_offset + channel;
-    for (const int64_t stop = last < end ? last + 1 : end; j < stop; ++j)
-      for (int b = 0; b < Block; ++b) sum[b] += p[j - begin] * load(values + (j % kPage) * stride + b * kLanes);
+    const float* values = kv.pages[page] + kv.value_offset + j % kPage * stride + channel;
+    for (const int64_t stop = last < end ? last + 1 : end; j < stop; ++j, values += stride)
+      for (int b = 0; b < Block; ++b) sum[b] += p[j - begin] * load(values + b * kLanes);
   }
   for (int b = 0; b < Block; ++b) {
     const int64_t at = channel + b * kLanes, left = kv.head_dim - at;
@@ -84,6 +84,8 @@ LILLIPUT_INLINE void attention_body(const AttentionView& kv, const float* q, int
   int64_t channel = 0;
   for (; channel + Block * kLanes <= stride; channel += Block * kLanes)
     mix_values<Block>(kv, scratch, begin, first, last, channel, stride, z, y);
+  for (; channel + 2 * kLanes <= stride; channel += 2 * kLanes)
+    mix_values<2>(kv, scratch, begin, first, last, channel, stride, z, y);
   for (; channel < stride; channel += kLanes)
     mix_values<1>(kv, scratch, begin, first, last, channel, stride, z, y);
 }

@@ -68,6 +68,11 @@ def test_subnormal_scales_are_read_exactly() -> None:
     assert np.array_equal(native.matmul_nested(linear, 4, identity), linear.dequantize(4).T)
 
 
+def test_a_width_it_does_not_have_runs_at_the_next_one() -> None:
+    linear = random_linear(np.random.default_rng(7), 16, 32, (3, 8))
+    assert [np.array_equal(native.nested_rows(linear, b), linear.dequantize(b)) for b in (2, 3, 4, 8)] == [True] * 4
+
+
 def test_an_unknown_variant_or_op_is_refused() -> None:
     linear = random_linear(np.random.default_rng(6), 16, 32, (4,))
     with pytest.raises(ValueError, match="no variant abacus"):

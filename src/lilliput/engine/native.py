@@ -190,7 +190,8 @@ def _group(m: StoredLinear) -> int:
 
 
 def _nested(m: StoredLinear, bits: int) -> tuple[Any, ...]:
-    """The arguments that stand for a matrix cut to one of its own widths."""
+    """The arguments that stand for a matrix cut to the width it runs at when `bits` are asked for."""
+    bits = m.width_at(bits)
     count = next(n for n in range(1, len(m.fields) + 1) if sum(m.fields[:n]) == bits)
     zero = _bytes(m.zero[bits]) if bits in m.zero else None
     planes = [_bytes(plane) for plane in m.planes[:count]]

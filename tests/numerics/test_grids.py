@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lilliput.numerics.grids import encode, minmax_grid, nest, refit
+from lilliput.numerics.grids import Refit, encode, minmax_grid, nest
 from lilliput.numerics.nested import Quantized
 
 LADDER = (2, 3, 4, 8)
@@ -83,8 +83,8 @@ def test_importance_pulls_the_fit_towards_the_columns_that_matter() -> None:
     codes = encode(weight, *minmax_grid(weight, 8, 64, False), 8, 64) >> 6
     importance = torch.ones(64)
     importance[:8] = 1000.0
-    plain = refit(weight, codes, 2, 64, False)
-    pulled = refit(weight, codes, 2, 64, False, importance)
+    plain = Refit(weight, 64).grid(codes, 2, False)
+    pulled = Refit(weight, 64, importance).grid(codes, 2, False)
 
     def error(grid: tuple[Tensor, Tensor | None]) -> float:
         assert grid[1] is not None

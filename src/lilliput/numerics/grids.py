@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lilliput.core.errors import ConfigError
-from lilliput.numerics.nested import Quantized, spread
+from lilliput.numerics.nested import Quantized
 
 F16_MAX = 65504.0
 F16_MIN = 2.0**-24
@@ -75,46 +75,52 @@ def _with_offset(scale: Tensor, middle: Tensor) -> tuple[Tensor, Tensor]:
 
 def encode(weight: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int) -> Tensor:
     """Codes of the nearest levels: (out, in) uint8. Ties go to the even code; a zero scale gives the middle code."""
-    columns = weight.shape[1]
-    size = columns if group_size == -1 else group_size
-    step = spread(scale, size, columns)
-    code = weight / torch.where(step > 0, step, torch.ones_like(step)) + (2**bits - 1) / 2
-    if zero is not None:
-        code += spread(zero, size, columns)
-    codes: Tensor = code.round().clamp_(0, 2**bits - 1).to(torch.uint8)
-    return codes
+    out, columns = weight.shape
+    step = scale.to(torch.float32)
+    code = _grouped(weight, group_size)[0] / torch.where(step > 0, step, torch.ones_like(step))[..., None]
+    shift = (2**bits - 1) / 2 + (zero.to(torch.float32) if zero is not None else torch.zeros_like(step))
+    codes = code.add_(shift[..., None]).round_().clamp_(0, 2**bits - 1).to(torch.uint8)
+    return codes.view(out, -1)[:, :columns].contiguous()
 
 
-def refit(
-    weight: Tensor, codes: Tensor, bits: int, group_size: int, sym: bool, importance: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """Least-squares scale and zero for given codes: (out, groups) float16 each; zero is None when `sym`.
+class Refit:
+    """Least-squares grids for given codes of one matrix; what all widths share is computed once.
 
-    weight: (out, in) float32. codes: (out, in), of `bits` bits. importance: (in,) weights of the squared errors, or
-    None for equal ones. Groups whose codes are all one level get a grid with that level on their mean.
+    weight: (out, in) float32. importance: (in,) weights of the squared errors, or None for equal ones; where all of a
+    group's are zero they count as equal.
     """
-    levels = codes.to(torch.float32) - (2**bits - 1) / 2
-    w, mask = _grouped(weight, group_size)
-    x, _ = _grouped(levels, group_size)
-    share = mask.to(torch.float32)
-    if importance is not None:
-        share = share * _grouped(importance[None].to(torch.float32), group_size)[0][0]
-        share = torch.where(share.sum(-1, keepdim=True) > 0, share, mask.to(torch.float32))
-    share = share / share.sum(-1, keepdim=True)
-    if sym:
-        norm = (share * x * x).sum(-1)
-        scale = torch.where(norm > 0, (share * w * x).sum(-1) / norm.clamp_min(1e-30), torch.zeros_like(norm))
-        return _half_scale(scale.clamp_min(0)), None
-    mean_w, mean_x = (share * w).sum(-1), (share * x).sum(-1)
-    dx = x - mean_x[..., None]
-    variance = (share * dx * dx).sum(-1)
-    slope = (share * dx * (w - mean_w[..., None])).sum(-1) / variance.clamp_min(1e-30)
-    slope = torch.where(variance > 1e-12, slope, torch.zeros_like(slope)).clamp_min(0)
-    # The scale is rounded before the offset is derived, so its rounding error does not move the mean of the group.
-    half = _half_scale(slope).to(torch.float32)
-    flat = half == 0
-    half = torch.where(flat, 2 * mean_w.abs(), half)
-    return _with_offset(half, mean_w - half * mean_x)
+
+    def __init__(self, weight: Tensor, group_size: int, importance: Tensor | None = None) -> None:
+        w, mask = _grouped(weight, group_size)
+        share = mask.to(torch.float32)
+        if importance is not None:
+            own = share * _grouped(importance[None].to(torch.float32), group_size)[0][0]
+            share = torch.where(own.sum(-1, keepdim=True) > 0, own, share)
+        self._share = share / share.sum(-1, keepdim=True)
+        self._group_size = group_size
+        self._mean = torch.einsum("ogs,gs->og", w, self._share)
+        # Centred before it meets the codes: a group far from zero would lose its shape to rounding in sums of w * x.
+        self._centred = (w - self._mean[..., None]).mul_(self._share)
+
+    def grid(self, codes: Tensor, bits: int, sym: bool) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero for codes (out, in) of `bits` bits: (out, groups) float16 each; zero is None when `sym`.
+
+        Groups whose codes are all one level get a grid with that level on their mean.
+        """
+        x = _grouped(codes.to(torch.float32).sub_((2**bits - 1) / 2), self._group_size)[0]
+        mean_x = torch.einsum("ogs,gs->og", x, self._share)
+        x = x.sub_(mean_x[..., None])
+        product = torch.einsum("ogs,ogs->og", self._centred, x)
+        variance = torch.einsum("ogs,gs->og", x.square_(), self._share)
+        if sym:  # the plain moments from the centred ones
+            moment, square = product + self._mean * mean_x, variance + mean_x.square()
+            return _half_scale((moment / square.clamp_min(1e-30)).clamp_min(0)), None
+        flat = variance < 1e-9 * (1 + mean_x.square())  # above what is left of one level after rounding
+        slope = torch.where(flat, torch.zeros_like(product), product / variance.clamp_min(1e-30)).clamp_min(0)
+        # The scale is rounded before the offset is derived, so its rounding error does not move the mean of the group.
+        half = _half_scale(slope).to(torch.float32)
+        half = torch.where(half == 0, 2 * self._mean.abs(), half)
+        return _with_offset(half, self._mean - half * mean_x)
 
 
 def nest(
@@ -128,12 +134,14 @@ def nest(
 ) -> Quantized:
     """A nested store from the widest grid: its top bits are the narrower codes, each with its own refit.
 
-    codes, scale, zero: the grid of bits[-1]. weight, importance: as in `refit`.
+    codes, scale, zero: the grid of bits[-1]. weight, importance: as in `Refit`.
     """
     widest = bits[-1]
+    fit = Refit(weight, group_size, importance) if len(bits) > 1 else None
     scales, zeros = {widest: scale}, {} if zero is None else {widest: zero}
     for width in bits[:-1]:
-        s, z = refit(weight, codes >> (widest - width), width, group_size, zero is None, importance)
+        assert fit is not None, "there is more than one width"
+        s, z = fit.grid(codes >> (widest - width), width, zero is None)
         scales[width] = s
         if z is not None:
             zeros[width] = z

@@ -62,8 +62,3 @@ class Quantized:
             whole = whole.sub_(self.zero[bits].to(torch.float32)[..., None])
         whole = whole.mul_(self.scale[bits].to(torch.float32)[..., None])
         return whole.view(out, groups * size)[:, :columns].contiguous()
-
-
-def spread(values: Tensor, size: int, columns: int) -> Tensor:
-    """One value a group to one a column: (out, groups) to (out, columns) float32, groups of `size` columns."""
-    return values.to(torch.float32).repeat_interleave(size, dim=1)[:, :columns]

@@ -10,23 +10,8 @@ import torch
 from lilliput.artifact.read import StoredTensor
 from lilliput.engine import native
 from lilliput.models import Checkpoint
-from support.families import FAMILIES, VOCAB, model_for, write_checkpoint
+from support.families import FAMILIES, LLAMA3, LONGROPE, VOCAB, model_for, write_checkpoint
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-LONGROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 10000.0,
-    "partial_rotary_factor": 1.0,
-    "short_factor": [1.0 + 0.1 * i for i in range(8)],
-    "long_factor": [4.0] * 8,
-}
 CASES: list[tuple[str, dict[str, Any]]] = [
     *((family, {}) for family in FAMILIES),
     ("llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),

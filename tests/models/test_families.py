@@ -8,23 +8,8 @@ import torch
 
 from lilliput.core.errors import OutOfResource
 from lilliput.models import Checkpoint, load_decoder
-from support.families import FAMILIES, VOCAB, model_for, write_checkpoint
+from support.families import FAMILIES, LLAMA3, LONGROPE, VOCAB, model_for, write_checkpoint
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-LONGROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 10000.0,
-    "partial_rotary_factor": 1.0,
-    "short_factor": [1.0 + 0.1 * i for i in range(8)],
-    "long_factor": [4.0] * 8,
-}
 SLIDES = ["full_attention", "sliding_attention"]
 CASES: list[tuple[str, dict[str, Any]]] = [
     *((family, {}) for family in FAMILIES),

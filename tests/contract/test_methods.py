@@ -42,6 +42,26 @@ def test_refuses_an_option_it_does_not_have(name: str) -> None:
         build(name, {"no_such": 1})
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        (
+            "rtn",
+            {"bits": 4},
+            r"^rtn: bits is 4: input should be a valid tuple\. Write it as in bits: \[2, 3, 4, 8\]\.$",
+        ),
+        ("rtn", {"bits": ["4"]}, r"^rtn: bits is \['4'\]: input should be a valid integer"),
+        ("rtn", {"group_size": 64.0}, r"^rtn: group_size is 64\.0: input should be a valid integer"),
+        ("rtn", {"sym": "no"}, r"^rtn: sym is 'no': input should be a valid boolean\. Write it as in sym: False\.$"),
+        ("rtn", {"exclude": "layers.0.*"}, r"^rtn: exclude is 'layers\.0\.\*': input should be a valid tuple"),
+        ("wanda", {"sparsity": "abc"}, r"^wanda: sparsity is 'abc': input should be a valid number"),
+    ],
+)
+def test_an_option_of_the_wrong_type_is_refused(name: str, options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(name, options)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_has_its_file_its_page_its_test_and_its_source(name: str) -> None:
     cls = METHODS.load(name)

@@ -84,10 +84,10 @@ def test_parquet_without_its_extra_names_it(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("name", "content", "kind", "said"),
     [
-        ("a.txt", "", InputCorrupt, r"a\.txt: calibration file is empty\."),
-        ("a.txt", " \n\n", InputCorrupt, "calibration file is empty"),
-        ("a.jsonl", "", InputCorrupt, "calibration file is empty"),
-        ("a.jsonl.gz", "", InputCorrupt, "calibration file is empty"),
+        ("a.txt", "", InputCorrupt, r"a\.txt: the file is empty\."),
+        ("a.txt", " \n\n", InputCorrupt, "the file is empty"),
+        ("a.jsonl", "", InputCorrupt, "the file is empty"),
+        ("a.jsonl.gz", "", InputCorrupt, "the file is empty"),
         ("a.txt", b"ab\xffc", InputCorrupt, "not UTF-8 at byte 2. Save the file as UTF-8"),
         ("a.jsonl", b'{"text": "\xe9"}', InputCorrupt, "not UTF-8 at byte 10"),
         ("a.jsonl", '{"text": "A"}\n{"text": \n', InputCorrupt, r"line 2 is not JSON \(Expecting value\)"),
@@ -137,7 +137,7 @@ def test_what_is_not_there_or_not_a_source(tmp_path: Path) -> None:
         read_documents(tmp_path)
     with pytest.raises(ConfigError, match="not all of them are strings"):
         read_documents(["a", 1])  # type: ignore[list-item]
-    with pytest.raises(InputCorrupt, match="calibration texts: calibration file is empty"):
+    with pytest.raises(InputCorrupt, match="calibration texts: the file is empty"):
         read_documents([])
     with pytest.raises(ConfigError, match="no source was given"):
         read_documents()

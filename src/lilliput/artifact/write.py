@@ -80,11 +80,11 @@ class ArtifactWriter:
             except OutOfResource:
                 (folder / JOURNAL_FILE).unlink()  # nothing is left that it could vouch for
                 raise
+            for name in (MANIFEST_FILE, INDEX_FILE):  # not whole until `finish` says so again
+                (folder / name).unlink(missing_ok=True)
         except BaseException:
             os.close(journal)
             raise
-        for name in (MANIFEST_FILE, INDEX_FILE):  # not whole until `finish` says so again
-            (folder / name).unlink(missing_ok=True)
         known = plan.entries.keys() | plan.floats.keys()
         writer = cls(folder, plan, files, journal, set() if fresh else done & known)
         writer._rewrite(key)
@@ -257,7 +257,6 @@ def publish(partial: Path, out: Path, *, overwrite: bool = False) -> None:
     """
     check_output(out, overwrite=overwrite)
     _read_manifest(partial)
-    (partial / JOURNAL_FILE).unlink(missing_ok=True)
     partial, out = partial.absolute(), out.absolute()
     try:
         if not out.exists() or not any(out.iterdir()):
@@ -269,6 +268,7 @@ def publish(partial: Path, out: Path, *, overwrite: bool = False) -> None:
             os.rename(out, aside)
             os.rename(partial, out)
             _remove_artifact(aside)
+        (out / JOURNAL_FILE).unlink(missing_ok=True)  # last: until now it says whose work this is
     except OSError as error:
         if error.errno == errno.EXDEV:
             raise ConfigError(f"is on another disk than {partial}", str(out), "Keep both on one disk") from None
@@ -307,7 +307,7 @@ def _strangers(folder: Path) -> list[str]:
     files = data.get("files")
     if "lilliput_version" not in data or not isinstance(files, dict):
         return names
-    return [name for name in names if name not in files and name != MANIFEST_FILE]
+    return [name for name in names if name not in files and name not in (MANIFEST_FILE, JOURNAL_FILE)]
 
 
 def _remove_artifact(folder: Path) -> None:
@@ -393,6 +393,9 @@ def _hash_all(folder: Path, known: Mapping[str, FileEntry] | None = None) -> dic
     for path in sorted(folder.iterdir()):
         if path.name in (MANIFEST_FILE, JOURNAL_FILE):
             continue
+        if path.name in _TEMPORARIES:  # of a run that died while it wrote one
+            path.unlink()
+            continue
         plain_name(path.name)
         if path.is_symlink() or not path.is_file():
             raise ValueError(f"{path} is not a regular file")
@@ -411,9 +414,16 @@ def _read_manifest(folder: Path) -> Manifest:
         return load_manifest(opened.read(MANIFEST_FILE, MANIFEST_LIMIT), opened.where(MANIFEST_FILE))
 
 
+def _temporary(name: str) -> str:
+    return f".{name}.tmp"
+
+
+_TEMPORARIES = {_temporary(name) for name in (MANIFEST_FILE, INDEX_FILE)}
+
+
 def _write_whole(path: Path, data: bytes) -> None:
     """Put a small file in place in one step, on the disk when this returns."""
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = path.with_name(_temporary(path.name))
     with temporary.open("wb") as file:
         file.write(data)
         file.flush()

@@ -56,7 +56,7 @@ def read_documents(*sources: Path | str | Sequence[str], field: str | None = Non
             texts, where = _read(source, field), str(source)
         texts = [text for text in texts if text.strip()]
         if not texts:
-            raise InputCorrupt("calibration file is empty", where=where, fix="Give text to calibrate or measure on")
+            raise InputCorrupt("the file is empty", where=where, fix="Give text to calibrate or measure on")
         documents += texts
     if not documents:
         raise ConfigError("no source was given", where="calibration text", fix="Name a file or a dataset")

@@ -145,7 +145,7 @@ class Engine:
             made = self._model.generate(
                 asked,
                 bits=width,
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=min(max_new_tokens, self.context),
                 context=self.context,
                 eos=self.tokenizer.eos_ids,
                 sampling=sampling,

@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from enum import Enum
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, get_type_hints
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
 from lilliput.core.errors import ConfigError
@@ -149,15 +150,22 @@ def build(name: str, options: Mapping[str, Any]) -> Method:
     Raises UnknownName for a name nobody registered, ConfigError for an option the method does not have.
     """
     cls = METHODS.load(name)
-    known = [f.name for f in fields(cls)]
-    for key in options:
+    if not (isinstance(cls, type) and issubclass(cls, Method)):
+        raise ConfigError(f"{METHODS[name]} is not a method", where=name, fix="Correct the plug-in that registers it")
+    known, hints = [f.name for f in fields(cls)], get_type_hints(cls)
+    given = {}
+    for key, value in options.items():
         if key not in known:
             fix = f"It has {', '.join(known)}"
             raise ConfigError(f"there is no option {key!r}", where=name, fix=fix)
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
-    method = cls(**given)
-    assert isinstance(method, Method), "the registry holds methods only"
-    return method
+        try:
+            reader = TypeAdapter(hints[key], config=ConfigDict(strict=True))
+            given[key] = reader.validate_python(tuple(value) if isinstance(value, list) else value)
+        except ValidationError as error:
+            what = f"{key} is {value!r}: {error.errors()[0]['msg'][0].lower()}{error.errors()[0]['msg'][1:]}"
+            fix = f"Write it as in {key}: {getattr(cls, key)!r}".replace("(", "[").replace(",)", "]").replace(")", "]")
+            raise ConfigError(what, where=name, fix=fix) from None
+    return cls(**given)
 
 
 def build_stage(stage: "Stage") -> Method:

@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from lilliput.core.errors import InputCorrupt
 
 
 @dataclass
@@ -44,10 +46,14 @@ class Journal:
         """Return the last saved state, or a fresh one."""
         if not self._file.exists():
             return State()
-        with safe_open(self._file, framework="pt") as file:
-            told = json.loads(file.metadata()["state"])
-            streams = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118, not a dict
-        return State(told["step"], streams, told["records"])
+        try:
+            with safe_open(self._file, framework="pt") as file:
+                told = json.loads(file.metadata()["state"])
+                streams = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118, not a dict
+            return State(told["step"], streams, told["records"])
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            fix = "Give --no-resume to start anew"
+            raise InputCorrupt(f"was damaged ({error})", where=str(self._file), fix=fix) from None
 
     def save(self, state: State) -> None:
         """Replace the saved state by this one; on disk when this returns."""
@@ -85,6 +91,14 @@ class Activations:
                 batch.to(torch.float32).contiguous().numpy().tofile(file)
             file.flush()
             os.fsync(file.fileno())
+
+
+def steps_done(folder: Path) -> int:
+    """Finished steps of the sweep whose journal is in `folder`; 0 where none can be told."""
+    try:
+        return Journal(folder).load().step if folder.is_dir() else 0
+    except InputCorrupt:
+        return 0
 
 
 def sync(path: Path) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from lilliput.data.documents import read_documents
 from lilliput.data.streams import Batches, batches
 from lilliput.data.tokenizer import Tokenizer
 from lilliput.methods.base import Method, ModelMethod
-from lilliput.methods.journal import Journal, State
+from lilliput.methods.journal import Journal, State, steps_done
 from lilliput.methods.sources import CheckpointSource, DecoderSource, Source
 from lilliput.methods.sweep import FLOAT, Job, Outcome, Sweep
 from lilliput.models import Checkpoint
@@ -35,6 +36,7 @@ from lilliput.pipeline.gate import UNQUANTIZED, judge, measure
 from lilliput.pipeline.plan import Budget, Work, budget, plan_work
 from lilliput.pipeline.report import CompressReport, WidthRow
 from lilliput.pipeline.train import run_model_methods
+from lilliput.pipeline.workspace import Workspace
 
 PROBE_TOKENS = 128
 
@@ -44,6 +46,8 @@ class Options:
     """What `compress` was asked for, beside model, place and recipe."""
 
     calibration: tuple[str, ...]
+    field: str | None
+    join: bool
     samples: int
     length: int
     seed: int
@@ -61,6 +65,8 @@ def compress(
     bits: Sequence[int] | None = None,
     group_size: int | None = None,
     calibration: Sequence[str | Path] = (),
+    field: str | None = None,
+    join: bool = True,
     samples: int = 128,
     length: int = 512,
     seed: int = 0,
@@ -76,20 +82,27 @@ def compress(
     model: a Hugging Face folder or hub id. out: the artifact, absent, empty, or with `overwrite` an artifact to be
     replaced. recipe: see `core.recipe.load_recipe`; bits and group_size change every stage that has them.
     calibration: text files or a hub dataset for recipes that need one; `samples` rows of `length` tokens are drawn
-    from it with `seed`. max_ram: bytes of memory to stay below. resume: go on from an interrupted run of the same
+    from it with `seed`, documents joined end to end or, without `join`, each row from one document; `field` names the
+    text in JSONL or Parquet rows. max_ram: bytes of memory to stay below. resume: go on from an interrupted run of the same
     model, data, recipe and versions, whose work waits in OUT.partial. gate: fail when a width is far from the
     original. dry_run: only plan, reading no weights.
 
-    The same arguments give the same bytes, resumed or not. Raises LilliputError: ConfigError for options, InputMissing,
+    The same arguments give the same bytes on the same machine, resumed or not. Raises LilliputError: ConfigError for options, InputMissing,
     InputCorrupt or InputUnsafe for the model and texts, Unsupported, OutOfResource, QualityFailed (the finished work
     stays, `gate=False` accepts it), Interrupted.
     """
-    options = Options(tuple(map(str, calibration)), samples, length, seed, max_ram, resume, overwrite, gate)
+    if not 0 <= seed < 1 << 63:
+        raise ConfigError(f"seed is {seed}", where="seed", fix="Give a whole number from 0 to 2**63 - 1")
+    options = Options(
+        tuple(map(str, calibration)), field, join, samples, length, seed, max_ram, resume, overwrite, gate
+    )
     out, progress = Path(out), progress or Silent()
     parsed = load_recipe(recipe).override(bits=None if bits is None else list(bits), group_size=group_size)
     checkpoint = Checkpoint.open(model)
     check_output(out, overwrite=overwrite)
     check_apart(out, checkpoint.folder)
+    workspace = Workspace(out)
+    workspace.check()
     work = plan_work(checkpoint, parsed)
     whole = any(isinstance(method, ModelMethod) for run in work.runs for method in run)
     spent = budget(checkpoint, work, max_ram=max_ram, length=length, whole=whole)
@@ -99,23 +112,26 @@ def compress(
     report = plan_report(model, checkpoint, parsed, work, spent, options)
     if dry_run:
         return report
-    check_space(out, report)
+    check_space(workspace, report)
     torch.manual_seed(seed)
-    return Run(checkpoint, str(model), out, parsed, work, spent, options, progress).finish(report)
+    with resumable(workspace, checkpoint.spec.num_layers + 2):
+        return Run(checkpoint, str(model), workspace, parsed, work, spent, options, progress).finish(report)
 
 
 def check_apart(out: Path, folder: Path) -> None:
-    """Raise ConfigError when the artifact would be the model's folder, or inside it, or around it."""
-    here, there = out.resolve(), folder.resolve()
-    if here == there or here in there.parents or there in here.parents:
-        what = "the output is the model's own folder, or one is inside the other"
-        raise ConfigError(what, where=str(out), fix="Give a folder apart from the model")
+    """Raise ConfigError when the artifact, or the folder it is made in, would be the model's, or inside it, or around."""
+    there = folder.resolve()
+    for here in (out.resolve(), partial_of(out).resolve()):
+        if here == there or here in there.parents or there in here.parents:
+            what = "the output, or the folder beside it where it is made, is the model's own or one is inside the other"
+            raise ConfigError(what, where=str(out), fix="Give a folder apart from the model")
 
 
-def check_space(out: Path, report: CompressReport) -> None:
+def check_space(workspace: Workspace, report: CompressReport) -> None:
     """Raise OutOfResource when the disk cannot hold the artifact and the work beside it."""
-    parent = next(p for p in out.absolute().parents if p.exists())
-    free, need = shutil.disk_usage(parent).free, report.size_bytes + report.work_bytes
+    parent = next(p for p in workspace.root.parents if p.exists())
+    free = shutil.disk_usage(parent).free
+    need = report.size_bytes + report.work_bytes - workspace.reserved_bytes()
     if free < need:
         what = f"{need:,} bytes are needed and {free:,} are free"
         raise OutOfResource(what, where=str(parent), fix="Free some space or choose another disk")
@@ -149,76 +165,76 @@ def plan_report(
 
 
 class Run:
-    """One compression on its way, in OUT.partial: `artifact/` is what will be published, `work/` what a resume needs."""
+    """One compression on its way, in its workspace."""
 
     def __init__(
         self,
         checkpoint: Checkpoint,
         model: str,
-        out: Path,
+        workspace: Workspace,
         recipe: Recipe,
         work: Work,
         spent: Budget,
         options: Options,
         progress: Progress,
     ) -> None:
-        self.checkpoint, self.model, self.out, self.recipe = checkpoint, model, out, recipe
+        self.checkpoint, self.model, self.recipe = checkpoint, model, recipe
+        self.workspace, self.folder, self.notes = workspace, workspace.artifact, workspace.work
         self.work, self.spent, self.options, self.progress = work, spent, options, progress
-        self.partial = partial_of(out)
-        self.folder, self.notes = self.partial / "artifact", self.partial / "work"
 
     def finish(self, report: CompressReport) -> CompressReport:
         """Do what is left to do and publish; see `compress`."""
         self.progress.say("reading the model's files for their checksum")
         tools = {"lilliput": __version__} | {name: version(name) for name in ("torch", "numpy", "tokenizers")}
-        tokenizer = Tokenizer.open(self._tokenizer_folder())
+        with TemporaryDirectory() as folder:
+            self.checkpoint.export_tokenizer(Path(folder))
+            tokenizer = Tokenizer.open(Path(folder))
         data, told = self._calibration(tokenizer)
-        key = self._claim(tools, told)
-        resumed = (self.notes / "state.safetensors").exists()
         probe = self._probe(tokenizer)
-        with resumable(self.out, Journal(self.notes), self.checkpoint.spec.num_layers + 2):
+        parts = self._parts(tools, told)
+        key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        with self.workspace:
+            resumed = self.workspace.claim(key, parts, resume=self.options.resume)
             outcome = self._sweep(key, torch.tensor([probe]), data, tools, told)
             logits = {name: value.numpy() for name, value in outcome.logits.items()}
             self.progress.say("opening the artifact and comparing it with the original")
             quality = measure(self.folder, probe, logits)
             self._describe(quality)
-        problems = judge(quality)
-        if problems and self.options.gate:
-            raise QualityFailed(
-                "; ".join(problems),
-                where="quality gate",
-                fix="Use other widths or another recipe, or repeat with --no-gate to accept it, which needs no new work",
-            )
-        publish(self.folder, self.out, overwrite=self.options.overwrite)
-        shutil.rmtree(self.partial)
+            problems = judge(quality)
+            if problems and self.options.gate:
+                fix = (
+                    "Use other widths or another recipe, or repeat with --no-gate to accept it, which costs no new work"
+                )
+                raise QualityFailed("; ".join(problems), where="quality gate", fix=fix)
+            publish(self.folder, self.workspace.out, overwrite=self.options.overwrite)
+            self.workspace.finished()
         by_width = {row.bits: row for row in quality}
         rows = [
             row.model_copy(update={"kl": by_width[row.bits].kl, "top1_agreement": by_width[row.bits].top1_agreement})
             for row in report.rows
         ]
-        warnings = [*report.warnings, *problems]
-        return report.model_copy(update={"path": str(self.out), "rows": rows, "resumed": resumed, "warnings": warnings})
+        found = {"path": str(self.workspace.out), "rows": rows, "resumed": resumed}
+        return report.model_copy(update=found | {"warnings": [*report.warnings, *problems]})
 
     # ---- what goes in
-
-    def _tokenizer_folder(self) -> Path:
-        """The tokenizer of the model, as it will be in the artifact."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.checkpoint.export_tokenizer(self.folder)
-        return self.folder
 
     def _calibration(self, tokenizer: Tokenizer) -> tuple[Batches | None, DataInfo | None]:
         if not self.work.needs_calibration:
             return None, None
         options = self.options
-        documents = [text for path in options.calibration for text in read_documents(path)]
-        length = min(options.length, self.checkpoint.spec.context)
+        texts = {path: read_documents(path, field=options.field) for path in options.calibration}
         drawn = batches(
-            documents, tokenizer, length=length, samples=options.samples, batch_size=self.spent.batch, seed=options.seed
+            [text for documents in texts.values() for text in documents],
+            tokenizer,
+            length=min(options.length, self.checkpoint.spec.context),
+            samples=options.samples,
+            batch_size=self.spent.batch,
+            join=options.join,
+            seed=options.seed,
         )
         named = tuple(
-            DataFile(name=Path(path).name, sha256=hashlib.sha256("\0".join(read_documents(path)).encode()).hexdigest())
-            for path in options.calibration
+            DataFile(name=Path(path).name, sha256=hashlib.sha256("\0".join(documents).encode()).hexdigest())
+            for path, documents in texts.items()
         )
         return drawn, DataInfo(files=named, sha256=drawn.sha256, tokens=drawn.tokens)
 
@@ -229,34 +245,17 @@ class Run:
         ids = [i for i in ids if i < self.checkpoint.spec.vocab_size]
         return ids if len(ids) > 1 else list(range(min(16, self.checkpoint.spec.vocab_size)))
 
-    def _claim(self, tools: dict[str, str], data: DataInfo | None) -> str:
-        """Check that the partial folder is ours to go on with, and return the fingerprint of all the bytes depend on."""
-        parts = {
+    def _parts(self, tools: dict[str, str], data: DataInfo | None) -> dict[str, Any]:
+        """All the bytes depend on, by the word a message would use for it."""
+        return {
             "model": self.checkpoint.fingerprint(),
             "recipe": self.recipe.data(),
-            "data": None if data is None else data.sha256,
+            "calibration text": None if data is None else data.sha256,
             "seed": self.options.seed,
-            "versions": {**tools, "schema": SCHEMA_VERSION},
-            "memory": [self.spent.batch, self.spent.slice_rows, torch.get_num_threads()],
+            "version of lilliput, torch or numpy": {**tools, "schema": SCHEMA_VERSION},
+            "--max-ram": [self.spent.batch, self.spent.slice_rows],
+            "number of threads": torch.get_num_threads(),
         }
-        found = self.notes / "parts.json"
-        if found.exists():
-            before = json.loads(found.read_text("utf-8"))
-            changed = [name for name in parts if before.get(name) != json.loads(json.dumps(parts[name]))]
-            if changed and self.options.resume:
-                what = f"holds unfinished work with another {', '.join(changed)}"
-                raise ConfigError(
-                    what, where=str(self.partial), fix="Repeat that run, or give --no-resume to discard it"
-                )
-            if not self.options.resume:
-                self._discard()
-        self.notes.mkdir(parents=True, exist_ok=True)
-        found.write_text(json.dumps(parts, indent=1), "utf-8")
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-    def _discard(self) -> None:
-        shutil.rmtree(self.partial)
-        self._tokenizer_folder()
 
     # ---- the work
 
@@ -265,8 +264,7 @@ class Run:
     ) -> Outcome:
         """Write the artifact's tensors and manifest, or take them from a run that got this far."""
         kept = Journal(self.notes / "outcome")
-        if (self.folder / "manifest.json").exists():
-            state = kept.load()
+        if (self.folder / "manifest.json").exists() and (state := kept.load()).step:
             return Outcome(state.streams, state.records)
         source, reference = self._source(data, probe)
         widths = self.work.plan.bits
@@ -275,7 +273,7 @@ class Run:
             outcome = Sweep(source, Tensors(writer), job, Journal(self.notes), self.progress).run()
             if reference is not None:
                 outcome.logits[FLOAT] = reference
-            kept.save(State(streams=outcome.logits, records=outcome.records))
+            kept.save(State(1, outcome.logits, outcome.records))
             self._side_files()
             writer.finish(
                 source=self._provenance(),
@@ -296,7 +294,9 @@ class Run:
         if not earlier:
             return CheckpointSource(self.checkpoint), None
         assert data is not None, "a ModelMethod needs text, which planning has seen to"
-        decoder, reference = run_model_methods(self.checkpoint, earlier, data, probe, self.notes, self.progress)
+        decoder, reference = run_model_methods(
+            self.checkpoint, earlier, data, probe, self.notes, self.options.seed, self.progress
+        )
         last = earlier[-1][-1]
         return DecoderSource(decoder, made_by=type(last).__name__.lower()), reference
 
@@ -315,6 +315,7 @@ class Run:
 
     def _side_files(self) -> None:
         plan = self.work.plan
+        self.checkpoint.export_tokenizer(self.folder)
         told = {"quant_method": "lilliput", "bits": list(plan.bits), "schema_version": SCHEMA_VERSION}
         config = {**self.checkpoint.config, "quantization_config": told}
         (self.folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
@@ -353,10 +354,13 @@ class Tensors:
 
 
 @contextmanager
-def resumable(out: Path, journal: Journal, steps: int) -> Iterator[None]:
+def resumable(workspace: Workspace, steps: int) -> Iterator[None]:
     """Turn Ctrl-C into an error that says how far the work is and how to go on."""
     try:
         yield
     except KeyboardInterrupt:
-        what = f"stopped after {journal.load().step} of {steps} steps; what is done is kept in {partial_of(out)}"
-        raise Interrupted(what, where=str(out), fix="Repeat the same command to go on from there") from None
+        what = f"stopped after {steps_done(workspace.work)} of {steps} steps"
+        if workspace.root.exists():
+            what += f"; what is done is kept in {workspace.root}"
+        fix = "Repeat the same command to go on from there"
+        raise Interrupted(what, where=str(workspace.out), fix=fix) from None

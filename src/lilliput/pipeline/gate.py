@@ -75,7 +75,7 @@ def judge(quality: list[QualityEntry]) -> list[str]:
     lines = []
     for row in quality:
         limit = LIMITS.get(row.bits, FLOAT_LIMIT)
-        if row.kl > limit:
+        if not row.kl <= limit:  # so that NaN does not pass
             name = "the result" if row.bits == UNQUANTIZED else f"{row.bits} bits"
             lines.append(f"{name}: KL to the original is {row.kl:.3g} nats a token, above {limit:g}")
     return lines

@@ -28,6 +28,7 @@ def run_model_methods(
     data: Batches,
     probe: Tensor,
     folder: Path,
+    seed: int,
     progress: Progress,
 ) -> tuple[Decoder, Tensor]:
     """Apply runs of methods in order; return the decoder and the original's logits on the probe, (length, vocab).
@@ -37,7 +38,10 @@ def run_model_methods(
     decoder = load_decoder(checkpoint)
     with torch.no_grad():
         reference = decoder(probe)[0]
-    for index, run in enumerate(runs):
+    # One method a stage, each with a seed of its own: a resumed run skips finished stages and draws the same numbers.
+    stages = [s for run in runs for s in ([[m] for m in run] if isinstance(run[0], ModelMethod) else [list(run)])]
+    for index, run in enumerate(stages):
+        torch.manual_seed(seed + index)
         kept = folder / f"stage-{index}.safetensors"
         if kept.exists():
             decoder.load_state_dict(load_file(kept))

@@ -36,6 +36,14 @@ EXTRA_OF = dict.fromkeys(("torch", "transformers", "huggingface_hub", "pyarrow")
 EXTRA_OF |= {"starlette": "serve", "uvicorn": "serve"}
 OK, BUG, USAGE, UNSUPPORTED, RESOURCE, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 4, 5, 130, 141
 
+_PLACE = {
+    errno.ENOTDIR: "a part of the path is a file",
+    errno.ENAMETOOLONG: "the name is too long",
+    errno.EACCES: "the system does not allow it",
+    errno.EPERM: "the system does not allow it",
+    errno.EROFS: "it is on a read-only disk",
+}
+
 
 class Verbs(click.Group):
     """The group of verbs; listing them imports none of them."""
@@ -116,6 +124,8 @@ def _explain(error: BaseException) -> tuple[int, str, dict[str, Any]]:
         return RESOURCE, "out of memory. Use a smaller --context, fewer --bits or a smaller model", {}
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return RESOURCE, f"{error.filename or 'output'}: no space left on the device. Free some and run again", {}
+    if isinstance(error, OSError) and error.errno in _PLACE:
+        return USAGE, f"{error.filename or 'output'}: {_PLACE[error.errno]}. Give another place", {}
     return BUG, f"{type(error).__name__}: {error}", {}
 
 

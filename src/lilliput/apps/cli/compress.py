@@ -39,9 +39,15 @@ COLUMNS = {
     metavar="FILE",
     help="Text, JSONL, Parquet, or a dataset on the hub; repeatable.",
 )
+@click.option("--field", help="Field of JSONL or Parquet rows that holds the text.")
+@click.option(
+    "--join/--no-join", default=True, show_default=True, help="Lay documents end to end, or take each row from one."
+)
 @click.option("--samples", type=click.IntRange(1), default=128, show_default=True, help="Rows of calibration text.")
 @click.option("--length", type=click.IntRange(2), default=512, show_default=True, help="Tokens of a row.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of everything random.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Seed of everything random."
+)
 @max_ram
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Go on where an interrupted run stopped.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done and how large it would be; write nothing.")
@@ -56,6 +62,8 @@ def command(
     bits: list[int] | None,
     group_size: int | None,
     calibration: tuple[str, ...],
+    field: str | None,
+    join: bool,
     samples: int,
     length: int,
     seed: int,
@@ -87,6 +95,8 @@ def command(
             bits=bits,
             group_size=group_size,
             calibration=calibration,
+            field=field,
+            join=join,
             samples=samples,
             length=length,
             seed=seed,

@@ -25,6 +25,7 @@ COLUMNS = {
 @click.option("--length", type=click.IntRange(2), default=256, show_default=True, help="Tokens of a window.")
 @click.option("--limit", type=click.IntRange(1), help="Windows at most, the first ones; by default all.")
 @click.option("--field", help="Field of JSONL or Parquet rows that holds the text.")
+@click.option("--join/--no-join", default=False, show_default=True, help="Measure the documents as one, end to end.")
 @threads()
 @click.pass_obj
 def command(
@@ -36,6 +37,7 @@ def command(
     length: int,
     limit: int | None,
     field: str | None,
+    join: bool,
     threads: int | None,
 ) -> None:
     """Measure ARTIFACT on FILE at each width: perplexity, and with --against how far it is from the original.
@@ -52,7 +54,7 @@ def command(
     from lilliput.measure.reference import open_original
 
     engine = Engine(artifact, threads=threads)
-    cut = windows(read_documents(text, field=field), engine.tokenizer, length=length, limit=limit)
+    cut = windows(read_documents(text, field=field), engine.tokenizer, length=length, join=join, limit=limit)
     asked: list[int | None] = [*(bits or engine.bits)]
     with out.progress() as progress:
         original = open_original(against, windows=cut, progress=progress) if against is not None else None

@@ -13,7 +13,12 @@ from lilliput.apps.cli.output import Output
 @artifact_argument
 @click.option("-p", "--prompt", required=True, help="The text to continue; - reads it from stdin.")
 @click.option(
-    "-n", "--max-new-tokens", type=click.IntRange(1), default=128, show_default=True, help="Most tokens to write."
+    "-n",
+    "--max-new-tokens",
+    type=click.IntRange(1),
+    default=128,
+    show_default=True,
+    help="Most tokens to write; fewer where the context ends.",
 )
 @click.option("--bits", type=click.IntRange(1, 8), help="Width to run at; by default the widest.")
 @click.option(

@@ -23,6 +23,8 @@ SHAPES: dict[str, dict[str, int]] = {  # those of make_llama.py, which needs tor
     "8b": {"hidden": 4096, "inter": 14336, "layers": 32, "heads": 32, "kv": 8, "vocab": 32000},
 }
 LADDER, GROUP, CONTEXT = (2, 3, 4, 8), 64, 2048
+LARGE = 2e9
+"""Weights above which GGUFs are quantized from q8_0 instead of f16, for half the disk."""
 RESERVE = 4 << 30
 """Bytes of disk and memory left to others."""
 
@@ -114,14 +116,17 @@ def write_artifact(
     return manifest
 
 
-def reason_not_to(shape: dict[str, int], kinds: list[str], folder: Path, available: int | None) -> str | None:
-    """Why a shape does not fit this machine, or None. The GGUF they are all quantized from is counted too."""
+def reason_not_to(shape: dict[str, int], kinds: list[str], free: int | None, available: int | None) -> str | None:
+    """Why a shape does not fit in `free` bytes of disk and `available` of memory, None for either: do not ask.
+
+    The GGUF that the others are quantized from is counted too.
+    """
     count = parameters(shape)
-    disk = int(count * ((2.13 if "f16" in kinds else 1.06) + sum(_BYTES.get(k, 1.1) for k in kinds) + 1.3))
-    free = shutil.disk_usage(folder).free
-    if disk + RESERVE > free:
+    source = 1.07 if count > LARGE else 2.0
+    disk = int(count * (source + sum(_BYTES[kind] for kind in kinds) + 1.6))
+    if free is not None and disk + RESERVE > free:
         return f"it takes {disk / 1e9:.0f} GB of disk, {free / 1e9:.0f} GB are free, and 4 GB are to stay free"
-    run = int(count * 2.2)  # llama.cpp keeps a second, repacked copy of Q4_0; 8 bit is one byte a weight
+    run = int(count * (1.2 if kinds == ["q4_0"] else 2.2))  # llama.cpp keeps a repacked copy beside the mapped file
     if available is not None and run + RESERVE > available:
         return f"it takes up to {run / 1e9:.0f} GB of memory, {available / 1e9:.0f} GB are free, and 4 GB are to stay"
     return None
@@ -137,7 +142,7 @@ def write_gguf(python: Path, folder: Path, shape: dict[str, int], kinds: list[st
     """
     folder.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {}
-    source_kind = "q8_0" if parameters(shape) > 2e9 else "f16"
+    source_kind = "q8_0" if parameters(shape) > LARGE else "f16"
     source = folder / f"{source_kind}.gguf"
     for kind in sorted(kinds, key=lambda k: k != source_kind):
         path, notes = folder / f"{kind}.gguf", folder / f"{kind}.json"

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from job import Runner, main
+
 from lilliput.engine import Engine
 
 

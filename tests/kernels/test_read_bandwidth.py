@@ -9,7 +9,9 @@ def test_every_byte_is_read_by_any_number_of_threads(size_bytes: int, threads: i
     assert native.read_bandwidth(size_bytes, threads, rounds=2) > 0.001
 
 
-@pytest.mark.parametrize(("size_bytes", "threads", "rounds"), [(4095, 1, 1), (1 << 20, 0, 1), (8191, 2, 1), (4096, 1, 0)])
+@pytest.mark.parametrize(
+    ("size_bytes", "threads", "rounds"), [(4095, 1, 1), (1 << 20, 0, 1), (8191, 2, 1), (4096, 1, 0)]
+)
 def test_a_reading_of_nothing_is_refused(size_bytes: int, threads: int, rounds: int) -> None:
     with pytest.raises(ValueError, match="a page of memory for every thread"):
         native.read_bandwidth(size_bytes, threads, rounds=rounds)

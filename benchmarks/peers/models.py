@@ -89,7 +89,7 @@ def write_artifact(
     with ArtifactWriter.start(partial, plan) as writer:
         for name, entry in plan.entries.items():
             widest = entry.bits[-1]
-            codes = np.frombuffer(rng.bytes(entry.out * entry.columns), dtype=np.uint8) >> (8 - widest)
+            codes = np.frombuffer(rng.bytes(entry.out * entry.columns), dtype=np.uint8) >> np.uint8(8 - widest)
             # codes are uniform: their standard deviation is 2**bits / sqrt(12)
             step = rng.uniform(0.9, 1.1, (entry.out, entry.groups)) * (12 / entry.columns) ** 0.5
             zero = rng.uniform(-0.02, 0.02, (entry.out, entry.groups))

@@ -5,8 +5,14 @@ from statistics import median
 from typing import Any
 
 Record = Mapping[str, Any]
-PAIRS = (("lilliput 4", "llama.cpp q4_0"), ("lilliput 3", "llama.cpp q3_k_m"), ("lilliput 2", "llama.cpp q2_k"))
-PAIRS += (("lilliput 8", "llama.cpp q8_0"), ("lilliput 3", "llama.cpp q4_0"), ("lilliput 2", "llama.cpp q4_0"))
+PAIRS: tuple[tuple[str, str], ...] = (
+    ("lilliput 4", "llama.cpp q4_0"),
+    ("lilliput 3", "llama.cpp q3_k_m"),
+    ("lilliput 2", "llama.cpp q2_k"),
+    ("lilliput 8", "llama.cpp q8_0"),
+    ("lilliput 3", "llama.cpp q4_0"),
+    ("lilliput 2", "llama.cpp q4_0"),
+)
 FIGURES = ("decode_tokens_per_s", "prefill_tokens_per_s", "first_token_s", "peak_rss_bytes")
 ENOUGH = 3
 """Rounds without foreign load that a figure needs to stand without a mark."""

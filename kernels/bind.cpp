@@ -13,6 +13,7 @@
 
 #include "model/generate.hpp"
 #include "model/model.hpp"
+#include "ops/read_bandwidth/read_bandwidth.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -386,6 +387,8 @@ NB_MODULE(_native, m) {
   m.def("activation", &op_activation, "kind"_a, "x"_a, "up"_a.none(), "variant"_a);
   m.def("softcap", &op_softcap, "x"_a, "cap"_a);
   m.def("exponential", &op_exponential, "x"_a);
+  m.def("read_bandwidth", &read_bandwidth, "bytes"_a, "threads"_a, "rounds"_a,
+        nb::call_guard<nb::gil_scoped_release>());
   m.def("sample", &op_sample, "row"_a, "sampling"_a, "seen"_a, "draws"_a);
   nb::class_<BoundModel>(m, "Model")
       .def(nb::init<const nb::dict&, int, const std::string&>(), "spec"_a, "threads"_a, "variant"_a)

@@ -71,6 +71,7 @@ def test_a_row_holds_medians_and_the_largest_peak() -> None:
     row = summarize([one(), one(decode_s=5.0, peak_rss_bytes=300), one(decode_s=40.0, foreign_cores=None)])
     assert (row.rounds, row.prefill_tokens_per_s, row.decode_tokens_per_s) == (3, 5.0, 4.0)
     assert (row.peak_rss_bytes, row.foreign_cores, row.bandwidth_share) == (300, 0.1, 0.4)
+    assert row.decode_limit_tokens_per_s == 10.0
 
 
 def test_rounds_go_through_all_widths_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,6 +101,14 @@ def sample(logits: F32, sampling: Sampling, *, seen: Sequence[int] = (), draws: 
     return list(_native().sample(_floats(logits), asdict(sampling), list(seen), draws))
 
 
+def read_bandwidth(size_bytes: int, threads: int, *, rounds: int = 5) -> float:
+    """GB/s (10**9 bytes) at which `threads` threads read a buffer of that size, the best of `rounds` passes.
+
+    Raises ValueError where a thread would have less than a page to read, MemoryError where the buffer does not fit.
+    """
+    return float(_native().read_bandwidth(size_bytes, threads, rounds)) / 1e9
+
+
 class Model:
     """A decoder in C++ over arrays that stay where they are: matrices are read in place, for as long as this lives."""
 

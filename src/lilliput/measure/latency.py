@@ -50,7 +50,8 @@ class LatencyRow(BaseModel):
     load_s: from the path to an engine ready to answer, files in the page cache. weight_bytes_read_per_token: weights,
     scales and zeros of that width. memory_bytes_per_s: what plain reads of a 256 MiB buffer reached with as many
     threads in the same processes; bandwidth_share: weight bytes decoding read a second over that (above 1 where the
-    weights fit in a cache). foreign_cores: cores other processes kept busy meanwhile, the largest of the rounds.
+    weights fit in a cache). decode_limit_tokens_per_s: new tokens a second if decoding did nothing but read its weights
+    at memory_bytes_per_s; no engine gets above it while the weights are read from memory. foreign_cores: cores other processes kept busy meanwhile, the largest of the rounds.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -68,6 +69,7 @@ class LatencyRow(BaseModel):
     weight_bytes_read_per_token: int
     memory_bytes_per_s: float
     bandwidth_share: float
+    decode_limit_tokens_per_s: float
     foreign_cores: float | None
 
 
@@ -116,7 +118,7 @@ def summarize(rounds: Sequence[LatencyRound]) -> LatencyRow:
     peaks = [r.peak_rss_bytes for r in rounds if r.peak_rss_bytes is not None]
     foreign = [r.foreign_cores for r in rounds if r.foreign_cores is not None]
     decode = median(r.decoded_tokens / r.decode_s for r in rounds)
-    memory = median(r.memory_bytes_per_s for r in rounds)
+    memory, read = median(r.memory_bytes_per_s for r in rounds), first.weight_bytes_read_per_token
     return LatencyRow(
         bits=first.bits,
         threads=first.threads,
@@ -128,9 +130,10 @@ def summarize(rounds: Sequence[LatencyRound]) -> LatencyRow:
         time_to_first_token_s=median(r.time_to_first_token_s for r in rounds),
         load_s=median(r.load_s for r in rounds),
         peak_rss_bytes=max(peaks, default=None),
-        weight_bytes_read_per_token=first.weight_bytes_read_per_token,
+        weight_bytes_read_per_token=read,
         memory_bytes_per_s=memory,
-        bandwidth_share=decode * first.weight_bytes_read_per_token / memory,
+        bandwidth_share=decode * read / memory,
+        decode_limit_tokens_per_s=memory / read,
         foreign_cores=max(foreign, default=None),
     )
 

@@ -7,13 +7,12 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 import numpy as np
 
 from lilliput.core.errors import LilliputError
-from lilliput.engine import Engine
+from lilliput.engine import Engine, native
 from lilliput.measure.environment import ForeignLoad, cores
 from lilliput.measure.latency import LatencyRound
 from lilliput.measure.memory import peak_rss_bytes
@@ -84,16 +83,8 @@ def prompt(engine: Any, length: int, salt: int) -> list[int]:
 
 
 def memory_bytes_per_s(threads: int, size_bytes: int = BUFFER_BYTES, rounds: int = 5) -> float:
-    """Best rate at which `threads` threads read one buffer, each its own slice, by NumPy's maximum of 64-bit words."""
-    buffer = np.ones(size_bytes // 8, dtype=np.uint64)
-    slices = np.array_split(buffer, threads)
-    best = float("inf")
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in range(rounds + 1):  # the first touches the pages and starts the threads
-            start = time.perf_counter()
-            list(pool.map(np.max, slices))
-            best = min(best, time.perf_counter() - start)
-    return float(buffer.nbytes / best)
+    """Best rate at which `threads` threads read one buffer, each its own part, by the kernel made for that."""
+    return native.read_bandwidth(size_bytes, threads, rounds=rounds) * 1e9
 
 
 def main() -> int:

@@ -15,6 +15,7 @@ COLUMNS = {
     "peak": "peak memory",
     "read": "weights a token",
     "bandwidth_share": "of bandwidth",
+    "decode_limit_tokens_per_s": "limit tokens/s",
 }
 
 
@@ -40,10 +41,14 @@ def command(
 ) -> None:
     """Time ARTIFACT at each width, each in a process of its own.
 
+    "limit tokens/s" is what reading the weights alone would allow at the speed this machine's memory showed in the
+    same minutes, and "of bandwidth" how much of that was reached.
+
     \b
     JSON: {"rows": [{"bits", "threads", "rounds", "prompt_tokens", "decoded_tokens", "prefill_tokens_per_s",
                      "decode_tokens_per_s", "time_to_first_token_s", "load_s", "peak_rss_bytes",
-                     "weight_bytes_read_per_token", "memory_bytes_per_s", "bandwidth_share", "foreign_cores"}],
+                     "weight_bytes_read_per_token", "memory_bytes_per_s", "bandwidth_share",
+                     "decode_limit_tokens_per_s", "foreign_cores"}],
            "environment": {"cpu", "cores", "versions", ...}}
     """
     from lilliput.artifact.read import Artifact

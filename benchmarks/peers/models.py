@@ -1,0 +1,181 @@
+"""The same shape for every engine: an artifact of random codes here, GGUFs through the peers' environment."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+
+from lilliput.artifact.schema import FloatEntry, Manifest, QuantEntry, SourceInfo
+from lilliput.artifact.write import ArtifactWriter, Plan, partial_of, publish
+from lilliput.core.spec import ModelSpec, Norm, Rotary
+
+HERE = Path(__file__).parent
+SHAPES: dict[str, dict[str, int]] = {  # those of make_llama.py, which needs torch
+    "tiny": {"hidden": 256, "inter": 512, "layers": 2, "heads": 4, "kv": 2, "vocab": 1024},
+    "110m": {"hidden": 768, "inter": 2048, "layers": 12, "heads": 12, "kv": 12, "vocab": 32000},
+    "1.1b": {"hidden": 2048, "inter": 5632, "layers": 22, "heads": 32, "kv": 4, "vocab": 32000},
+    "3b": {"hidden": 3072, "inter": 8192, "layers": 28, "heads": 24, "kv": 8, "vocab": 32000},
+    "8b": {"hidden": 4096, "inter": 14336, "layers": 32, "heads": 32, "kv": 8, "vocab": 32000},
+}
+LADDER, GROUP, CONTEXT = (2, 3, 4, 8), 64, 2048
+LARGE = 2e9
+"""Weights above which GGUFs are quantized from q8_0 instead of f16, for half the disk."""
+RESERVE = 4 << 30
+"""Bytes of disk and memory left to others."""
+
+
+def parameters(shape: dict[str, int]) -> int:
+    """Weights in the matrices."""
+    hidden, kv = shape["hidden"], shape["hidden"] // shape["heads"] * shape["kv"]
+    block = 2 * hidden * hidden + 2 * kv * hidden + 3 * hidden * shape["inter"]
+    return shape["layers"] * block + 2 * shape["vocab"] * hidden
+
+
+def spec_of(shape: dict[str, int]) -> ModelSpec:
+    """The Llama of that shape."""
+    dim = shape["hidden"] // shape["heads"]
+    return ModelSpec(
+        family="llama",
+        vocab_size=shape["vocab"],
+        hidden_size=shape["hidden"],
+        num_layers=shape["layers"],
+        num_heads=shape["heads"],
+        num_kv_heads=shape["kv"],
+        head_dim=dim,
+        intermediate_size=shape["inter"],
+        context=CONTEXT,
+        norm=Norm(kind="rms", eps=1e-5),
+        activation="silu",
+        rotary=Rotary(dim=dim, inv_freq=tuple(float(10000.0 ** (-2 * j / dim)) for j in range(dim // 2))),
+        attn_scale=dim**-0.5,
+        windows=(0,) * shape["layers"],
+        tied_head=False,
+    )
+
+
+def plan_of(shape: dict[str, int], bits: tuple[int, ...] = LADDER, *, sym: bool = False) -> Plan:
+    """Blocks on the whole ladder, embedding and head at 4 and 8 bits, as the default recipe has them."""
+    spec = spec_of(shape)
+    ends = tuple(b for b in bits if b in (4, 8)) or bits[-1:]
+    sizes = {"embed_tokens": (spec.vocab_size, spec.hidden_size), "lm_head": (spec.vocab_size, spec.hidden_size)}
+    for layer in range(spec.num_layers):
+        sizes |= spec.linears(layer)
+    entries = {
+        name: QuantEntry(
+            out=out, columns=columns, bits=bits if name.startswith("layers.") else ends, group_size=GROUP, sym=sym
+        )
+        for name, (out, columns) in sizes.items()
+    }
+    norms = [f"layers.{layer}.{kind}.weight" for layer in range(spec.num_layers) for kind in ("attn_norm", "mlp_norm")]
+    floats = {name: FloatEntry(dtype="F32", shape=(spec.hidden_size,)) for name in (*norms, "final_norm.weight")}
+    return Plan(spec, entries, floats, bits)
+
+
+def write_artifact(
+    folder: Path, shape: dict[str, int], bits: tuple[int, ...] = LADDER, *, sym: bool = False, seed: int = 0
+) -> Manifest:
+    """Write random codes, one matrix in memory at a time; scales make a matrix keep the size of what it is given.
+
+    The tokenizer knows single bytes and no end of text, so an answer is as long as it was asked to be.
+    """
+    plan, partial = plan_of(shape, bits, sym=sym), partial_of(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+    rng = np.random.default_rng(seed)
+    with ArtifactWriter.start(partial, plan) as writer:
+        for name, entry in plan.entries.items():
+            widest = entry.bits[-1]
+            codes = np.frombuffer(rng.bytes(entry.out * entry.columns), dtype=np.uint8) >> np.uint8(8 - widest)
+            # codes are uniform: their standard deviation is 2**bits / sqrt(12)
+            step = rng.uniform(0.9, 1.1, (entry.out, entry.groups)) * (12 / entry.columns) ** 0.5
+            zero = rng.uniform(-0.02, 0.02, (entry.out, entry.groups))
+            writer.put_quantized(
+                name,
+                codes.reshape(entry.out, entry.columns),
+                {b: (step / (1 << b)).astype(np.float16) for b in entry.bits},
+                {} if sym else {b: (zero * (1 << b)).astype(np.float16) for b in entry.bits},
+            )
+        for name, left in plan.floats.items():
+            writer.put_float(name, np.ones(left.shape, dtype=np.float32))
+        _tokenizer().save(str(partial / "tokenizer.json"))
+        (partial / "config.json").write_text('{"model_type": "llama"}\n')
+        source = SourceInfo(
+            name="random",
+            sha256="0" * 64,
+            architecture="LlamaForCausalLM",
+            parameters=parameters(shape),
+            dtype="float32",
+            size_bytes=4 * parameters(shape),
+        )
+        manifest = writer.finish(source=source, recipe=[{"random": {"bits": list(bits)}}], seed=seed)
+    publish(partial, folder)
+    return manifest
+
+
+def reason_not_to(shape: dict[str, int], kinds: list[str], free: int | None, available: int | None) -> str | None:
+    """Why a shape does not fit in `free` bytes of disk and `available` of memory, None for either: do not ask.
+
+    The GGUF that the others are quantized from is counted too.
+    """
+    count = parameters(shape)
+    source = 1.07 if count > LARGE else 2.0
+    disk = int(count * (source + sum(_BYTES[kind] for kind in kinds) + 1.6))
+    if free is not None and disk + RESERVE > free:
+        return f"it takes {disk / 1e9:.0f} GB of disk, {free / 1e9:.0f} GB are free, and 4 GB are to stay free"
+    run = int(count * (1.2 if kinds == ["q4_0"] else 2.2))  # llama.cpp keeps a repacked copy beside the mapped file
+    if available is not None and run + RESERVE > available:
+        return f"it takes up to {run / 1e9:.0f} GB of memory, {available / 1e9:.0f} GB are free, and 4 GB are to stay"
+    return None
+
+
+_BYTES = {"q8_0": 1.07, "q4_0": 0.6, "q3_k_m": 0.52, "q2_k": 0.45}
+
+
+def write_gguf(python: Path, folder: Path, shape: dict[str, int], kinds: list[str], threads: int) -> dict[str, Any]:
+    """Write what is missing of `kinds` into `folder`; {kind: {"path", "weight_bytes_per_token", .. or "error"}}.
+
+    The source is f16, or q8_0 above two billion weights, and is deleted afterwards unless it is asked for itself.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    found: dict[str, Any] = {}
+    source_kind = "q8_0" if parameters(shape) > LARGE else "f16"
+    source = folder / f"{source_kind}.gguf"
+    for kind in sorted(kinds, key=lambda k: k != source_kind):
+        path, notes = folder / f"{kind}.gguf", folder / f"{kind}.json"
+        if notes.exists() and path.exists():
+            found[kind] = json.loads(notes.read_text())
+            continue
+        try:
+            if not source.exists():
+                part = source.with_suffix(".part")
+                _gguf(python, {"path": str(part), "shape": shape, "kind": source_kind})
+                part.rename(source)
+            job = {"path": str(path), "source": str(source), "kind": kind, "threads": threads}
+            facts = _gguf(python, job if kind != source_kind else {"path": str(path)})
+        except RuntimeError as error:
+            found[kind] = {"error": str(error)}
+            continue
+        found[kind] = {"path": str(path), **facts}
+        notes.write_text(json.dumps(found[kind]) + "\n")
+    if source_kind not in kinds:
+        source.unlink(missing_ok=True)
+    return found
+
+
+def _gguf(python: Path, job: dict[str, Any]) -> dict[str, Any]:
+    done = subprocess.run([python, HERE / "gguf_random.py", json.dumps(job)], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1])
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def _tokenizer() -> Tokenizer:
+    tokens = ["<unk>", "<s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer

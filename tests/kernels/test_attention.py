@@ -39,9 +39,7 @@ def test_queries_are_within_the_rounding_of_their_sums(
     q = rng.standard_normal((queries, 3, dim), dtype=np.float32)
     k, v = rng.standard_normal((2, 310, dim), dtype=np.float32)
     scale = dim**-0.5
-    y = native.attention(
-        q, k, v, position=position, window=window, scale=scale, softcap=cap, kv=kv, variant=variant
-    )
+    y = native.attention(q, k, v, position=position, window=window, scale=scale, softcap=cap, kv=kv, variant=variant)
     if kv == "int8":
         k, v = rounded(k), rounded(v)
     for n in range(queries):

@@ -144,7 +144,7 @@ LILLIPUT_INLINE void attend_pages(const AttentionView& kv, const QueryRows& rows
   const int64_t dim = kv.head_dim, stride = head_stride(dim), count = end - begin;
   State state[kQueryRows] = {};
   const float* q[kQueryRows] = {};
-  int64_t first[kQueryRows], last[kQueryRows];
+  int64_t first[kQueryRows] = {}, last[kQueryRows] = {};
   for (int64_t n = 0; n < count; ++n) {
     const int64_t row = begin + n;
     state[n] = state_of(scratch, n, stride);

@@ -157,7 +157,6 @@ class Container:
         slot, start = self.header.slots[name], self.header.start
         return self._bytes[start + slot.begin : start + slot.end].view(NUMPY[slot.dtype]).reshape(slot.shape)
 
-
     def read_ahead(self, name: str) -> None:
         """Ask the system to read one tensor from disk before it is touched, where the system can."""
         if hasattr(mmap, "MADV_WILLNEED"):

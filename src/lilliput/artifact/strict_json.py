@@ -5,7 +5,6 @@ from typing import Any
 
 from lilliput.core.errors import InputCorrupt
 
-
 _ENCODE = json.JSONEncoder(allow_nan=False).encode
 _text = json.encoder.encode_basestring_ascii
 

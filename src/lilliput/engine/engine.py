@@ -136,7 +136,13 @@ class Engine:
         """
         tell: OnBatchToken | None = None if on_token is None else (lambda _, piece: on_token(piece))
         return self.generate_batch(
-            [prompt], max_new_tokens=max_new_tokens, bits=bits, sampling=sampling, stop=stop, on_token=tell, on_prefill=on_prefill
+            [prompt],
+            max_new_tokens=max_new_tokens,
+            bits=bits,
+            sampling=sampling,
+            stop=stop,
+            on_token=tell,
+            on_prefill=on_prefill,
         )[0]
 
     def generate_batch(

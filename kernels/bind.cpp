@@ -23,7 +23,8 @@ namespace {
 
 using Bytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Row = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using Rows = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Table = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Cube = nb::ndarray<const float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 
 nb::object new_array(std::vector<size_t> shape, float** data) {
   size_t count = 1;
@@ -194,34 +195,38 @@ class BoundModel {
 
   void finish() { model_.finish(); }
   int threads() const { return model_.threads(); }
-  int64_t cache_bytes(int64_t positions) const { return model_.cache_shape().bytes(positions); }
+  int64_t cache_bytes(int64_t positions, bool int8_cache) const { return model_.cache_shape(int8_cache).bytes(positions); }
 
-  nb::object run_logits(const std::vector<int32_t>& tokens, int bits) {
+  nb::object run_logits(const std::vector<int32_t>& tokens, int bits, bool int8_cache) {
     float* data = nullptr;
     nb::object array = new_array({tokens.size(), static_cast<size_t>(model_.spec().vocab_size)}, &data);
     {
       nb::gil_scoped_release free;
-      logits(model_, tokens, bits, data, signal_poll());
+      logits(model_, tokens, bits, int8_cache, data, signal_poll());
     }
     return array;
   }
 
   nb::list run_generate(const std::vector<std::vector<int32_t>>& prompts, int bits, int64_t max_new_tokens,
                         int64_t context, const std::vector<int32_t>& eos, const nb::dict& sampling,
-                        const nb::object& on_token) {
-    GenerateOptions options{bits, max_new_tokens, context, eos, sampling_of(sampling)};
+                        bool int8_cache, const nb::object& on_token, const nb::object& on_prefill) {
+    GenerateOptions options{bits, max_new_tokens, context, int8_cache, eos, sampling_of(sampling)};
     for (const auto& prompt : prompts)
       require(!prompt.empty() && static_cast<int64_t>(prompt.size()) < context, "a prompt is empty or fills the context");
-    const bool silent = on_token.is_none();
-    const auto hook = [&](int64_t sequence, int32_t token) {
-      if (silent) return true;
-      nb::gil_scoped_acquire gil;
-      return !on_token(sequence, token).is(nb::handle(Py_False));
+    // A listener says False to end; both kinds are given two numbers.
+    const auto told = [](const nb::object& listener) {
+      return [&listener](int64_t a, int64_t b) {
+        nb::gil_scoped_acquire gil;
+        return !listener(a, b).is(nb::handle(Py_False));
+      };
     };
+    Hooks hooks{[](int64_t, int32_t) { return true; }, nullptr, signal_poll()};
+    if (!on_token.is_none()) hooks.on_token = told(on_token);
+    if (!on_prefill.is_none()) hooks.on_prefill = told(on_prefill);
     std::vector<Generated> results;
     {
       nb::gil_scoped_release free;
-      results = generate(model_, prompts, options, hook, signal_poll());
+      results = generate(model_, prompts, options, hooks);
     }
     static const char* const kFinish[] = {"stop", "length", "cancelled"};
     nb::list list;
@@ -244,7 +249,7 @@ class BoundModel {
 // The ops one by one, for tests and benchmarks.
 
 nb::object op_matmul_nested(const std::vector<Bytes>& planes, const std::vector<int>& widths, const Bytes& scale,
-                            const std::optional<Bytes>& zero, int64_t out, int64_t columns, int64_t group, const Rows& x,
+                            const std::optional<Bytes>& zero, int64_t out, int64_t columns, int64_t group, const Table& x,
                             const std::string& variant) {
   int bits = 0;
   for (const int width : widths) bits += width;
@@ -273,7 +278,7 @@ nb::object op_nested_rows(const std::vector<Bytes>& planes, const std::vector<in
   return array;
 }
 
-nb::object op_matmul_float(const Bytes& data, const std::string& dtype, int64_t out, const Rows& x,
+nb::object op_matmul_float(const Bytes& data, const std::string& dtype, int64_t out, const Table& x,
                            const std::string& variant) {
   const auto columns = static_cast<int64_t>(x.shape(1));
   const HeldMatrix h = float_matrix("matrix", data, dtype, out, columns);
@@ -283,21 +288,29 @@ nb::object op_matmul_float(const Bytes& data, const std::string& dtype, int64_t 
   return array;
 }
 
-nb::object op_attention(const Row& q, const Rows& keys, const Rows& values, int64_t first, int64_t last, float scale,
-                        float cap, const std::string& variant) {
-  const auto dim = static_cast<int64_t>(q.shape(0)), count = static_cast<int64_t>(keys.shape(0));
+// q: (positions, group, head_dim), the heads of one key-value head at `position` and what follows. `share`: rows that
+// one call of the kernel takes.
+nb::object op_attention(const Cube& q, const Table& keys, const Table& values, int64_t position, int64_t window,
+                        float scale, float cap, bool int8_cache, int64_t share, const std::string& variant) {
+  const auto dim = static_cast<int64_t>(q.shape(2)), group = static_cast<int64_t>(q.shape(1));
+  const auto queries = static_cast<int64_t>(q.shape(0)), count = static_cast<int64_t>(keys.shape(0));
   require(static_cast<int64_t>(keys.shape(1)) == dim && static_cast<int64_t>(values.shape(1)) == dim &&
-              static_cast<int64_t>(values.shape(0)) == count && first >= 0 && first <= last && last < count,
-          "keys, values and the range do not fit");
-  const CacheShape shape{1, 1, dim};
-  Cache cache(shape);
+              static_cast<int64_t>(values.shape(0)) == count && position >= 0 && position + queries <= count,
+          "queries, keys and values do not fit");
+  require(share >= 1 && share <= kQueryRows, "a share is 1 to " + std::to_string(kQueryRows) + " rows");
+  const CacheShape shape{1, 1, dim, int8_cache};
+  Arena arena(shape, shape.pages(count));
+  Cache cache(arena);
   cache.reserve(count);
   for (int64_t j = 0; j < count; ++j) cache.put(0, 0, j, keys.data() + j * dim, values.data() + j * dim);
   float* y = nullptr;
-  nb::object array = new_array({q.shape(0)}, &y);
-  std::vector<float> scratch(static_cast<size_t>(attention_scratch(last + 1)));
-  attention(variant)({cache.pages(), shape.key_offset(0, 0), shape.value_offset(0, 0), dim, scale, cap}, q.data(),
-                     first, last, y, scratch.data());
+  nb::object array = new_array({q.shape(0), q.shape(1), q.shape(2)}, &y);
+  std::vector<float> scratch(static_cast<size_t>(attention_scratch(dim)));
+  const AttentionView view{cache.pages(), shape.key_offset(0, 0), shape.value_offset(0, 0), dim, int8_cache,
+                           scale,         cap,                    window};
+  for (int64_t row = 0; row < queries * group; row += share)
+    attention(variant)(view, {q.data(), y, group * dim, group, position}, row, std::min(row + share, queries * group),
+                       scratch.data());
   return array;
 }
 
@@ -380,8 +393,8 @@ NB_MODULE(_native, m) {
   m.def("nested_rows", &op_nested_rows, "planes"_a, "widths"_a, "scale"_a, "zero"_a.none(), "out"_a, "columns"_a,
         "group"_a);
   m.def("matmul_float", &op_matmul_float, "data"_a, "dtype"_a, "out"_a, "x"_a, "variant"_a);
-  m.def("attention", &op_attention, "q"_a, "keys"_a, "values"_a, "first"_a, "last"_a, "scale"_a, "softcap"_a,
-        "variant"_a);
+  m.def("attention", &op_attention, "q"_a, "keys"_a, "values"_a, "position"_a, "window"_a, "scale"_a, "softcap"_a,
+        "int8_cache"_a, "share"_a, "variant"_a);
   m.def("norm", &op_norm, "x"_a, "weight"_a, "bias"_a.none(), "eps"_a, "offset"_a, "layer"_a, "variant"_a);
   m.def("rotary", &op_rotary, "x"_a, "inv_freq"_a, "position"_a, "scale"_a, "variant"_a);
   m.def("activation", &op_activation, "kind"_a, "x"_a, "up"_a.none(), "variant"_a);
@@ -397,9 +410,9 @@ NB_MODULE(_native, m) {
       .def("add_nested", &BoundModel::add_nested, "name"_a, "planes"_a, "widths"_a, "scales"_a, "zeros"_a, "out"_a,
            "columns"_a, "group"_a, "bias"_a.none())
       .def("finish", &BoundModel::finish)
-      .def("cache_bytes", &BoundModel::cache_bytes, "positions"_a)
+      .def("cache_bytes", &BoundModel::cache_bytes, "positions"_a, "int8_cache"_a)
       .def_prop_ro("threads", &BoundModel::threads)
-      .def("logits", &BoundModel::run_logits, "tokens"_a, "bits"_a)
+      .def("logits", &BoundModel::run_logits, "tokens"_a, "bits"_a, "int8_cache"_a)
       .def("generate", &BoundModel::run_generate, "prompts"_a, "bits"_a, "max_new_tokens"_a, "context"_a, "eos"_a,
-           "sampling"_a, "on_token"_a.none());
+           "sampling"_a, "int8_cache"_a, "on_token"_a.none(), "on_prefill"_a.none());
 }

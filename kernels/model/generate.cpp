@@ -10,28 +10,29 @@ using Clock = std::chrono::steady_clock;
 
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
-// Logits of the last token only. The chunks before the last one still compute a row each: one in kPrefill.
-void prefill(Model& model, Cache& cache, const std::vector<int32_t>& prompt, int bits, float* to,
-             const std::function<void()>& poll) {
-  const auto count = static_cast<int64_t>(prompt.size());
-  for (int64_t at = 0; at < count; at += kPrefill)
-    model.forward({{&cache, prompt.data() + at, std::min(kPrefill, count - at), false}}, bits, to, poll);
-}
-
 }  // namespace
 
+int64_t pages_of(const CacheShape& shape, int64_t prompt, const GenerateOptions& options) {
+  return shape.pages(std::min(options.context, prompt + options.max_new_tokens));
+}
+
 std::vector<Generated> generate(Model& model, const std::vector<std::vector<int32_t>>& prompts,
-                                const GenerateOptions& options,
-                                const std::function<bool(int64_t, int32_t)>& on_token,
-                                const std::function<void()>& poll) {
-  const int64_t vocab = model.spec().vocab_size;
+                                const GenerateOptions& options, const Hooks& hooks) {
+  const auto vocab = static_cast<size_t>(model.spec().vocab_size);
   std::vector<Generated> results(prompts.size());
-  if (options.max_new_tokens <= 0) return results;
-  std::vector<Cache> caches;
-  for (size_t n = 0; n < prompts.size(); ++n) caches.emplace_back(model.cache_shape());
-  std::vector<Sampler> samplers(prompts.size(), Sampler(options.sampling, vocab));
-  std::vector<float> rows(prompts.size() * static_cast<size_t>(vocab));
+  if (options.max_new_tokens <= 0 || prompts.empty()) return results;
+  const CacheShape shape = model.cache_shape(options.int8_cache);
+  int64_t pages = 0, total = 0;
+  for (const auto& prompt : prompts) {
+    pages += pages_of(shape, static_cast<int64_t>(prompt.size()), options);
+    total += static_cast<int64_t>(prompt.size());
+  }
+  Arena arena(shape, pages);
+  std::vector<Cache> caches(prompts.size(), Cache(arena));
+  std::vector<Sampler> samplers(prompts.size(), Sampler(options.sampling, model.spec().vocab_size));
+  std::vector<float> rows(prompts.size() * vocab), made(rows.size());
   std::vector<size_t> active;
+  std::vector<Slice> slices;
 
   // Draws the next token of one sequence; true when the sequence goes on.
   const auto step = [&](size_t n, float* row) {
@@ -43,44 +44,76 @@ std::vector<Generated> generate(Model& model, const std::vector<std::vector<int3
     }
     samplers[n].see(token);
     result.tokens.push_back(token);
-    if (!on_token(static_cast<int64_t>(n), token)) {
+    if (!hooks.on_token(static_cast<int64_t>(n), token)) {
       result.finish = Finish::cancelled;
       return false;
     }
-    const auto made = static_cast<int64_t>(result.tokens.size());
-    return made < options.max_new_tokens && static_cast<int64_t>(prompts[n].size()) + made < options.context;
+    const auto count = static_cast<int64_t>(result.tokens.size());
+    return count < options.max_new_tokens && static_cast<int64_t>(prompts[n].size()) + count < options.context;
   };
 
-  for (size_t n = 0; n < prompts.size(); ++n) {
-    const auto start = Clock::now();
-    prefill(model, caches[n], prompts[n], options.bits, rows.data() + n * static_cast<size_t>(vocab), poll);
-    for (const int32_t token : prompts[n]) samplers[n].see(token);  // after prefill, which checks their range
-    results[n].prefill_s = seconds_since(start);
-  }
-  const auto start = Clock::now();
-  for (size_t n = 0; n < prompts.size(); ++n) {
-    if (step(n, rows.data() + n * static_cast<size_t>(vocab))) active.push_back(n);
-    results[n].decode_s = seconds_since(start);
-  }
-  while (!active.empty()) {
-    std::vector<Slice> slices;
-    for (const size_t n : active) slices.push_back({&caches[n], &results[n].tokens.back(), 1, false});
-    model.forward(slices, options.bits, rows.data(), poll);
-    std::vector<size_t> still;
+  auto start = Clock::now();
+  for (size_t n = 0; n < prompts.size(); ++n) active.push_back(n);
+  for (int64_t done = 0; done < total;) {
+    slices.clear();
+    std::vector<size_t> still, ended;
+    int64_t room = kPrefill;
     for (size_t i = 0; i < active.size(); ++i) {
-      if (step(active[i], rows.data() + i * static_cast<size_t>(vocab))) still.push_back(active[i]);
-      results[active[i]].decode_s = seconds_since(start);
+      const size_t n = active[i];
+      const int64_t at = caches[n].length(), left = static_cast<int64_t>(prompts[n].size()) - at;
+      const int64_t fair = (room + static_cast<int64_t>(active.size() - i) - 1) / static_cast<int64_t>(active.size() - i);
+      const int64_t count = std::min(left, fair);
+      if (count > 0)
+        slices.push_back({&caches[n], prompts[n].data() + at, count, count == left ? Rows::last : Rows::none});
+      (count == left ? ended : still).push_back(n);
+      room -= count;
+      done += count;
     }
+    model.forward(slices, options.bits, made.data(), hooks.poll);
+    for (size_t i = 0; i < ended.size(); ++i) {
+      const size_t n = ended[i];
+      std::copy_n(made.data() + i * vocab, vocab, rows.data() + n * vocab);
+      for (const int32_t token : prompts[n]) samplers[n].see(token);  // after forward, which checks their range
+      results[n].prefill_s = seconds_since(start);
+    }
+    active = std::move(still);
+    if (hooks.on_prefill && !hooks.on_prefill(done, total)) {
+      for (Generated& result : results) {
+        result.finish = Finish::cancelled;
+        if (result.prefill_s == 0) result.prefill_s = seconds_since(start);
+      }
+      return results;
+    }
+  }
+  start = Clock::now();
+  active.clear();
+  const auto go_on = [&](size_t n, float* row, std::vector<size_t>& to) {
+    if (step(n, row))
+      to.push_back(n);
+    else
+      caches[n].release();
+    results[n].decode_s = seconds_since(start);
+  };
+  for (size_t n = 0; n < prompts.size(); ++n) go_on(n, rows.data() + n * vocab, active);
+  while (!active.empty()) {
+    slices.clear();
+    for (const size_t n : active) slices.push_back({&caches[n], &results[n].tokens.back(), 1, Rows::last});
+    model.forward(slices, options.bits, rows.data(), hooks.poll);
+    std::vector<size_t> still;
+    for (size_t i = 0; i < active.size(); ++i) go_on(active[i], rows.data() + i * vocab, still);
     active = std::move(still);
   }
   return results;
 }
 
-void logits(Model& model, const std::vector<int32_t>& tokens, int bits, float* to, const std::function<void()>& poll) {
-  Cache cache(model.cache_shape());
+void logits(Model& model, const std::vector<int32_t>& tokens, int bits, bool int8_cache, float* to,
+            const std::function<void()>& poll) {
   const auto count = static_cast<int64_t>(tokens.size());
+  const CacheShape shape = model.cache_shape(int8_cache);
+  Arena arena(shape, shape.pages(count));
+  Cache cache(arena);
   for (int64_t at = 0; at < count; at += kPrefill)
-    model.forward({{&cache, tokens.data() + at, std::min(kPrefill, count - at), true}}, bits,
+    model.forward({{&cache, tokens.data() + at, std::min(kPrefill, count - at), Rows::all}}, bits,
                   to + at * model.spec().vocab_size, poll);
 }
 

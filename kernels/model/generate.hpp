@@ -10,13 +10,14 @@
 
 namespace lilliput {
 
-constexpr int64_t kPrefill = 256;  // tokens of a prompt that run together
+constexpr int64_t kPrefill = 256;  // tokens of prompts that run together
 
 enum class Finish : int { stop, length, cancelled };
 
 struct GenerateOptions {
   int bits = 0;
   int64_t max_new_tokens = 0, context = 0;
+  bool int8_cache = false;
   std::vector<int32_t> eos;
   SamplingOptions sampling;
 };
@@ -27,14 +28,23 @@ struct Generated {
   double prefill_s = 0, decode_s = 0;
 };
 
-// on_token(sequence, token) returns false to end that sequence as cancelled. Prompts are not empty and shorter than
-// the context. The tokens of a sequence do not depend on the others. Hooks may throw; nothing is kept then.
+struct Hooks {
+  std::function<bool(int64_t, int32_t)> on_token;     // sequence, token; false ends that sequence as cancelled
+  std::function<bool(int64_t, int64_t)> on_prefill;   // tokens of prompts done, in all; false cancels every sequence
+  std::function<void()> poll;                         // now and then
+};
+
+// Prompts are not empty and shorter than the context. They are worked off in chunks that take from each what is fair,
+// and then decoded together. The tokens of a sequence do not depend on the others. Hooks may throw; nothing is kept
+// then. Throws std::bad_alloc when the cache for all of it cannot be had.
 std::vector<Generated> generate(Model& model, const std::vector<std::vector<int32_t>>& prompts,
-                                const GenerateOptions& options,
-                                const std::function<bool(int64_t, int32_t)>& on_token,
-                                const std::function<void()>& poll);
+                                const GenerateOptions& options, const Hooks& hooks);
+
+// Pages that `generate` asks for one sequence.
+int64_t pages_of(const CacheShape& shape, int64_t prompt, const GenerateOptions& options);
 
 // Logits of every position of a fresh sequence: (tokens, vocab) float32.
-void logits(Model& model, const std::vector<int32_t>& tokens, int bits, float* to, const std::function<void()>& poll);
+void logits(Model& model, const std::vector<int32_t>& tokens, int bits, bool int8_cache, float* to,
+            const std::function<void()>& poll);
 
 }  // namespace lilliput

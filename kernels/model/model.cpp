@@ -6,8 +6,8 @@
 namespace lilliput {
 namespace {
 
-constexpr int64_t kQueries = 8;      // queries of one head that a thread takes at a time
 constexpr int64_t kElements = 4096;  // elements of a pointwise step that are worth a thread's while
+constexpr int64_t kWeights = 65536;  // products of a matrix that are; times tokens
 
 std::string shape_text(int64_t out, int64_t columns) {
   return "(" + std::to_string(out) + ", " + std::to_string(columns) + ")";
@@ -105,10 +105,11 @@ void Model::finish() {
     b.down = matrix_at(base + "mlp.down_proj", s.hidden_size, s.intermediate_size);
     blocks_.push_back(b);
   }
-  scratch_.resize(static_cast<size_t>(pool_.threads()));
+  const int64_t scratch = std::max(kPanelFloats, attention_scratch(s.head_dim));
+  scratch_.assign(static_cast<size_t>(pool_.threads()), std::vector<float>(static_cast<size_t>(scratch)));
 }
 
-void Model::reserve(int64_t tokens, int64_t positions) {
+void Model::reserve(int64_t tokens) {
   if (tokens > room_tokens_) {
     const auto room = [tokens](std::vector<float>& v, int64_t width) { v.resize(static_cast<size_t>(tokens * width)); };
     const int64_t queries = spec_.num_heads * spec_.head_dim, keys = spec_.num_kv_heads * spec_.head_dim;
@@ -120,11 +121,6 @@ void Model::reserve(int64_t tokens, int64_t positions) {
     if (spec_.gated_mlp) room(gate_, spec_.intermediate_size);
     for (auto* v : {&cos_, &sin_}) room(*v, spec_.rotary_dim / 2);
     room_tokens_ = tokens;
-  }
-  if (positions > room_positions_) {
-    const int64_t floats = std::max(kPanelFloats, attention_scratch(positions));
-    for (auto& s : scratch_) s.resize(static_cast<size_t>(floats));
-    room_positions_ = positions;
   }
 }
 
@@ -154,7 +150,9 @@ void Model::multiply(const std::vector<Job>& jobs, const float* x, int64_t token
         for (int64_t r = first; r < last; ++r) y[t * out + r] += m.bias[static_cast<size_t>(r)];
     }
   };
-  pool_.run(tiles, std::max<int64_t>(1, tiles / (4 * pool_.threads())), work);
+  // Small shares, so that a thread that is stopped holds little, but worth the claiming.
+  const int64_t least = kWeights / (kTileRows * jobs[0].matrix->columns() * tokens);
+  pool_.run(tiles, std::max({int64_t{1}, least, tiles / (16 * pool_.threads())}), work);
 }
 
 void Model::normalize(const Norm& norm, const float* x, int64_t tokens, float* y) {
@@ -197,9 +195,6 @@ void Model::attend(const std::vector<Slice>& slices, int64_t layer, int64_t toke
   const Spec& s = spec_;
   const Block& block = blocks_[static_cast<size_t>(layer)];
   const int64_t dim = s.head_dim, half = s.rotary_dim / 2, heads = s.num_heads, kv_heads = s.num_kv_heads;
-  std::vector<std::pair<const Slice*, int64_t>> owner;  // of each token: its slice and its place there
-  for (const Slice& slice : slices)
-    for (int64_t i = 0; i < slice.count; ++i) owner.emplace_back(&slice, i);
 
   const auto prepare = [&](float* head, const Norm& norm, int64_t index, int64_t t) {
     if (s.qk_norm) norm_(norm.view(s.qk_per_head ? index * dim : 0), head, dim, head);
@@ -207,7 +202,7 @@ void Model::attend(const std::vector<Slice>& slices, int64_t layer, int64_t toke
   };
   pool_.run(tokens, std::max<int64_t>(1, kElements / (heads * dim)), [&](int64_t begin, int64_t end, int) {
     for (int64_t t = begin; t < end; ++t) {
-      const auto [slice, i] = owner[static_cast<size_t>(t)];
+      const auto [slice, i] = owner_[static_cast<size_t>(t)];
       for (int64_t h = 0; h < heads; ++h) prepare(q_.data() + (t * heads + h) * dim, block.q_norm, h, t);
       for (int64_t h = 0; h < kv_heads; ++h) {
         float* key = k_.data() + (t * kv_heads + h) * dim;
@@ -217,20 +212,33 @@ void Model::attend(const std::vector<Slice>& slices, int64_t layer, int64_t toke
     }
   });
 
-  const int64_t window = s.windows[static_cast<size_t>(layer)], runs = (tokens + kQueries - 1) / kQueries;
-  const CacheShape shape = cache_shape();
-  pool_.run(heads * runs, 1, [&](int64_t begin, int64_t end, int worker) {
+  // An item is a run of rows, rows being the queries of one slice that share a key-value head.
+  const int64_t group = heads / kv_heads, ld = heads * dim;
+  int64_t most = kQueryRows;
+  const auto runs = [&] {
+    int64_t sum = 0;
+    for (const Slice& slice : slices) sum += (slice.count * group + most - 1) / most;
+    return sum;
+  };
+  while (most > 1 && runs() * kv_heads < pool_.threads()) most /= 2;  // reading keys twice is better than idling
+  shares_.clear();
+  int64_t t = 0;
+  for (const Slice& slice : slices) {
+    for (int64_t row = 0; row < slice.count * group; row += most)
+      shares_.push_back({&slice, t, row, std::min(row + most, slice.count * group)});
+    t += slice.count;
+  }
+  const CacheShape shape = slices[0].cache->shape();
+  const auto count = static_cast<int64_t>(shares_.size());
+  pool_.run(kv_heads * count, 1, [&](int64_t begin, int64_t end, int worker) {
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t h = item / runs, kv = h / (heads / kv_heads), first_token = item % runs * kQueries;
-      for (int64_t t = first_token; t < std::min(tokens, first_token + kQueries); ++t) {
-        const auto [slice, i] = owner[static_cast<size_t>(t)];
-        const int64_t position = slice->cache->length() + i;
-        const AttentionView view{slice->cache->pages(), shape.key_offset(layer, kv), shape.value_offset(layer, kv), dim,
-                                 s.attn_scale, s.attn_softcap};
-        const int64_t first = window > 0 ? std::max<int64_t>(0, position - window + 1) : 0;
-        attention_(view, q_.data() + (t * heads + h) * dim, first, position, mixed_.data() + (t * heads + h) * dim,
-                   scratch_[static_cast<size_t>(worker)].data());
-      }
+      const int64_t kv = item / count;
+      const Share& share = shares_[static_cast<size_t>(item % count)];
+      const AttentionView view{share.slice->cache->pages(), shape.key_offset(layer, kv), shape.value_offset(layer, kv),
+                               dim, shape.int8, s.attn_scale, s.attn_softcap, s.windows[static_cast<size_t>(layer)]};
+      const int64_t at = share.token * ld + kv * group * dim;
+      attention_(view, {q_.data() + at, mixed_.data() + at, ld, group, share.slice->cache->length()}, share.begin,
+                 share.end, scratch_[static_cast<size_t>(worker)].data());
     }
   });
 }
@@ -265,7 +273,10 @@ void Model::forward(const std::vector<Slice>& slices, int bits, float* logits, c
   }
   if (positions_ && positions + *spec_.position_offset > positions_->out())
     throw std::invalid_argument("position " + std::to_string(positions - 1) + " has no row in embed_positions");
-  reserve(tokens, positions);
+  reserve(tokens);
+  owner_.clear();
+  for (const Slice& slice : slices)
+    for (int64_t i = 0; i < slice.count; ++i) owner_.emplace_back(&slice, i);
   embed(slices, bits);
 
   for (int64_t layer = 0; layer < spec_.num_layers; ++layer) {
@@ -297,11 +308,12 @@ void Model::forward(const std::vector<Slice>& slices, int bits, float* logits, c
   int64_t rows = 0, at = 0;
   for (const Slice& slice : slices) {
     slice.cache->advance(slice.count);
-    const int64_t first = slice.all ? 0 : slice.count - 1;
+    const int64_t first = slice.rows == Rows::all ? 0 : slice.rows == Rows::last ? slice.count - 1 : slice.count;
     std::copy_n(hidden_.data() + (at + first) * n, (slice.count - first) * n, last_.data() + rows * n);
     rows += slice.count - first;
     at += slice.count;
   }
+  if (rows == 0) return;
   normalize(final_norm_, last_.data(), rows, last_.data());
   multiply({{head_, logits}}, last_.data(), rows, bits);
   if (spec_.logit_softcap > 0) {

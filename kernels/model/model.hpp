@@ -54,12 +54,15 @@ struct Matrix {
   NestedView at(int bits) const;
 };
 
-// Tokens that follow what `cache` holds. Logits are wanted for the last one, or for all.
+// Which tokens of a slice logits are wanted for.
+enum class Rows { none, last, all };
+
+// Tokens that follow what `cache` holds.
 struct Slice {
   Cache* cache;
   const int32_t* tokens;
   int64_t count;
-  bool all;
+  Rows rows;
 };
 
 class Model {
@@ -73,12 +76,12 @@ class Model {
   void finish();
 
   const Spec& spec() const { return spec_; }
-  CacheShape cache_shape() const { return {spec_.num_layers, spec_.num_kv_heads, spec_.head_dim}; }
+  CacheShape cache_shape(bool int8) const { return {spec_.num_layers, spec_.num_kv_heads, spec_.head_dim, int8}; }
   int threads() const { return pool_.threads(); }
 
-  // Runs the slices at one width and appends to their caches. logits: (rows, vocab) float32, one row a slice or one a
-  // token. `poll` is called now and then and may throw. Tokens in [0, vocab), counts >= 1; caches grow as needed.
-  // Calls from several threads take turns.
+  // Runs the slices at one width and appends to their caches, which are all of one arena. logits: (rows, vocab)
+  // float32, the rows the slices want one after the other. `poll` is called now and then and may throw. Tokens in
+  // [0, vocab), counts >= 1; caches grow as needed. Calls from several threads take turns.
   void forward(const std::vector<Slice>& slices, int bits, float* logits, const std::function<void()>& poll);
 
  private:
@@ -101,7 +104,7 @@ class Model {
 
   Norm norm_at(const std::string& name, const NormSpec& spec, int64_t size) const;
   const Matrix* matrix_at(const std::string& name, int64_t out, int64_t columns) const;
-  void reserve(int64_t tokens, int64_t positions);
+  void reserve(int64_t tokens);
   void embed(const std::vector<Slice>& slices, int bits);
   void attend(const std::vector<Slice>& slices, int64_t layer, int64_t tokens);
   void feed(int64_t layer, const float* from, float* to, int64_t tokens, int bits);
@@ -124,7 +127,14 @@ class Model {
 
   std::mutex turn_;  // guards everything below
   Pool pool_;
-  int64_t room_tokens_ = 0, room_positions_ = 0;
+  struct Share {
+    const Slice* slice;
+    int64_t token;       // first of the slice, among all
+    int64_t begin, end;  // its rows, as ops/attention counts them
+  };
+  int64_t room_tokens_ = 0;
+  std::vector<std::pair<const Slice*, int64_t>> owner_;  // of each token: its slice and its place there
+  std::vector<Share> shares_;
   std::vector<float> hidden_, normed_, q_, k_, v_, mixed_, delta_, delta2_, gate_, up_, last_, cos_, sin_;
   std::vector<std::vector<float>> scratch_;  // one a thread
 };

@@ -36,6 +36,7 @@ NUMPY: dict[str, npt.DTypeLike] = {
 }  # fmt: skip
 """What NumPy sees for each dtype of the format: BF16 and the 8-bit floats come as their bits."""
 
+_ITEM_BYTES = {name: np.dtype(dtype).itemsize for name, dtype in NUMPY.items()}
 _MAX_DIMS = 8
 _MAX_NAME = 512
 _MAX_DIM = 1 << 48
@@ -115,7 +116,7 @@ def _slot(name: str, info: Any, where: str) -> Slot:
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
         raise InputCorrupt("data_offsets is not a pair of byte counts", where, _FIX)
     begin, end = offsets
-    need = prod(shape) * np.dtype(NUMPY[dtype]).itemsize  # exact: Python's integers do not wrap
+    need = prod(shape) * _ITEM_BYTES[dtype]  # exact: Python's integers do not wrap
     if end - begin != need:
         raise InputCorrupt(f"{dtype} {shape} needs {need} bytes but has {end - begin}", where, _FIX)
     return Slot(name, dtype, tuple(shape), begin, end)
@@ -135,7 +136,8 @@ class Container:
         """Raises InputCorrupt when the file breaks the format."""
         try:
             self.header = read_header(handle, size, where)
-            self._bytes = np.frombuffer(mmap.mmap(handle, size, access=mmap.ACCESS_READ), np.uint8)
+            self._map = mmap.mmap(handle, size, access=mmap.ACCESS_READ)
+            self._bytes = np.frombuffer(self._map, np.uint8)
         except OSError as error:
             raise InputCorrupt(
                 f"cannot be read ({error.strerror})", where, "Check the disk, and copy it again"
@@ -154,6 +156,13 @@ class Container:
         """Return one tensor as a read-only view of the file, in the dtype that NUMPY gives. Raises KeyError."""
         slot, start = self.header.slots[name], self.header.start
         return self._bytes[start + slot.begin : start + slot.end].view(NUMPY[slot.dtype]).reshape(slot.shape)
+
+    def read_ahead(self, name: str) -> None:
+        """Ask the system to read one tensor from disk before it is touched, where the system can."""
+        if hasattr(mmap, "MADV_WILLNEED"):
+            slot, start = self.header.slots[name], self.header.start
+            begin = (start + slot.begin) // mmap.PAGESIZE * mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_WILLNEED, begin, start + slot.end - begin)
 
 
 @dataclass(frozen=True)

@@ -171,6 +171,20 @@ class Artifact:
             bias=bias,
         )
 
+    def read_ahead(self, bits: int | None = None) -> None:
+        """Ask the system to have in memory soon what a runner reads at `bits` (None: the widest here).
+
+        That is every field, scale and zero of that width and the float tensors, in the order they are used, and no
+        byte of a wider width. Raises as `linear` does.
+        """
+        names = list(self.manifest.floats)
+        for name, entry in self.manifest.entries.items():
+            width = entry.width_at(served := self._served(bits))
+            names += [f"{name}.plane.{index}" for index in range(entry.fields_at(served))]
+            names += [f"{name}.{kind}.{width}" for kind in (("scale",) if entry.sym else ("scale", "zero"))]
+        for name in names:
+            self._container(self.plan.home[name][0]).read_ahead(name)
+
     def dequantize(self, name: str, bits: int | None = None) -> npt.NDArray[np.float32]:
         """Return a matrix or a float tensor in float32: the reference every runner is held against.
 

@@ -9,6 +9,7 @@ raises the major. docs/artifact.md has the promise in full.
 import hashlib
 import re
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -95,7 +96,7 @@ class QuantEntry(_Frozen):
     @property
     def fields(self) -> tuple[int, ...]:
         """Widths of the packed fields, most significant first."""
-        return fields_of(self.bits)
+        return _fields_of(self.bits)
 
     def width_at(self, bits: int) -> int:
         """Width this layer runs at when the artifact is asked for `bits`: its narrowest of at least that, else its widest."""
@@ -240,10 +241,18 @@ def inconsistencies(
     if spec.tied_head and "lm_head.weight" in floats:
         yield "lm_head.weight is stored although the head is tied"
     for name, entry in entries.items():
-        unused = [own for own in entry.bits if own not in {entry.width_at(b) for b in bits}]
+        unused = _unused(entry.bits, bits)
         if bits and unused:
             yield f"{name} has the width {unused[0]}, which no width of {list(bits)} uses"
     yield from _misshapen(spec, floats, matrices)
+
+
+_fields_of = cache(fields_of)
+
+
+@cache
+def _unused(own: tuple[int, ...], bits: tuple[int, ...]) -> list[int]:
+    return sorted(set(own) - {next((width for width in own if width >= b), own[-1]) for b in bits})
 
 
 def _misshapen(
@@ -279,8 +288,10 @@ def seal(manifest: Manifest) -> bytes:
 
 def _sealed(data: dict[str, Any], where: str) -> bytes:
     data["manifest_sha256"] = ""
-    data["manifest_sha256"] = hashlib.sha256(strict_json.canonical(data, where, _FIX)).hexdigest()
-    return strict_json.canonical(data, where, _FIX)
+    raw = strict_json.canonical(data, where, _FIX)
+    # no other key stands two spaces from the margin, and no string holds a line break
+    blank = b'\n  "manifest_sha256": "'
+    return raw.replace(blank, blank + hashlib.sha256(raw).hexdigest().encode(), 1)
 
 
 def load_manifest(raw: bytes, where: str) -> Manifest:

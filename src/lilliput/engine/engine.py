@@ -7,7 +7,7 @@ not on the number of threads, the instruction set, or the other prompts of a bat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal, cast
+from typing import Any, Final, Literal, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ from lilliput.core.errors import ConfigError, OutOfResource
 from lilliput.core.spec import ModelSpec
 from lilliput.data.tokenizer import Tokenizer
 from lilliput.engine.machine import available_bytes, usable_cores
-from lilliput.engine.native import F32, Model
+from lilliput.engine.native import F32, KV, Model
 from lilliput.engine.sampling import Sampling
 from lilliput.engine.streaming import TextStream, stop_strings
 
@@ -25,6 +25,7 @@ GREEDY: Final = Sampling()
 Tokens = Sequence[int] | npt.NDArray[np.integer[Any]]
 OnToken = Callable[[str], bool | None]
 OnBatchToken = Callable[[int, str], bool | None]
+OnPrefill = Callable[[int, int], bool | None]
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,9 @@ class Generation:
 
     prompt_tokens: a count, BOS included. tokens: the new ids, without the end-of-sequence id; those of a stop string
     are among them, while `text` ends before it. finish_reason: "stop" for an end-of-sequence token or a stop string,
-    "length" for max_new_tokens or the end of the context, "cancelled" when on_token returned False. decode_s counts
-    from the end of the prefill to the last token; in a batch, from the end of all prefills.
+    "length" for max_new_tokens or the end of the context, "cancelled" when on_token or on_prefill returned False.
+    prefill_s counts to the end of this prompt; in a batch the prompts are worked off together. decode_s counts from
+    the end of the prefill, in a batch of all of them, to the last token.
     """
 
     prompt_tokens: int
@@ -49,7 +51,8 @@ class Engine:
     """A loaded artifact. Weights stay in the page cache; calls from several threads take turns, layer loop by loop.
 
     spec: what the model is. tokenizer: its own. bits: widths that can be asked for, ascending; empty when nothing is
-    quantized. context: tokens of prompt and answer together. threads: that share the work of a call.
+    quantized. context: tokens of prompt and answer together. threads: that share the work of a call. kv: how keys and
+    values are kept while an answer is made.
     """
 
     spec: ModelSpec
@@ -57,11 +60,20 @@ class Engine:
     bits: tuple[int, ...]
     context: int
     threads: int
+    kv: KV
 
-    def __init__(self, artifact: str | Path | Artifact, *, threads: int | None = None, context: int | None = None):
+    def __init__(
+        self,
+        artifact: str | Path | Artifact,
+        *,
+        threads: int | None = None,
+        context: int | None = None,
+        kv: KV = "float",
+    ) -> None:
         """artifact: a folder, or one that is open already. threads: by default as many cores as we may use.
 
-        context: cuts the model's own; a longer one changes nothing.
+        context: cuts the model's own; a longer one changes nothing. kv: "float" is exact; "int8" rounds keys and values
+        to one byte each, with a scale for each head and token, and needs about a quarter of the memory.
         Raises what `Artifact.open` and `Tokenizer.open` raise, InputCorrupt when tensors do not fit the spec,
         ConfigError for options that make no sense, Unsupported when the compiled kernels do not load.
         """
@@ -71,10 +83,13 @@ class Engine:
         self.context = _context(self.spec, context)
         if threads is not None and threads < 1:
             raise ConfigError(f"{threads} threads cannot work", where="threads", fix="Give 1 or more")
+        if kv not in get_args(KV):
+            raise ConfigError(f"{kv!r} is no way to keep keys and values", where="kv", fix='Give "float" or "int8"')
+        self.kv, self._read_ahead_for = kv, set[int]()
         self.tokenizer = Tokenizer.open(artifact.path)
         self._floats = {name: artifact.tensor(name) for name in artifact.manifest.floats}
         self._linears = {name: artifact.linear(name) for name in artifact.quantized}
-        self._model = Model(self.spec, self._floats, self._linears, threads=threads or usable_cores())
+        self._model = Model(self.spec, self._floats, self._linears, threads=threads or usable_cores(), kv=kv)
         self.threads = self._model.threads
 
     def logits(self, tokens: Tokens, *, bits: int | None = None) -> F32:
@@ -88,7 +103,10 @@ class Engine:
             fix = f"Cut them, or open the artifact with a context up to {self.spec.context}"
             raise OutOfResource(f"{len(ids)} tokens exceed the context of {self.context}", where="tokens", fix=fix)
         self._check_memory([len(ids)], rows=len(ids))
-        return self._model.logits(ids, width)
+        try:
+            return self._model.logits(ids, width)
+        except MemoryError as error:
+            raise OutOfResource("the memory gave out", where="logits", fix=self._smaller) from error
 
     def last_logits(self, tokens: Tokens, *, bits: int | None = None) -> F32:
         """Return `logits(tokens)[-1]`, (vocab,)."""
@@ -104,18 +122,27 @@ class Engine:
         sampling: Sampling = GREEDY,
         stop: Sequence[str] | str = (),
         on_token: OnToken | None = None,
+        on_prefill: OnPrefill | None = None,
     ) -> Generation:
         """Continue one prompt: text, which gets its BOS here, or ids, which are taken as they are.
 
         The answer ends at the end of the context if max_new_tokens would go beyond it. stop: texts to end before.
         on_token: called for every token with the text it completes, often "", and once more at the end if text is
         left; what it is given, joined, is the result's text. It returns False to end the answer.
+        on_prefill: called as the prompt is read, a few hundred tokens at a time, with how many tokens are done and how
+        many there are; it returns False to give up, which leaves an empty answer.
         Raises ConfigError for a width, ids or options that make no sense; OutOfResource when the prompt does not fit
         the context or the memory does not do; whatever on_token raises; KeyboardInterrupt.
         """
         tell: OnBatchToken | None = None if on_token is None else (lambda _, piece: on_token(piece))
         return self.generate_batch(
-            [prompt], max_new_tokens=max_new_tokens, bits=bits, sampling=sampling, stop=stop, on_token=tell
+            [prompt],
+            max_new_tokens=max_new_tokens,
+            bits=bits,
+            sampling=sampling,
+            stop=stop,
+            on_token=tell,
+            on_prefill=on_prefill,
         )[0]
 
     def generate_batch(
@@ -127,10 +154,12 @@ class Engine:
         sampling: Sampling = GREEDY,
         stop: Sequence[str] | str = (),
         on_token: OnBatchToken | None = None,
+        on_prefill: OnPrefill | None = None,
     ) -> list[Generation]:
         """Continue several prompts together; each result equals that of the prompt alone, timings aside.
 
-        on_token: called with the prompt's index and its piece of text. The rest is as in `generate`.
+        on_token: called with the prompt's index and its piece of text. on_prefill: called for all prompts together;
+        False gives all of them up. The rest is as in `generate`.
         """
         width, stops = self._width(bits), stop_strings(stop)
         if max_new_tokens < 1:
@@ -150,9 +179,10 @@ class Engine:
                 eos=self.tokenizer.eos_ids,
                 sampling=sampling,
                 on_token=lambda index, token: streams[index].put(token),
+                on_prefill=on_prefill,
             )
         except MemoryError as error:
-            raise OutOfResource("the memory gave out", where="generate", fix=_SMALLER) from error
+            raise OutOfResource("the memory gave out", where="generate", fix=self._smaller) from error
         return [_generation(ids, stream, *result) for ids, stream, result in zip(asked, streams, made, strict=True)]
 
     def weight_bytes(self, bits: int | None = None) -> int:
@@ -173,13 +203,16 @@ class Engine:
         return total
 
     def kv_bytes(self, tokens: int) -> int:
-        """Bytes of keys and values of one sequence of `tokens` tokens, float32, in whole pages of 256 tokens."""
+        """Bytes of keys and values of one sequence of `tokens` tokens, in whole pages of 64 tokens, as `kv` keeps them."""
         return self._model.cache_bytes(tokens)
 
     def _width(self, bits: int | None) -> int:
         if bits is None:
-            return self.bits[-1] if self.bits else 0
-        if bits in self.bits:
+            bits = self.bits[-1] if self.bits else 0
+        if bits in self.bits or not (bits or self.bits):
+            if bits not in self._read_ahead_for:  # once: what is read often stays in the page cache by itself
+                self._read_ahead_for.add(bits)
+                self.artifact.read_ahead(bits or None)
             return bits
         have = f"{', '.join(map(str, self.bits))}" if self.bits else "no quantized weights"
         what = f"{bits} bits are not in this artifact, which has {have}"
@@ -211,15 +244,17 @@ class Engine:
         free = available_bytes()
         if free is not None and need > free:
             what = f"{need / 1e9:.2f} GB of keys, values and logits are needed and {free / 1e9:.2f} GB are free"
-            raise OutOfResource(what, where=f"{max(lengths)} tokens of context", fix=_SMALLER)
+            raise OutOfResource(what, where=f"{max(lengths)} tokens of context", fix=self._smaller)
+
+    @property
+    def _smaller(self) -> str:
+        less = ', open the artifact with kv="int8"' if self.kv == "float" else ""
+        return f"Ask for fewer tokens or prompts at a time{less}, or free some memory"
 
 
-_SMALLER: Final = "Ask for fewer tokens or prompts at a time, or free some memory"
-
-
-def load(path: str | Path, *, threads: int | None = None, context: int | None = None) -> Engine:
+def load(path: str | Path, *, threads: int | None = None, context: int | None = None, kv: KV = "float") -> Engine:
     """Open the artifact at `path` for running; see `Engine`."""
-    return Engine(path, threads=threads, context=context)
+    return Engine(path, threads=threads, context=context, kv=kv)
 
 
 def _context(spec: ModelSpec, context: int | None) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
 from importlib import import_module
-from typing import Any
+from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,11 @@ from lilliput.core.spec import ModelSpec
 from lilliput.engine.sampling import Sampling
 
 F32 = npt.NDArray[np.float32]
+KV = Literal["float", "int8"]
+PAGE: Final = 64
+"""Positions in a page of the cache; a sequence takes whole pages."""
+SHARE: Final = 16
+"""Rows that one call of the attention kernel takes at most."""
 
 
 @cache
@@ -57,12 +62,25 @@ def matmul_float(weight: StoredTensor, x: F32, *, variant: str = "") -> F32:
 
 
 def attention(
-    q: F32, keys: F32, values: F32, *, first: int, last: int, scale: float, softcap: float = 0.0, variant: str = ""
+    q: F32,
+    keys: F32,
+    values: F32,
+    *,
+    position: int,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    kv: KV = "float",
+    share: int = SHARE,
+    variant: str = "",
 ) -> F32:
-    """One query (head_dim,) against keys first..last of (positions, head_dim). softcap 0 is none."""
-    return _f32(
-        _native().attention(_floats(q), _floats(keys), _floats(values), first, last, scale, softcap, variant),
-    )
+    """q: (queries, heads, head_dim), the heads that share one key-value head, at `position` and what follows it.
+
+    keys, values: (positions, head_dim), cached as `kv` says; each query sees its own position and those before it, the
+    last `window` of them where that is not 0. softcap 0 is none. share: rows given to the kernel at a time.
+    """
+    arrays = _floats(q), _floats(keys), _floats(values)
+    return _f32(_native().attention(*arrays, position, window, scale, softcap, kv == "int8", share, variant))
 
 
 def norm(
@@ -119,14 +137,17 @@ class Model:
         linears: Mapping[str, StoredLinear],
         *,
         threads: int,
+        kv: KV = "float",
         variant: str = "",
     ) -> None:
         """floats: tensors by full name; linears: quantized matrices by module name, all by `core.spec`'s names.
 
+        kv: how keys and values are kept: "float" is float32, "int8" has one float32 scale for each head and token.
+
         variant: runs every op that has it in that variant; for tests.
         Raises InputCorrupt when a tensor is missing or does not fit the spec.
         """
-        self._core = _native().Model(spec.model_dump(), threads, variant)
+        self._core, self._int8 = _native().Model(spec.model_dump(), threads, variant), kv == "int8"
         matrices = {name.removesuffix(".weight") for name, t in floats.items() if _is_matrix(name, t)}
         try:
             for name in sorted(matrices | linears.keys()):
@@ -156,12 +177,12 @@ class Model:
         return int(self._core.threads)
 
     def cache_bytes(self, positions: int) -> int:
-        """Bytes of keys and values of one sequence; they come in pages of 256 positions."""
-        return int(self._core.cache_bytes(positions))
+        """Bytes of keys and values of one sequence; they come in pages of PAGE positions."""
+        return int(self._core.cache_bytes(positions, self._int8))
 
     def logits(self, tokens: Sequence[int], bits: int) -> F32:
         """Return (tokens, vocab) for a fresh sequence. bits: 0 where nothing is quantized."""
-        return _f32(self._core.logits(list(tokens), bits))
+        return _f32(self._core.logits(list(tokens), bits, self._int8))
 
     def generate(
         self,
@@ -173,14 +194,17 @@ class Model:
         eos: Sequence[int],
         sampling: Sampling,
         on_token: Callable[[int, int], bool] | None = None,
+        on_prefill: Callable[[int, int], bool | None] | None = None,
     ) -> list[tuple[list[int], str, float, float]]:
         """Continue every prompt; on_token(sequence, token) returns False to end that sequence.
+
+        on_prefill(tokens of prompts done, tokens of all) is called after every chunk; False cancels all sequences.
 
         Returns for each: tokens without the end-of-sequence token, "stop" | "length" | "cancelled", seconds of
         prefill, seconds from the end of all prefills to the sequence's last token.
         Raises InputCorrupt when the model computes NaN; whatever on_token raises; KeyboardInterrupt.
         """
-        options = (bits, max_new_tokens, context, list(eos), asdict(sampling), on_token)
+        options = (bits, max_new_tokens, context, list(eos), asdict(sampling), self._int8, on_token, on_prefill)
         try:
             return list(self._core.generate([list(p) for p in prompts], *options))
         except _native().NotANumber as error:

@@ -1,11 +1,17 @@
 """`lilliput run`: continue a prompt."""
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import click
 
 from lilliput.apps.cli.options import artifact_argument, common, threads
 from lilliput.apps.cli.output import Output
+
+LONG_PROMPT = 512
+"""Tokens of a prompt from which reading it is shown."""
 
 
 @common
@@ -37,6 +43,13 @@ from lilliput.apps.cli.output import Output
 @click.option("--chat", is_flag=True, help="Wrap the prompt in the model's chat template.")
 @threads()
 @click.option("--context", type=click.IntRange(1), help="Tokens of prompt and answer together; by default the model's.")
+@click.option(
+    "--kv",
+    type=click.Choice(["float", "int8"]),
+    default="float",
+    show_default=True,
+    help="How keys and values are kept; int8 is not exact and takes about a quarter of the memory.",
+)
 @click.pass_obj
 def command(
     out: Output,
@@ -54,6 +67,7 @@ def command(
     chat: bool,
     threads: int | None,
     context: int | None,
+    kv: Any,
 ) -> None:
     """Continue PROMPT with the model in ARTIFACT; the text streams to stdout.
 
@@ -63,7 +77,7 @@ def command(
     """
     from lilliput.engine import Engine, Sampling
 
-    engine = Engine(artifact, threads=threads, context=context)
+    engine = Engine(artifact, threads=threads, context=context, kv=kv)
     text = sys.stdin.read() if prompt == "-" else prompt
     if chat:
         text = engine.tokenizer.render_chat([{"role": "user", "content": text}])
@@ -79,14 +93,16 @@ def command(
     def show(piece: str) -> None:
         click.echo(piece, nl=False)
 
-    done = engine.generate(
-        text,
-        max_new_tokens=max_new_tokens,
-        bits=bits,
-        sampling=sampling,
-        stop=stop,
-        on_token=None if out.json else show,
-    )
+    with _reading(out) as told:
+        done = engine.generate(
+            text,
+            max_new_tokens=max_new_tokens,
+            bits=bits,
+            sampling=sampling,
+            stop=stop,
+            on_token=None if out.json else show,
+            on_prefill=told,
+        )
     document = {
         "bits": bits or max(engine.bits, default=None),
         "prompt_tokens": done.prompt_tokens,
@@ -99,3 +115,18 @@ def command(
     out.result(document, "")
     speed = len(done.tokens) / done.decode_s if done.decode_s else 0.0
     out.note(f"[{document['bits']} bits, {len(done.tokens)} tokens, {speed:.1f} tokens/s, {done.finish_reason}]")
+
+
+@contextmanager
+def _reading(out: Output) -> Iterator[Callable[[int, int], None] | None]:
+    """A listener that shows on a terminal how far a long prompt is read, and clears its line before the answer."""
+    if out.quiet or sys.stderr is None or not sys.stderr.isatty():
+        yield None
+        return
+
+    def told(done: int, total: int) -> None:
+        if total > LONG_PROMPT:
+            text = f"reading the prompt: {done} of {total} tokens" if done < total else ""
+            click.echo(f"\r\x1b[K{text}", nl=False, err=True)
+
+    yield told

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from lilliput.core.spec import ModelSpec
 from lilliput.engine.sampling import Sampling
 
 F32 = npt.NDArray[np.float32]
+Activations = Literal["int8", "float"]
 
 
 @cache
@@ -44,6 +45,21 @@ def compiler() -> str:
 def matmul_nested(linear: StoredLinear, bits: int, x: F32, *, variant: str = "") -> F32:
     """x: (tokens, columns); returns (tokens, out), x times the transposed matrix at `bits`, inputs added in order."""
     return _f32(_native().matmul_nested(*_nested(linear, bits), _floats(x), variant))
+
+
+def quantize_i8(x: F32, group_size: int, *, variant: str = "") -> tuple[npt.NDArray[np.int8], F32, npt.NDArray[np.int32]]:
+    """Round x (tokens, columns) to int8, one scale a token and group of inputs; -1 is one group.
+
+    Returns codes (tokens, columns), scales (tokens, groups) and the sum of the codes of each group.
+    """
+    group = x.shape[1] if group_size == -1 else group_size
+    codes, scale, total = _native().quantize_i8(_floats(x), group, variant)
+    return np.asarray(codes).astype(np.int8), _f32(scale), np.asarray(total).astype(np.int32)
+
+
+def matmul_nested_i8(linear: StoredLinear, bits: int, x: F32, *, variant: str = "") -> F32:
+    """Like `matmul_nested`, with x rounded to int8 by `quantize_i8` for the matrix's groups: (tokens, out)."""
+    return _f32(_native().matmul_nested_i8(*_nested(linear, bits), _floats(x), variant))
 
 
 def nested_rows(linear: StoredLinear, bits: int) -> F32:
@@ -112,13 +128,15 @@ class Model:
         *,
         threads: int,
         variant: str = "",
+        activations: Activations = "float",
     ) -> None:
         """floats: tensors by full name; linears: quantized matrices by module name, all by `core.spec`'s names.
 
-        variant: runs every op that has it in that variant; for tests.
+        variant: runs every op that has it in that variant; for tests. activations: what the inputs of quantized
+        matrices are rounded to; "int8" where groups are whole tiles of 32 inputs or whole rows, elsewhere not at all.
         Raises InputCorrupt when a tensor is missing or does not fit the spec.
         """
-        self._core = _native().Model(spec.model_dump(), threads, variant)
+        self._core = _native().Model(spec.model_dump(), threads, variant, activations == "int8")
         matrices = {name.removesuffix(".weight") for name, t in floats.items() if _is_matrix(name, t)}
         try:
             for name in sorted(matrices | linears.keys()):

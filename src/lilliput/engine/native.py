@@ -47,7 +47,9 @@ def matmul_nested(linear: StoredLinear, bits: int, x: F32, *, variant: str = "")
     return _f32(_native().matmul_nested(*_nested(linear, bits), _floats(x), variant))
 
 
-def quantize_i8(x: F32, group_size: int, *, variant: str = "") -> tuple[npt.NDArray[np.int8], F32, npt.NDArray[np.int32]]:
+def quantize_i8(
+    x: F32, group_size: int, *, variant: str = ""
+) -> tuple[npt.NDArray[np.int8], F32, npt.NDArray[np.int32]]:
     """Round x (tokens, columns) to int8, one scale a token and group of inputs; -1 is one group.
 
     Returns codes (tokens, columns), scales (tokens, groups) and the sum of the codes of each group.

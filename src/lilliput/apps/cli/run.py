@@ -1,10 +1,11 @@
 """`lilliput run`: continue a prompt."""
 
 import sys
+from typing import Literal
 
 import click
 
-from lilliput.apps.cli.options import artifact_argument, common, threads
+from lilliput.apps.cli.options import activations, artifact_argument, common, threads
 from lilliput.apps.cli.output import Output
 
 
@@ -31,6 +32,7 @@ from lilliput.apps.cli.output import Output
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the draws.")
 @click.option("--chat", is_flag=True, help="Wrap the prompt in the model's chat template.")
 @threads()
+@activations
 @click.option("--context", type=click.IntRange(1), help="Tokens of prompt and answer together; by default the model's.")
 @click.pass_obj
 def command(
@@ -49,6 +51,7 @@ def command(
     chat: bool,
     threads: int | None,
     context: int | None,
+    activations: Literal["int8", "float"],
 ) -> None:
     """Continue PROMPT with the model in ARTIFACT; the text streams to stdout.
 
@@ -58,7 +61,7 @@ def command(
     """
     from lilliput.engine import Engine, Sampling
 
-    engine = Engine(artifact, threads=threads, context=context)
+    engine = Engine(artifact, threads=threads, context=context, activations=activations)
     text = sys.stdin.read() if prompt == "-" else prompt
     if chat:
         text = engine.tokenizer.render_chat([{"role": "user", "content": text}])

@@ -9,8 +9,8 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from harness import emit
 
+from harness import emit
 from lilliput.data.documents import read_documents
 from lilliput.data.streams import windows
 from lilliput.engine import Engine
@@ -23,6 +23,7 @@ def main() -> None:
     parser.add_argument("--text", required=True, type=Path)
     parser.add_argument("--length", type=int, default=256, help="tokens of a window")
     parser.add_argument("--limit", type=int, default=40, help="windows")
+    parser.add_argument("--bits", type=int, nargs="*", help="by default all")
     parser.add_argument("--documents", type=int, help="only the first ones")
     asked = parser.parse_args()
     exact, rounded = (Engine(asked.artifact, activations=kind) for kind in ("float", "int8"))
@@ -30,7 +31,7 @@ def main() -> None:
     cut = windows(documents, exact.tokenizer, length=asked.length, limit=asked.limit)
     print("| bits | tokens | KL, nats | top-1 agreement | nll float | nll int8 |\n|---|---|---|---|---|---|")
     rows = []
-    for bits in exact.bits:
+    for bits in asked.bits or exact.bits:
         kls, sames, nlls = [], [], []
         for window in cut:
             ids = np.asarray(window)

@@ -88,8 +88,8 @@ int main() {
                                               {2, 4}, {4, 2, 1}, {1, 4, 2, 1}};
   int cases = 0;
   for (const auto& widths : cuts)
-    for (const int64_t group : {16, 32, 64, 1000})
-      for (const int64_t tokens : {1, 2, 3, 7, 8, 9, 21})
+    for (const int64_t group : {16, 64, 1000})
+      for (const int64_t tokens : {1, 3, 9})
         for (const bool zeros : {false, true}) {
           if (compare({widths, tokens == 1 ? 16 : 53, group == 1000 ? 97 : 200, group, tokens, zeros})) return 1;
           ++cases;

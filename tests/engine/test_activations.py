@@ -33,9 +33,9 @@ def model(activations: Activations, *, threads: int = 1, variant: str = "", grou
 def test_int8_is_close_to_float_and_not_the_same(bits: int, group_size: int) -> None:
     exact, rounded = (model(kind, group_size=group_size).logits(TOKENS, bits) for kind in ("float", "int8"))
     kl, _ = divergence(exact, rounded)
-    # an input is off by at most a 254th of the largest of its group, so a product has some 40 dB, and KL is quadratic
+    # inputs have some 40 dB over a group, fewer where one large input stands in a whole row; KL is quadratic in that
     assert 0 < kl.mean() < 0.02
-    assert np.linalg.norm(exact - rounded) < 0.03 * np.linalg.norm(exact)
+    assert np.linalg.norm(exact - rounded) < 0.06 * np.linalg.norm(exact)
 
 
 def test_groups_across_tiles_run_in_float() -> None:

@@ -15,8 +15,22 @@ COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 def test_every_neon_variant_is_the_reference_bit_for_bit(tmp_path: Path) -> None:
     program = tmp_path / "variants"
     ops = KERNELS / "ops"
-    sources = [KERNELS / "tests/variants.cpp", ops / "dispatch.cpp", *ops.glob("*/reference.cpp"), *ops.glob("*/neon.cpp")]
-    flags = "-std=c++20 -O2 -static -march=armv8.2-a+dotprod -ffp-contract=off -Wall -Wextra -Wno-psabi".split()
+    sources = [
+        KERNELS / "tests/variants.cpp",
+        ops / "dispatch.cpp",
+        *ops.glob("*/reference.cpp"),
+        *ops.glob("*/neon.cpp"),
+    ]
+    flags = [
+        "-std=c++20",
+        "-O2",
+        "-static",
+        "-march=armv8.2-a+dotprod",
+        "-ffp-contract=off",
+        "-Wall",
+        "-Wextra",
+        "-Wno-psabi",
+    ]
     command = [COMPILER, *flags, "-I", str(KERNELS), *map(str, sources), "-o", str(program)]
     built = subprocess.run(command, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr

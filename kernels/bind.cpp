@@ -176,7 +176,8 @@ SamplingOptions sampling_of(const nb::dict& d) {
 // A Model and the arrays it points into, kept alive together.
 class BoundModel {
  public:
-  BoundModel(const nb::dict& spec, int threads, const std::string& variant) : model_(spec_of(spec), threads, variant) {}
+  BoundModel(const nb::dict& spec, int threads, const std::string& variant, bool int8)
+      : model_(spec_of(spec), threads, variant, int8) {}
 
   void add_vector(const std::string& name, const Row& values) {
     model_.add_vector(name, std::vector<float>(values.data(), values.data() + values.size()));
@@ -262,6 +263,61 @@ nb::object op_matmul_nested(const std::vector<Bytes>& planes, const std::vector<
   std::vector<float> scratch(kPanelFloats);
   matmul_nested(variant)(h.matrix.at(bits), x.data(), static_cast<int64_t>(x.shape(0)), columns, y, out, 0,
                          (out + kTileRows - 1) / kTileRows, scratch.data());
+  return array;
+}
+
+// Inputs rounded to int8 and what holds them.
+struct HeldInputs {
+  std::vector<int8_t> codes;
+  std::vector<float> scale;
+  std::vector<int32_t> sum;
+  QuantizedView view;
+};
+
+HeldInputs quantize_rows(const Table& x, int64_t group, const std::string& variant) {
+  const auto tokens = static_cast<int64_t>(x.shape(0)), columns = static_cast<int64_t>(x.shape(1));
+  require(columns > 0 && group > 0, "x has no columns or the group no inputs");
+  const int64_t stride = quantized_stride(columns), groups = (columns + group - 1) / group;
+  HeldInputs h;
+  h.codes.resize(static_cast<size_t>(tokens * stride));
+  h.scale.resize(static_cast<size_t>(tokens * groups));
+  h.sum.resize(static_cast<size_t>(tokens * groups));
+  for (int64_t t = 0; t < tokens; ++t)
+    quantize_i8(variant)(x.data() + t * columns, columns, group, h.codes.data() + t * stride,
+                         h.scale.data() + t * groups, h.sum.data() + t * groups);
+  h.view = {h.codes.data(), h.scale.data(), h.sum.data(), stride, groups};
+  return h;
+}
+
+nb::tuple op_quantize_i8(const Table& x, int64_t group, const std::string& variant) {
+  const HeldInputs h = quantize_rows(x, group, variant);
+  const size_t tokens = x.shape(0), columns = x.shape(1), groups = static_cast<size_t>(h.view.groups);
+  float *codes = nullptr, *scale = nullptr, *sum = nullptr;  // all three are whole numbers or floats below 2^24
+  nb::object arrays[] = {new_array({tokens, columns}, &codes), new_array({tokens, groups}, &scale),
+                         new_array({tokens, groups}, &sum)};
+  for (size_t t = 0; t < tokens; ++t)
+    for (size_t k = 0; k < columns; ++k) codes[t * columns + k] = h.codes[t * static_cast<size_t>(h.view.stride) + k];
+  std::copy(h.scale.begin(), h.scale.end(), scale);
+  std::copy(h.sum.begin(), h.sum.end(), sum);
+  return nb::make_tuple(arrays[0], arrays[1], arrays[2]);
+}
+
+nb::object op_matmul_nested_i8(const std::vector<Bytes>& planes, const std::vector<int>& widths, const Bytes& scale,
+                               const std::optional<Bytes>& zero, int64_t out, int64_t columns, int64_t group,
+                               const Table& x, const std::string& variant) {
+  int bits = 0;
+  for (const int width : widths) bits += width;
+  std::vector<std::pair<int, Bytes>> zeros;
+  if (zero) zeros.emplace_back(bits, *zero);
+  const HeldMatrix h = nested_matrix("matrix", planes, widths, {{bits, scale}}, zeros, out, columns, group);
+  require(static_cast<int64_t>(x.shape(1)) == columns, "x has not as many columns as the matrix");
+  require(std::min(group, columns) <= kWidestI8Group, "a group is too wide for sums of int32");
+  const HeldInputs inputs = quantize_rows(x, group, "");
+  float* y = nullptr;
+  nb::object array = new_array({x.shape(0), static_cast<size_t>(out)}, &y);
+  std::vector<uint8_t> scratch(static_cast<size_t>(matmul_nested_i8_scratch(columns)));
+  matmul_nested_i8(variant)(h.matrix.at(bits), inputs.view, static_cast<int64_t>(x.shape(0)), y, out, 0,
+                            (out + kTileRows - 1) / kTileRows, scratch.data());
   return array;
 }
 
@@ -390,6 +446,9 @@ NB_MODULE(_native, m) {
   m.def("variants", &variants, "op"_a);
   m.def("matmul_nested", &op_matmul_nested, "planes"_a, "widths"_a, "scale"_a, "zero"_a.none(), "out"_a, "columns"_a,
         "group"_a, "x"_a, "variant"_a);
+  m.def("matmul_nested_i8", &op_matmul_nested_i8, "planes"_a, "widths"_a, "scale"_a, "zero"_a.none(), "out"_a,
+        "columns"_a, "group"_a, "x"_a, "variant"_a);
+  m.def("quantize_i8", &op_quantize_i8, "x"_a, "group"_a, "variant"_a);
   m.def("nested_rows", &op_nested_rows, "planes"_a, "widths"_a, "scale"_a, "zero"_a.none(), "out"_a, "columns"_a,
         "group"_a);
   m.def("matmul_float", &op_matmul_float, "data"_a, "dtype"_a, "out"_a, "x"_a, "variant"_a);
@@ -404,7 +463,7 @@ NB_MODULE(_native, m) {
         nb::call_guard<nb::gil_scoped_release>());
   m.def("sample", &op_sample, "row"_a, "sampling"_a, "seen"_a, "draws"_a);
   nb::class_<BoundModel>(m, "Model")
-      .def(nb::init<const nb::dict&, int, const std::string&>(), "spec"_a, "threads"_a, "variant"_a)
+      .def(nb::init<const nb::dict&, int, const std::string&, bool>(), "spec"_a, "threads"_a, "variant"_a, "int8"_a)
       .def("add_vector", &BoundModel::add_vector, "name"_a, "values"_a)
       .def("add_float", &BoundModel::add_float, "name"_a, "data"_a, "dtype"_a, "out"_a, "columns"_a, "bias"_a.none())
       .def("add_nested", &BoundModel::add_nested, "name"_a, "planes"_a, "widths"_a, "scales"_a, "zeros"_a, "out"_a,

@@ -13,7 +13,7 @@ std::string shape_text(int64_t out, int64_t columns) {
   return "(" + std::to_string(out) + ", " + std::to_string(columns) + ")";
 }
 
-// The variant asked for where this op has it; ops with only a reference run that.
+// The variant asked for where this op has it; other ops run their best.
 std::string pick_name(const char* op, const std::string& name) {
   const auto known = variants(op);
   return std::find(known.begin(), known.end(), name) == known.end() ? std::string() : name;
@@ -36,14 +36,17 @@ NestedView Matrix::at(int bits) const {
   return view;
 }
 
-Model::Model(Spec spec, int threads, const std::string& variant)
+Model::Model(Spec spec, int threads, const std::string& variant, bool int8)
     : spec_(std::move(spec)),
       matmul_nested_(lilliput::matmul_nested(variant)),
+      matmul_nested_i8_(lilliput::matmul_nested_i8(pick_name("matmul_nested_i8", variant))),
+      quantize_i8_(lilliput::quantize_i8(pick_name("quantize_i8", variant))),
       matmul_float_(lilliput::matmul_float(variant)),
       attention_(lilliput::attention(variant)),
       norm_(lilliput::norm(pick_name("norm", variant))),
       rotary_(lilliput::rotary(pick_name("rotary", variant))),
       activation_(lilliput::activation(pick_name("activation", variant))),
+      int8_(int8),
       pool_(threads) {}
 
 Model::Norm Model::norm_at(const std::string& name, const NormSpec& spec, int64_t size) const {
@@ -105,7 +108,9 @@ void Model::finish() {
     b.down = matrix_at(base + "mlp.down_proj", s.hidden_size, s.intermediate_size);
     blocks_.push_back(b);
   }
-  const int64_t scratch = std::max(kPanelFloats, attention_scratch(s.head_dim));
+  for (const auto& [name, m] : matrices_)
+    if (takes_i8(m)) scratch_i8_ = std::max(scratch_i8_, matmul_nested_i8_scratch(m.columns()));
+  const int64_t scratch = std::max({kPanelFloats, attention_scratch(s.head_dim), scratch_i8_ / 4});
   scratch_.assign(static_cast<size_t>(pool_.threads()), std::vector<float>(static_cast<size_t>(scratch)));
 }
 
@@ -124,14 +129,42 @@ void Model::reserve(int64_t tokens) {
   }
 }
 
+const QuantizedView& Model::quantize(int64_t group, int64_t columns, const float* x, int64_t tokens) {
+  group = std::min(group, columns);
+  auto found = std::find_if(inputs_.begin(), inputs_.end(), [group](const Inputs& i) { return i.group == group; });
+  if (found == inputs_.end()) found = inputs_.insert(inputs_.end(), Inputs{group, {}, {}, {}, {}});
+  const int64_t stride = quantized_stride(columns), groups = (columns + group - 1) / group;
+  const auto room = [](auto& v, int64_t count) {
+    if (static_cast<int64_t>(v.size()) < count) v.resize(static_cast<size_t>(count));
+  };
+  room(found->codes, tokens * stride);
+  room(found->scale, tokens * groups);
+  room(found->sum, tokens * groups);
+  found->view = {found->codes.data(), found->scale.data(), found->sum.data(), stride, groups};
+  pool_.run(tokens, std::max<int64_t>(1, kElements / columns), [&](int64_t begin, int64_t end, int) {
+    for (int64_t t = begin; t < end; ++t)
+      quantize_i8_(x + t * columns, columns, group, found->codes.data() + t * stride, found->scale.data() + t * groups,
+                   found->sum.data() + t * groups);
+  });
+  return found->view;
+}
+
 void Model::multiply(const std::vector<Job>& jobs, const float* x, int64_t tokens, int bits) {
   std::vector<int64_t> ends;
   std::vector<NestedView> views;
+  std::vector<QuantizedView> inputs;  // jobs share x, so those with groups of one size share what it is rounded to
   int64_t tiles = 0;
   for (const Job& job : jobs) {
     tiles += (job.matrix->out() + kTileRows - 1) / kTileRows;
     ends.push_back(tiles);
     views.push_back(job.matrix->nested ? job.matrix->at(bits) : NestedView{});
+    const auto same = [&](size_t n) { return inputs[n].codes && views[n].group == views.back().group; };
+    size_t n = 0;
+    while (n < inputs.size() && !same(n)) ++n;
+    if (!takes_i8(*job.matrix))
+      inputs.push_back({});
+    else
+      inputs.push_back(n < inputs.size() ? inputs[n] : quantize(views.back().group, job.matrix->columns(), x, tokens));
   }
   const auto work = [&](int64_t begin, int64_t end, int worker) {
     for (size_t n = 0; n < jobs.size(); ++n) {
@@ -141,7 +174,10 @@ void Model::multiply(const std::vector<Job>& jobs, const float* x, int64_t token
       const Matrix& m = *jobs[n].matrix;
       float* y = jobs[n].to;
       const int64_t out = m.out(), first = from * kTileRows, last = std::min(to * kTileRows, out);
-      if (m.nested)
+      if (inputs[n].codes)
+        matmul_nested_i8_(views[n], inputs[n], tokens, y, out, from, to,
+                          reinterpret_cast<uint8_t*>(scratch_[static_cast<size_t>(worker)].data()));
+      else if (m.nested)
         matmul_nested_(views[n], x, tokens, m.columns(), y, out, from, to, scratch_[static_cast<size_t>(worker)].data());
       else
         matmul_float_(m.plain, x, tokens, m.columns(), y, out, first, last);

@@ -67,8 +67,9 @@ struct Slice {
 
 class Model {
  public:
-  // `variant` names one variant for every op that has it; empty takes the best.
-  Model(Spec spec, int threads, const std::string& variant);
+  // `variant` names one variant for every op that has it; empty takes the best. `int8` rounds the inputs of nested
+  // matrices to int8 wherever their groups allow it.
+  Model(Spec spec, int threads, const std::string& variant, bool int8);
 
   void add_matrix(const std::string& name, Matrix matrix) { matrices_[name] = std::move(matrix); }
   void add_vector(const std::string& name, std::vector<float> values) { vectors_[name] = std::move(values); }
@@ -102,6 +103,15 @@ class Model {
     float* to;  // (tokens, matrix.out())
   };
 
+  // The inputs of one product in int8, for one size of groups.
+  struct Inputs {
+    int64_t group;
+    std::vector<int8_t> codes;
+    std::vector<float> scale;
+    std::vector<int32_t> sum;
+    QuantizedView view;
+  };
+
   Norm norm_at(const std::string& name, const NormSpec& spec, int64_t size) const;
   const Matrix* matrix_at(const std::string& name, int64_t out, int64_t columns) const;
   void reserve(int64_t tokens);
@@ -109,16 +119,21 @@ class Model {
   void attend(const std::vector<Slice>& slices, int64_t layer, int64_t tokens);
   void feed(int64_t layer, const float* from, float* to, int64_t tokens, int bits);
   void multiply(const std::vector<Job>& jobs, const float* x, int64_t tokens, int bits);
+  bool takes_i8(const Matrix& m) const { return int8_ && m.nested && fits_i8(m.columns(), m.fields.group); }
+  const QuantizedView& quantize(int64_t group, int64_t columns, const float* x, int64_t tokens);
   void normalize(const Norm& norm, const float* x, int64_t tokens, float* y);
   void add(const float* from, int64_t count, float* to);
 
   Spec spec_;
   MatmulNested* matmul_nested_;
+  MatmulNestedI8* matmul_nested_i8_;
+  QuantizeI8* quantize_i8_;
   MatmulFloat* matmul_float_;
   Attention* attention_;
   NormOp* norm_;
   RotaryOp* rotary_;
   ActivationOp* activation_;
+  bool int8_;
   std::unordered_map<std::string, Matrix> matrices_;
   std::unordered_map<std::string, std::vector<float>> vectors_;
   std::vector<Block> blocks_;
@@ -132,10 +147,12 @@ class Model {
     int64_t token;       // first of the slice, among all
     int64_t begin, end;  // its rows, as ops/attention counts them
   };
+  int64_t scratch_i8_ = 0;  // bytes
   int64_t room_tokens_ = 0;
   std::vector<std::pair<const Slice*, int64_t>> owner_;  // of each token: its slice and its place there
   std::vector<Share> shares_;
   std::vector<float> hidden_, normed_, q_, k_, v_, mixed_, delta_, delta2_, gate_, up_, last_, cos_, sin_;
+  std::vector<Inputs> inputs_;               // one for each size of groups met
   std::vector<std::vector<float>> scratch_;  // one a thread
 };
 

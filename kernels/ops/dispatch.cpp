@@ -2,6 +2,12 @@
 
 #include <stdexcept>
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+
+#include <asm/hwcap.h>
+#endif
+
 namespace lilliput {
 namespace {
 
@@ -12,6 +18,16 @@ bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
+bool has_avx512vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+#if defined(LILLIPUT_AVXVNNI)
+bool has_avxvnni() { return has_avx2() && __builtin_cpu_supports("avxvnni"); }
+#endif
+#elif defined(__aarch64__)
+#if defined(__linux__)
+bool has_dotprod() { return getauxval(AT_HWCAP) & HWCAP_ASIMDDP; }
+#else
+bool has_dotprod() { return true; }  // every Apple chip with our instruction set
+#endif
 #endif
 
 template <class Run>
@@ -24,6 +40,12 @@ struct Variant {
 #define VARIANT(op, isa, when) {#isa, op##_##isa, when},
 constexpr Variant<MatmulNested> kMatmulNested[] = {
 #include "ops/matmul_nested/variants.inc"
+};
+constexpr Variant<MatmulNestedI8> kMatmulNestedI8[] = {
+#include "ops/matmul_nested_i8/variants.inc"
+};
+constexpr Variant<QuantizeI8> kQuantizeI8[] = {
+#include "ops/quantize_i8/variants.inc"
 };
 constexpr Variant<MatmulFloat> kMatmulFloat[] = {
 #include "ops/matmul_float/variants.inc"
@@ -63,6 +85,8 @@ Run* pick(const Variant<Run> (&table)[N], const std::string& name) {
 
 std::vector<std::string> variants(const std::string& op) {
   if (op == "matmul_nested") return names(kMatmulNested);
+  if (op == "matmul_nested_i8") return names(kMatmulNestedI8);
+  if (op == "quantize_i8") return names(kQuantizeI8);
   if (op == "matmul_float") return names(kMatmulFloat);
   if (op == "attention") return names(kAttention);
   if (op == "norm") return names(kNorm);
@@ -72,6 +96,8 @@ std::vector<std::string> variants(const std::string& op) {
 }
 
 MatmulNested* matmul_nested(const std::string& name) { return pick(kMatmulNested, name); }
+MatmulNestedI8* matmul_nested_i8(const std::string& name) { return pick(kMatmulNestedI8, name); }
+QuantizeI8* quantize_i8(const std::string& name) { return pick(kQuantizeI8, name); }
 MatmulFloat* matmul_float(const std::string& name) { return pick(kMatmulFloat, name); }
 Attention* attention(const std::string& name) { return pick(kAttention, name); }
 NormOp* norm(const std::string& name) { return pick(kNorm, name); }

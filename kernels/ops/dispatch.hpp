@@ -8,7 +8,9 @@
 #include "ops/attention/attention.hpp"
 #include "ops/matmul_float/matmul_float.hpp"
 #include "ops/matmul_nested/matmul_nested.hpp"
+#include "ops/matmul_nested_i8/matmul_nested_i8.hpp"
 #include "ops/norm/norm.hpp"
+#include "ops/quantize_i8/quantize_i8.hpp"
 #include "ops/rotary/rotary.hpp"
 
 namespace lilliput {
@@ -19,6 +21,8 @@ std::vector<std::string> variants(const std::string& op);
 // The variant of that name, or the best one where `name` is empty. Throws std::invalid_argument for a name this CPU
 // cannot run.
 MatmulNested* matmul_nested(const std::string& name = {});
+MatmulNestedI8* matmul_nested_i8(const std::string& name = {});
+QuantizeI8* quantize_i8(const std::string& name = {});
 MatmulFloat* matmul_float(const std::string& name = {});
 Attention* attention(const std::string& name = {});
 NormOp* norm(const std::string& name = {});

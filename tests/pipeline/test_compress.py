@@ -78,7 +78,7 @@ def test_the_engine_equals_transformers_on_the_same_dequantized_weights(family: 
     compress(tmp_path / "model", tmp_path / "out", recipe=recipe, gate=False)
     checkpoint, artifact = Checkpoint.open(tmp_path / "model"), Artifact.open(tmp_path / "out")
     tokens = np.random.default_rng(0).integers(3, 300, 40)
-    engine = Engine(tmp_path / "out")
+    engine = Engine(tmp_path / "out", activations="float")
     for bits in (3, 6):
         copy = tmp_path / f"dequantized-{bits}"
         shutil.copytree(tmp_path / "model", copy)

@@ -32,6 +32,9 @@ typedef void MatmulNested(const NestedView& w, const float* x, int64_t tokens, i
                           int64_t tile_begin, int64_t tile_end, float* scratch);
 MatmulNested matmul_nested_reference, matmul_nested_avx2, matmul_nested_avx512;
 
+// The code c[row, k] of the width `w` is cut to.
+int nested_code(const NestedView& w, int64_t row, int64_t k);
+
 // One row of W into `to`, (columns,) float32: the formula above, weight by weight.
 void nested_row(const NestedView& w, int64_t row, float* to);
 

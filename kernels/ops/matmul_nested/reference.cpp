@@ -8,7 +8,7 @@ void matmul_nested_reference(const NestedView& w, const float* x, int64_t tokens
   matmul_nested_body<2>(w, x, tokens, ldx, y, ldy, tile_begin, tile_end, scratch);
 }
 
-static int code_of(const NestedView& w, int64_t row, int64_t k) {
+int nested_code(const NestedView& w, int64_t row, int64_t k) {
   const int64_t input_tiles = (w.columns + kTileInputs - 1) / kTileInputs;
   const int64_t tile = (row / kTileRows) * input_tiles + k / kTileInputs;
   const int step = static_cast<int>(k % kTileInputs) / 4, i = step / 4, f = step % 4;
@@ -35,7 +35,7 @@ void nested_row(const NestedView& w, int64_t row, float* to) {
   for (int64_t k = 0; k < w.columns; ++k) {
     const int64_t at = ((row / kTileRows) * groups + k / w.group) * kTileRows + row % kTileRows;
     const float zero = w.zero ? widen_half_1(w.zero[at]) : 0.0f;
-    to[k] = widen_half_1(w.scale[at]) * ((static_cast<float>(code_of(w, row, k)) - middle) - zero);
+    to[k] = widen_half_1(w.scale[at]) * ((static_cast<float>(nested_code(w, row, k)) - middle) - zero);
   }
 }
 

@@ -17,7 +17,7 @@ from lilliput.core.errors import ConfigError, OutOfResource
 from lilliput.core.spec import ModelSpec
 from lilliput.data.tokenizer import Tokenizer
 from lilliput.engine.machine import available_bytes, usable_cores
-from lilliput.engine.native import F32, KV, Model
+from lilliput.engine.native import F32, KV, Activations, Model
 from lilliput.engine.sampling import Sampling
 from lilliput.engine.streaming import TextStream, stop_strings
 
@@ -52,7 +52,7 @@ class Engine:
 
     spec: what the model is. tokenizer: its own. bits: widths that can be asked for, ascending; empty when nothing is
     quantized. context: tokens of prompt and answer together. threads: that share the work of a call. kv: how keys and
-    values are kept while an answer is made.
+    values are kept while an answer is made. activations: what enters a quantized matrix, "int8" or "float".
     """
 
     spec: ModelSpec
@@ -61,6 +61,7 @@ class Engine:
     context: int
     threads: int
     kv: KV
+    activations: Activations
 
     def __init__(
         self,
@@ -69,11 +70,14 @@ class Engine:
         threads: int | None = None,
         context: int | None = None,
         kv: KV = "float",
+        activations: Activations = "int8",
     ) -> None:
         """artifact: a folder, or one that is open already. threads: by default as many cores as we may use.
 
         context: cuts the model's own; a longer one changes nothing. kv: "float" is exact; "int8" rounds keys and values
         to one byte each, with a scale for each head and token, and needs about a quarter of the memory.
+        activations: "int8" rounds what enters a quantized matrix to eight bits, several times faster; "float" computes
+        what the artifact's formula says.
         Raises what `Artifact.open` and `Tokenizer.open` raise, InputCorrupt when tensors do not fit the spec,
         ConfigError for options that make no sense, Unsupported when the compiled kernels do not load.
         """
@@ -85,11 +89,15 @@ class Engine:
             raise ConfigError(f"{threads} threads cannot work", where="threads", fix="Give 1 or more")
         if kv not in get_args(KV):
             raise ConfigError(f"{kv!r} is no way to keep keys and values", where="kv", fix='Give "float" or "int8"')
-        self.kv, self._read_ahead_for = kv, set[int]()
+        if activations not in get_args(Activations):
+            what = f"activations cannot be {activations!r}"
+            raise ConfigError(what, where="activations", fix=f"Give {' or '.join(get_args(Activations))}")
+        self.kv, self.activations, self._read_ahead_for = kv, activations, set[int]()
         self.tokenizer = Tokenizer.open(artifact.path)
         self._floats = {name: artifact.tensor(name) for name in artifact.manifest.floats}
         self._linears = {name: artifact.linear(name) for name in artifact.quantized}
-        self._model = Model(self.spec, self._floats, self._linears, threads=threads or usable_cores(), kv=kv)
+        cores = threads or usable_cores()
+        self._model = Model(self.spec, self._floats, self._linears, threads=cores, kv=kv, activations=activations)
         self.threads = self._model.threads
 
     def logits(self, tokens: Tokens, *, bits: int | None = None) -> F32:
@@ -252,9 +260,16 @@ class Engine:
         return f"Ask for fewer tokens or prompts at a time{less}, or free some memory"
 
 
-def load(path: str | Path, *, threads: int | None = None, context: int | None = None, kv: KV = "float") -> Engine:
+def load(
+    path: str | Path,
+    *,
+    threads: int | None = None,
+    context: int | None = None,
+    kv: KV = "float",
+    activations: Activations = "int8",
+) -> Engine:
     """Open the artifact at `path` for running; see `Engine`."""
-    return Engine(path, threads=threads, context=context, kv=kv)
+    return Engine(path, threads=threads, context=context, kv=kv, activations=activations)
 
 
 def _context(spec: ModelSpec, context: int | None) -> int:

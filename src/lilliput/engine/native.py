@@ -24,6 +24,7 @@ PAGE: Final = 64
 """Positions in a page of the cache; a sequence takes whole pages."""
 SHARE: Final = 16
 """Rows that one call of the attention kernel takes at most."""
+Activations = Literal["int8", "float"]
 
 
 @cache
@@ -49,6 +50,23 @@ def compiler() -> str:
 def matmul_nested(linear: StoredLinear, bits: int, x: F32, *, variant: str = "") -> F32:
     """x: (tokens, columns); returns (tokens, out), x times the transposed matrix at `bits`, inputs added in order."""
     return _f32(_native().matmul_nested(*_nested(linear, bits), _floats(x), variant))
+
+
+def quantize_i8(
+    x: F32, group_size: int, *, variant: str = ""
+) -> tuple[npt.NDArray[np.int8], F32, npt.NDArray[np.int32]]:
+    """Round x (tokens, columns) to int8, one scale a token and group of inputs; -1 is one group.
+
+    Returns codes (tokens, columns), scales (tokens, groups) and the sum of the codes of each group.
+    """
+    group = x.shape[1] if group_size == -1 else group_size
+    codes, scale, total = _native().quantize_i8(_floats(x), group, variant)
+    return np.asarray(codes).astype(np.int8), _f32(scale), np.asarray(total).astype(np.int32)
+
+
+def matmul_nested_i8(linear: StoredLinear, bits: int, x: F32, *, variant: str = "") -> F32:
+    """Like `matmul_nested`, with x rounded to int8 by `quantize_i8` for the matrix's groups: (tokens, out)."""
+    return _f32(_native().matmul_nested_i8(*_nested(linear, bits), _floats(x), variant))
 
 
 def nested_rows(linear: StoredLinear, bits: int) -> F32:
@@ -139,15 +157,18 @@ class Model:
         threads: int,
         kv: KV = "float",
         variant: str = "",
+        activations: Activations = "float",
     ) -> None:
         """floats: tensors by full name; linears: quantized matrices by module name, all by `core.spec`'s names.
 
         kv: how keys and values are kept: "float" is float32, "int8" has one float32 scale for each head and token.
 
-        variant: runs every op that has it in that variant; for tests.
+        variant: runs every op that has it in that variant; for tests. activations: what the inputs of quantized
+        matrices are rounded to; "int8" where groups are whole tiles of 32 inputs or whole rows, elsewhere not at all.
         Raises InputCorrupt when a tensor is missing or does not fit the spec.
         """
-        self._core, self._int8 = _native().Model(spec.model_dump(), threads, variant), kv == "int8"
+        self._core = _native().Model(spec.model_dump(), threads, variant, activations == "int8")
+        self._int8 = kv == "int8"
         matrices = {name.removesuffix(".weight") for name, t in floats.items() if _is_matrix(name, t)}
         try:
             for name in sorted(matrices | linears.keys()):

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -81,12 +81,13 @@ def bench(
     new_tokens: int = 128,
     rounds: int = 3,
     threads: int | None = None,
+    activations: Literal["int8", "float"] = "int8",
     timeout_s: float = 3600,
     progress: Progress | None = None,
 ) -> list[LatencyRow]:
     """Time an artifact at each width; one row a width, in the order of `bits`.
 
-    artifact: its path, or an open engine, whose path and threads are taken. timeout_s: for one process.
+    artifact: its path, or an open engine, whose path and threads are taken. activations: as `Engine` takes them. timeout_s: for one process.
     Raises ConfigError for sizes below 1 (new_tokens below 2) or where a process fails, with its last line;
     OutOfResource where it was killed or ran past its time.
     """
@@ -103,7 +104,13 @@ def bench(
             raise ConfigError(f"{name} is {value}", where="bench", fix=f"Give {least} or more")
     progress = progress or Silent()
     progress.begin("timing", rounds * len(bits))
-    job = {"artifact": str(path), "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "threads": threads}
+    job = {
+        "artifact": str(path),
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "threads": threads,
+        "activations": activations,
+    }
     found: dict[int, list[LatencyRound]] = {width: [] for width in bits}
     for _ in range(rounds):
         for width in found:

@@ -36,7 +36,7 @@ def measure(folder: Path, probe: list[int], logits: Mapping[str, F32]) -> list[Q
     probe: token ids. logits: what the sweep computed, (length, vocab) by width and under "float".
     Raises QualityFailed when the artifact does not say what was meant, or says something that is not a number.
     """
-    engine = Engine(folder)
+    engine = Engine(folder, activations="float")  # torch computed in float: any other difference is a fault
     found = []
     for key in sorted((k for k in logits if k != "float"), key=int):
         bits = int(key)

@@ -1,8 +1,10 @@
 """`lilliput bench`: how fast each width answers on this machine, and in how much memory."""
 
+from typing import Literal
+
 import click
 
-from lilliput.apps.cli.options import artifact_argument, common, threads, widths
+from lilliput.apps.cli.options import activations, artifact_argument, common, threads, widths
 from lilliput.apps.cli.output import Output, table
 from lilliput.measure.memory import format_bytes
 
@@ -29,6 +31,7 @@ COLUMNS = {
     "--rounds", type=click.IntRange(1), default=3, show_default=True, help="Processes a width; medians count."
 )
 @threads(2)
+@activations
 @click.pass_obj
 def command(
     out: Output,
@@ -38,6 +41,7 @@ def command(
     new_tokens: int,
     rounds: int,
     threads: int,
+    activations: Literal["int8", "float"],
 ) -> None:
     """Time ARTIFACT at each width, each in a process of its own.
 
@@ -63,6 +67,7 @@ def command(
             new_tokens=new_tokens,
             rounds=rounds,
             threads=threads,
+            activations=activations,
             progress=progress,
         )
     data = [row.model_dump(mode="json") for row in rows]

@@ -1,8 +1,10 @@
 """`lilliput eval`: what each width costs in quality, on the same text, beside the original."""
 
+from typing import Literal
+
 import click
 
-from lilliput.apps.cli.options import artifact_argument, common, threads, widths
+from lilliput.apps.cli.options import activations, artifact_argument, common, threads, widths
 from lilliput.apps.cli.output import Output, table
 
 COLUMNS = {
@@ -27,6 +29,7 @@ COLUMNS = {
 @click.option("--field", help="Field of JSONL or Parquet rows that holds the text.")
 @click.option("--join/--no-join", default=False, show_default=True, help="Measure the documents as one, end to end.")
 @threads()
+@activations
 @click.pass_obj
 def command(
     out: Output,
@@ -39,6 +42,7 @@ def command(
     field: str | None,
     join: bool,
     threads: int | None,
+    activations: Literal["int8", "float"],
 ) -> None:
     """Measure ARTIFACT on FILE at each width: perplexity, and with --against how far it is from the original.
 
@@ -53,7 +57,7 @@ def command(
     from lilliput.measure.quality import evaluate
     from lilliput.measure.reference import open_original
 
-    engine = Engine(artifact, threads=threads)
+    engine = Engine(artifact, threads=threads, activations=activations)
     cut = windows(read_documents(text, field=field), engine.tokenizer, length=length, join=join, limit=limit)
     asked: list[int | None] = [*(bits or engine.bits)]
     with out.progress() as progress:

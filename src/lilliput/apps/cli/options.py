@@ -39,6 +39,13 @@ def threads(default: int | None = None) -> Callable[[F], F]:
     return click.option("--threads", type=click.IntRange(1, 1024), default=default, show_default=True, help=text)
 
 
+def activations(command: F) -> F:
+    """`--activations`, what enters a quantized matrix."""
+    text = "What enters a quantized matrix: rounded to int8, which is faster, or float as it is."
+    choice = click.Choice(["int8", "float"])
+    return click.option("--activations", type=choice, default="int8", show_default=True, help=text)(command)
+
+
 def common(command: F) -> F:
     """`--json` and `--quiet`, which may stand before the verb or after it."""
 

@@ -3,11 +3,11 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import click
 
-from lilliput.apps.cli.options import artifact_argument, common, threads
+from lilliput.apps.cli.options import activations, artifact_argument, common, threads
 from lilliput.apps.cli.output import Output
 
 LONG_PROMPT = 512
@@ -42,6 +42,7 @@ LONG_PROMPT = 512
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the draws.")
 @click.option("--chat", is_flag=True, help="Wrap the prompt in the model's chat template.")
 @threads()
+@activations
 @click.option("--context", type=click.IntRange(1), help="Tokens of prompt and answer together; by default the model's.")
 @click.option(
     "--kv",
@@ -68,6 +69,7 @@ def command(
     threads: int | None,
     context: int | None,
     kv: Any,
+    activations: Literal["int8", "float"],
 ) -> None:
     """Continue PROMPT with the model in ARTIFACT; the text streams to stdout.
 
@@ -77,7 +79,7 @@ def command(
     """
     from lilliput.engine import Engine, Sampling
 
-    engine = Engine(artifact, threads=threads, context=context, kv=kv)
+    engine = Engine(artifact, threads=threads, context=context, kv=kv, activations=activations)
     text = sys.stdin.read() if prompt == "-" else prompt
     if chat:
         text = engine.tokenizer.render_chat([{"role": "user", "content": text}])

@@ -2,10 +2,11 @@
 
 import logging
 import sys
+from typing import Literal
 
 import click
 
-from lilliput.apps.cli.options import artifact_argument, common, threads
+from lilliput.apps.cli.options import activations, artifact_argument, common, threads
 from lilliput.apps.cli.output import Output
 
 
@@ -20,6 +21,7 @@ from lilliput.apps.cli.output import Output
 @click.option("--api-key", help="Ask for this key as a Bearer token; better set in LILLIPUT_SERVE_API_KEY.")
 @click.option("--queue", type=click.IntRange(0, 1024), default=8, show_default=True, help="Requests that may wait.")
 @threads()
+@activations
 @click.option("--context", type=click.IntRange(1), help="Tokens of prompt and answer together; by default the model's.")
 @click.pass_obj
 def command(
@@ -32,6 +34,7 @@ def command(
     queue: int,
     threads: int | None,
     context: int | None,
+    activations: Literal["int8", "float"],
 ) -> None:
     """Serve ARTIFACT at /v1/completions and /v1/chat/completions until interrupted (needs lilliput[serve]).
 
@@ -41,7 +44,7 @@ def command(
     from lilliput.engine import Engine
 
     logging.basicConfig(stream=sys.stderr, format="%(levelname)s: %(message)s", level=logging.WARNING)
-    engine = Engine(artifact, threads=threads, context=context)
+    engine = Engine(artifact, threads=threads, context=context, activations=activations)
     if bits is not None and bits not in engine.bits:
         what = f"{bits} bits are not in {artifact}, which has {', '.join(map(str, engine.bits))}"
         raise click.BadParameter(what, param_hint="--bits")

@@ -1,0 +1,86 @@
+"""matmul_nested_i8, one token: each variant and width from memory and from cache, against the raw read rate.
+
+From memory: copies of a matrix, together about 300 MB, one after the other; a round times a plain read of one and the
+same memory and then every variant, so that a ratio sees one state of the machine. One thread. The call itself costs a few microseconds.
+"""
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from harness import emit
+from lilliput.artifact.read import StoredLinear
+from lilliput.engine import native
+from lilliput.numerics.packing import fields_of
+
+LADDER, GROUP, TOTAL, ROUNDS = (2, 3, 4, 8), 64, 300e6, 5
+
+
+def linear_in(buffers: list[np.ndarray], out: int, columns: int) -> StoredLinear:
+    """A matrix whose fields and scales are `buffers`."""
+    *planes, scale = buffers
+    fields, tiles = fields_of(LADDER), out // 16
+    shaped = tuple(p.reshape(tiles, columns // 32, 64 * f) for p, f in zip(planes, fields, strict=True))
+    scales = dict.fromkeys(LADDER, scale.view(np.float16).reshape(tiles, columns // GROUP, 16))
+    return StoredLinear(
+        name="matrix", out=out, columns=columns, group_size=GROUP, groups=columns // GROUP, bits=LADDER, fields=fields,
+        planes=shaped, scale=scales, zero={}, bias=None,
+    )  # fmt: skip
+
+
+def seconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    rng = np.random.default_rng(0)
+    for out, columns in ((2048, 2048), (5632, 2048)):
+        x = rng.standard_normal((1, columns), dtype=np.float32)
+        for bits in LADDER:
+            used = out * columns * bits // 8 + out * columns // GROUP * 2
+            count = max(2, int(TOTAL / used))
+            weights = out * columns
+            copies = []
+            for _ in range(count):
+                planes = [
+                    rng.integers(0, 256, weights * f // 8 if sum(fields_of(LADDER)[: n + 1]) <= bits else 0, np.uint8)
+                    for n, f in enumerate(fields_of(LADDER))
+                ]
+                planes = [
+                    p if p.size else np.zeros(weights * f // 8, np.uint8)
+                    for p, f in zip(planes, fields_of(LADDER), strict=True)
+                ]
+                scale = rng.integers(0x1000, 0x2000, weights // GROUP, np.uint16).view(np.uint8)
+                copies.append(linear_in([*planes, scale], out, columns))
+            read = [
+                [p.reshape(-1).view(np.uint64) for n, p in enumerate(c.planes) if sum(c.fields[: n + 1]) <= bits]
+                for c in copies
+            ]
+            names = native.variants("matmul_nested_i8")[1:]
+            raw: list[float] = []
+            spent: dict[str, list[float]] = {name: [] for name in names}
+            for _ in range(ROUNDS):
+                raw.append(seconds(lambda read=read: [p.max() for planes in read for p in planes]))
+                for name in names:
+                    spent[name].append(
+                        seconds(
+                            lambda n=name, c=copies, b=bits, x=x: [native.matmul_nested_i8(m, b, x, variant=n) for m in c]
+                        )
+                    )
+            for name in names:
+                small = copies[0]
+                hot = min(
+                    seconds(lambda n=name, m=small, b=bits, x=x: native.matmul_nested_i8(m, b, x, variant=n))
+                    for _ in range(30)
+                )
+                rate = used * count / np.median(spent[name]) / 1e9
+                share = float(np.median([r / s for r, s in zip(raw, spent[name], strict=True)]))
+                emit("matmul_nested_i8", variant=name, bits=bits, out=out, columns=columns, gb_per_s=rate, share_of_read=share,
+                     read_gb_per_s=used * count / np.median(raw) / 1e9, in_cache_gb_per_s=used / hot / 1e9)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

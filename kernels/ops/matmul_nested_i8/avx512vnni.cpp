@@ -1,0 +1,29 @@
+// VPDPBUSD in 512 bits.
+#include "ops/matmul_nested_i8/zmm.hpp"
+
+namespace lilliput {
+namespace {
+
+struct Avx512Vnni : Zmm {
+  static constexpr bool kSplit = false;
+
+  // Two chains that begin at 0 each time, so that one tile does not wait for the one before.
+  template <bool>
+  LILLIPUT_INLINE Sums dot(Sums sums, const Bytes codes[8], const Bytes*, const int8_t* x) {
+    Bytes a = _mm512_setzero_si512(), b = a;
+    for (int j = 0; j < 8; j += 2) {
+      a = _mm512_dpbusd_epi32(a, codes[j], inputs(x + 4 * j));
+      b = _mm512_dpbusd_epi32(b, codes[j + 1], inputs(x + 4 * j + 4));
+    }
+    return sums + ((Sums)a + (Sums)b);
+  }
+};
+
+}  // namespace
+
+void matmul_nested_i8_avx512vnni(const NestedView& w, const QuantizedView& x, int64_t tokens, float* y, int64_t ldy,
+                                 int64_t tile_begin, int64_t tile_end, uint8_t* scratch) {
+  matmul_nested_i8_body<Avx512Vnni>(w, x, tokens, y, ldy, tile_begin, tile_end, scratch);
+}
+
+}  // namespace lilliput

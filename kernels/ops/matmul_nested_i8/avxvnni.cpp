@@ -1,0 +1,29 @@
+// VPDPBUSD in 256 bits, for machines that have it without AVX-512.
+#include "ops/matmul_nested_i8/ymm.hpp"
+
+namespace lilliput {
+namespace {
+
+struct AvxVnni : Ymm {
+  static constexpr bool kSplit = false;
+
+  // Two chains that begin at 0 each time, so that one tile does not wait for the one before.
+  template <bool>
+  LILLIPUT_INLINE Sums dot(Sums sums, const Bytes codes[8], const Bytes*, const int8_t* x) {
+    Bytes a = _mm256_setzero_si256(), b = a;
+    for (int j = 0; j < 8; j += 2) {
+      a = _mm256_dpbusd_avx_epi32(a, codes[j], inputs(x + 4 * j));
+      b = _mm256_dpbusd_avx_epi32(b, codes[j + 1], inputs(x + 4 * j + 4));
+    }
+    return sums + ((Sums)a + (Sums)b);
+  }
+};
+
+}  // namespace
+
+void matmul_nested_i8_avxvnni(const NestedView& w, const QuantizedView& x, int64_t tokens, float* y, int64_t ldy,
+                              int64_t tile_begin, int64_t tile_end, uint8_t* scratch) {
+  matmul_nested_i8_body<AvxVnni>(w, x, tokens, y, ldy, tile_begin, tile_end, scratch);
+}
+
+}  // namespace lilliput

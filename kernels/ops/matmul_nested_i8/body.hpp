@@ -1,0 +1,339 @@
+// The vector body of matmul_nested_i8, over an instruction set `I`:
+//
+//     I::Bytes, I::Sums, I::Floats    one register as bytes, int32 and float32
+//     I::kRows                        rows a register holds: 4 inputs of each, so 4 * kRows bytes; 16 / kRows parts a line
+//     I::kBlock                       tokens whose sums stay in registers
+//     I::kSplit                       codes beyond a nibble come as two nibbles, low and high
+//     I::kSigned                      8-bit codes come as c - 128
+//     I::dot(sums, low, high, x)      adds the products of 8 steps of codes and the 32 inputs at x to the sums
+//
+// Unpacking is written once for all of them. As in vec.hpp, everything has internal linkage and stays inline.
+#pragma once
+
+#include "ops/matmul_nested_i8/matmul_nested_i8.hpp"
+#include "ops/vec.hpp"
+
+namespace lilliput {
+namespace {
+
+// The cuts with an unpacking of their own; `any` takes every other list of fields.
+enum class Cut { f2, f21, f211, f2114, f4, f44, any };
+
+// Their widths are known to the compiler; those of `any` are read from the view.
+template <Cut C>
+LILLIPUT_INLINE int fields_in(const NestedView& w) {
+  if constexpr (C == Cut::any) return w.fields;
+  return C == Cut::f2 || C == Cut::f4 ? 1 : C == Cut::f21 || C == Cut::f44 ? 2 : C == Cut::f211 ? 3 : 4;
+}
+template <Cut C>
+LILLIPUT_INLINE int width_in(const NestedView& w, int f) {
+  if constexpr (C == Cut::any) return w.widths[f];
+  if (C == Cut::f4 || C == Cut::f44 || f == 3) return 4;
+  return f == 0 ? 2 : 1;
+}
+
+LILLIPUT_INLINE Cut cut_of(const NestedView& w) {
+  const auto is = [&w](int count, int a, int b, int c, int d) {
+    const int want[4] = {a, b, c, d};
+    bool same = w.fields == count;
+    for (int f = 0; same && f < count; ++f) same = w.widths[f] == want[f];
+    return same;
+  };
+  if (is(1, 2, 0, 0, 0)) return Cut::f2;
+  if (is(2, 2, 1, 0, 0)) return Cut::f21;
+  if (is(3, 2, 1, 1, 0)) return Cut::f211;
+  if (is(4, 2, 1, 1, 4)) return Cut::f2114;
+  if (is(1, 4, 0, 0, 0)) return Cut::f4;
+  if (is(2, 4, 4, 0, 0)) return Cut::f44;
+  return Cut::any;
+}
+
+template <class I>
+LILLIPUT_INLINE typename I::Bytes nibble(typename I::Bytes v) {
+  return I::both(v, I::splat(0x0f));
+}
+
+// Four lines of a 4-bit field, or what has its arrangement, as the nibbles of eight steps.
+template <class I>
+LILLIPUT_INLINE void nibbles(const typename I::Bytes line[4], typename I::Bytes to[8]) {
+  for (int n = 0; n < 4; ++n) {
+    const int j = 4 * (n / 2) + n % 2;
+    to[j] = nibble<I>(line[n]);
+    to[j + 2] = nibble<I>(I::template right<4>(line[n]));
+  }
+}
+
+// One part of one tile as eight steps of codes; `low` alone unless I splits and the cut is wider than a nibble.
+template <class I, Cut C>
+LILLIPUT_INLINE void unpack(const NestedView& w, int64_t tile, int part, typename I::Bytes low[8],
+                            typename I::Bytes high[8]) {
+  using B = typename I::Bytes;
+  constexpr int kBytes = 4 * I::kRows;
+  const auto line = [&](int f, int n) {
+    return I::load(w.planes[f] + tile * 64 * width_in<C>(w, f) + 64 * n + kBytes * part);
+  };
+  if constexpr (C == Cut::f2) {
+    for (int n = 0; n < 2; ++n) {
+      const B v = line(0, n), m = I::splat(0x03);
+      low[4 * n] = I::both(v, m);
+      low[4 * n + 1] = I::both(I::template right<2>(v), m);
+      low[4 * n + 2] = I::both(I::template right<4>(v), m);
+      low[4 * n + 3] = I::both(I::template right<6>(v), m);
+    }
+  } else if constexpr (C == Cut::f21 || C == Cut::f211 || C == Cut::f2114) {
+    // The single bits become a 2-bit field of each half, and with the leading field the nibbles of eight steps. Without
+    // the third field its bit is 0, so that codes are doubled.
+    const B odd = I::splat(0xaa), top = I::splat(0xcc), v0 = line(0, 0), v1 = line(0, 1), p = line(1, 0);
+    B s0, s1;
+    if constexpr (C == Cut::f21) {
+      s0 = I::both(p, odd);
+      s1 = I::both(I::template left<1>(p), odd);
+    } else {
+      const B q = line(2, 0);
+      s0 = I::choose(odd, p, I::template right<1>(q));
+      s1 = I::choose(odd, I::template left<1>(p), q);
+    }
+    const B lines[4] = {
+        I::choose(top, I::template left<2>(v0), s0), I::choose(top, v0, I::template right<2>(s0)),
+        I::choose(top, I::template left<2>(v1), s1), I::choose(top, v1, I::template right<2>(s1))};
+    if constexpr (C != Cut::f2114) {
+      nibbles<I>(lines, low);
+    } else {
+      const B tail[4] = {line(3, 0), line(3, 1), line(3, 2), line(3, 3)};
+      if constexpr (I::kSplit) {
+        nibbles<I>(lines, high);
+        nibbles<I>(tail, low);
+      } else {
+        for (int n = 0; n < 4; ++n) {
+          const int j = 4 * (n / 2) + n % 2;
+          low[j] = I::choose(I::splat(0xf0), I::template left<4>(lines[n]), tail[n]);
+          low[j + 2] = I::choose(I::splat(0xf0), lines[n], I::template right<4>(tail[n]));
+        }
+      }
+    }
+  } else if constexpr (C == Cut::f4) {
+    const B lines[4] = {line(0, 0), line(0, 1), line(0, 2), line(0, 3)};
+    nibbles<I>(lines, low);
+  } else if constexpr (C == Cut::f44) {
+    const B lines[4] = {line(0, 0), line(0, 1), line(0, 2), line(0, 3)};
+    const B tail[4] = {line(1, 0), line(1, 1), line(1, 2), line(1, 3)};
+    if constexpr (I::kSplit) {
+      nibbles<I>(lines, high);
+      nibbles<I>(tail, low);
+    } else {
+      for (int n = 0; n < 4; ++n) {
+        const int j = 4 * (n / 2) + n % 2;
+        low[j] = I::choose(I::splat(0xf0), I::template left<4>(lines[n]), tail[n]);
+        low[j + 2] = I::choose(I::splat(0xf0), lines[n], I::template right<4>(tail[n]));
+      }
+    }
+  } else {
+    for (int j = 0; j < 8; ++j) low[j] = I::splat(0);
+    for (int f = 0; f < w.fields; ++f) {
+      if (w.widths[f] == 4) {
+        B lines[4], more[8];
+        for (int n = 0; n < 4; ++n) lines[n] = line(f, n);
+        nibbles<I>(lines, more);
+        for (int j = 0; j < 8; ++j) low[j] = I::either(I::template left<4>(low[j]), more[j]);
+      } else if (w.widths[f] == 2) {
+        for (int n = 0; n < 2; ++n) {
+          B v = line(f, n);
+          for (int s = 0; s < 4; ++s, v = I::template right<2>(v))
+            low[4 * n + s] = I::either(I::template left<2>(low[4 * n + s]), I::both(v, I::splat(0x03)));
+        }
+      } else {
+        B v = line(f, 0);
+        for (int b = 0; b < 8; ++b, v = I::template right<1>(v)) {
+          const int j = b / 2 + (b % 2 ? 0 : 4);
+          low[j] = I::either(I::template left<1>(low[j]), I::both(v, I::splat(0x01)));
+        }
+      }
+    }
+    if constexpr (I::kSplit) {
+      for (int j = 0; j < 8; ++j) {
+        high[j] = nibble<I>(I::template right<4>(low[j]));
+        low[j] = nibble<I>(low[j]);
+      }
+    }
+  }
+  if constexpr (I::kSigned) {
+    if (w.bits == 8)
+      for (int j = 0; j < 8; ++j) low[j] = I::differ(low[j], I::splat(0x80));
+  }
+}
+
+template <class I, Cut C>
+constexpr bool has_high = I::kSplit && (C == Cut::f2114 || C == Cut::f44 || C == Cut::any);
+
+// Codes as they are stored, unpacked where they are used.
+template <class I, Cut C>
+struct Packed {
+  const NestedView& w;
+  int64_t first;  // tile of input 0
+
+  // Streams of a row of tiles are a few lines each; asking for the lines some tiles ahead keeps all of them coming.
+  inline __attribute__((always_inline)) void fetch(int64_t tile) const {
+    for (int f = 0; f < fields_in<C>(w); ++f) {
+      const uint8_t* bytes = w.planes[f] + (first + tile + kAhead) * 64 * width_in<C>(w, f);
+      for (int n = 0; n < width_in<C>(w, f); ++n) __builtin_prefetch(bytes + 64 * n);
+    }
+  }
+  inline __attribute__((always_inline)) void codes(int64_t tile, int part, typename I::Bytes low[8], typename I::Bytes high[8]) const {
+    unpack<I, C>(w, first + tile, part, low, high);
+  }
+  static constexpr int64_t kAhead = 16;
+};
+
+// Codes unpacked beforehand: for each tile eight lines of low parts, then eight of high ones if there are any.
+template <class I, Cut C>
+struct Panel {
+  static constexpr int64_t kTile = has_high<I, C> ? 1024 : 512;
+  uint8_t* data;
+
+  inline __attribute__((always_inline)) void fetch(int64_t) const {}
+  inline __attribute__((always_inline)) void fill(const NestedView& w, int64_t first, int64_t tiles) const {
+    const Packed<I, C> from{w, first};
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      from.fetch(tile);
+      for (int part = 0; part < kTileRows / I::kRows; ++part) {
+        typename I::Bytes low[8], high[8];
+        from.codes(tile, part, low, high);
+        uint8_t* to = data + tile * kTile + 4 * I::kRows * part;
+        for (int j = 0; j < 8; ++j) I::keep(to + 64 * j, low[j]);
+        if constexpr (has_high<I, C>)
+          for (int j = 0; j < 8; ++j) I::keep(to + 512 + 64 * j, high[j]);
+      }
+    }
+  }
+  inline __attribute__((always_inline)) void codes(int64_t tile, int part, typename I::Bytes low[8], typename I::Bytes high[8]) const {
+    const uint8_t* from = data + tile * kTile + 4 * I::kRows * part;
+    for (int j = 0; j < 8; ++j) low[j] = I::load(from + 64 * j);
+    if constexpr (has_high<I, C>)
+      for (int j = 0; j < 8; ++j) high[j] = I::load(from + 512 + 64 * j);
+  }
+};
+
+// One row of tiles against `count` of `T` tokens; the places beyond `count` compute the first token once more.
+template <class I, Cut C, int T, class Source>
+LILLIPUT_INLINE void multiply_tokens(const NestedView& w, int64_t row_tile, const Source& source, const QuantizedView& x,
+                                     int64_t first_token, int count, float* y, int64_t ldy) {
+  using F = typename I::Floats;
+  constexpr int kParts = kTileRows / I::kRows;
+  const int64_t input_tiles = x.stride / kTileInputs, group_tiles = (w.group + kTileInputs - 1) / kTileInputs;
+  const int64_t rest = w.out - row_tile * kTileRows, rows = rest < kTileRows ? rest : kTileRows;
+  const int8_t* codes[T];
+  const float* scale[T];
+  const int32_t* sum[T];
+  for (int t = 0; t < T; ++t) {
+    const int64_t token = first_token + (t < count ? t : 0);
+    codes[t] = x.codes + token * x.stride;
+    scale[t] = x.scale + token * x.groups;
+    sum[t] = x.sum + token * x.groups;
+  }
+  // 2 d - (2^bits - 1) sum, from d, 2 d or d - 128 sum
+  const bool lowered = I::kSigned && w.bits == 8;
+  const int32_t middle = lowered ? -1 : (1 << w.bits) - 1;
+  F result[kParts][T];
+  for (int part = 0; part < kParts; ++part)
+    for (int t = 0; t < T; ++t) result[part][t] = I::zero();
+  const uint16_t* wscale = w.scale + row_tile * x.groups * kTileRows;
+  const uint16_t* wzero = w.zero ? w.zero + row_tile * x.groups * kTileRows : nullptr;
+  for (int64_t g = 0, tile = 0; g < x.groups; ++g) {
+    const int64_t end = input_tiles - tile < group_tiles ? input_tiles : tile + group_tiles;
+    typename I::Sums dots[kParts][T];
+    for (int part = 0; part < kParts; ++part)
+      for (int t = 0; t < T; ++t) dots[part][t] = I::none();
+    for (; tile < end; ++tile) {
+      source.fetch(tile);
+      for (int part = 0; part < kParts; ++part) {
+        typename I::Bytes low[8], high[8];
+        source.codes(tile, part, low, high);
+        for (int t = 0; t < T; ++t)
+          dots[part][t] = I::template dot<has_high<I, C>>(dots[part][t], low, high, codes[t] + tile * kTileInputs);
+      }
+    }
+    for (int part = 0; part < kParts; ++part) {
+      const F ws = I::halves(wscale + g * kTileRows + part * I::kRows);
+      for (int t = 0; t < T; ++t) {
+        const auto d = C == Cut::f21 ? dots[part][t] : dots[part][t] + dots[part][t];
+        F e = I::to_floats(d - I::spread_sum(middle * sum[t][g]));
+        if (wzero)
+          e = e - I::halves(wzero + g * kTileRows + part * I::kRows) * I::spread(static_cast<float>(2 * sum[t][g]));
+        result[part][t] = result[part][t] + (ws * I::spread(scale[t][g] * 0.5f)) * e;
+      }
+    }
+  }
+  for (int t = 0; t < count; ++t) {
+    float lane[kTileRows];
+    for (int part = 0; part < kParts; ++part) I::store(lane + part * I::kRows, result[part][t]);
+    float* to = y + (first_token + t) * ldy + row_tile * kTileRows;
+    if (rows == kTileRows)
+      std::memcpy(to, lane, sizeof lane);
+    else
+      for (int64_t r = 0; r < rows; ++r) to[r] = lane[r];
+  }
+}
+
+template <class I, Cut C, class Source>
+static __attribute__((noinline)) void multiply_one(const NestedView& w, int64_t row_tile, const Source& source,
+                                                   const QuantizedView& x, int64_t t, float* y, int64_t ldy) {
+  multiply_tokens<I, C, 1>(w, row_tile, source, x, t, 1, y, ldy);
+}
+
+template <class I, Cut C, class Source>
+static __attribute__((noinline)) void multiply_some(const NestedView& w, int64_t row_tile, const Source& source,
+                                                    const QuantizedView& x, int64_t t, int count, float* y,
+                                                    int64_t ldy) {
+  if (count <= 2)
+    multiply_tokens<I, C, 2>(w, row_tile, source, x, t, count, y, ldy);
+  else if (count <= 4)
+    multiply_tokens<I, C, 4>(w, row_tile, source, x, t, count, y, ldy);
+  else
+    multiply_tokens<I, C, I::kBlock>(w, row_tile, source, x, t, count, y, ldy);
+}
+
+template <class I, Cut C>
+LILLIPUT_INLINE void multiply_cut(const NestedView& w, const QuantizedView& x, int64_t tokens, float* y, int64_t ldy,
+                                  int64_t tile_begin, int64_t tile_end, uint8_t* scratch) {
+  const int64_t input_tiles = x.stride / kTileInputs;
+  if (tokens <= I::kBlock) {  // the codes are used at once: no panel
+    for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
+      const Packed<I, C> source{w, tile * input_tiles};
+      if (tokens == 1)
+        multiply_one<I, C>(w, tile, source, x, 0, y, ldy);
+      else
+        multiply_some<I, C>(w, tile, source, x, 0, static_cast<int>(tokens), y, ldy);
+    }
+    return;
+  }
+  uint8_t* data = scratch + (64 - reinterpret_cast<uintptr_t>(scratch) % 64) % 64;
+  const int64_t most = panel_tiles(w.columns);
+  for (int64_t begin = tile_begin; begin < tile_end; begin += most) {
+    const int64_t count = tile_end - begin < most ? tile_end - begin : most;
+    const auto panel = [&](int64_t n) { return Panel<I, C>{data + n * input_tiles * Panel<I, C>::kTile}; };
+    for (int64_t n = 0; n < count; ++n) panel(n).fill(w, (begin + n) * input_tiles, input_tiles);
+    for (int64_t t = 0; t < tokens; t += I::kBlock) {
+      const int block = tokens - t < I::kBlock ? static_cast<int>(tokens - t) : I::kBlock;
+      for (int64_t n = 0; n < count; ++n) multiply_some<I, C>(w, begin + n, panel(n), x, t, block, y, ldy);
+    }
+  }
+}
+
+template <class I>
+LILLIPUT_INLINE void matmul_nested_i8_body(const NestedView& w, const QuantizedView& x, int64_t tokens, float* y,
+                                           int64_t ldy, int64_t tile_begin, int64_t tile_end, uint8_t* scratch) {
+  if (!fits_i8(w.columns, w.group))
+    return matmul_nested_i8_reference(w, x, tokens, y, ldy, tile_begin, tile_end, scratch);
+  switch (cut_of(w)) {
+    case Cut::f2: return multiply_cut<I, Cut::f2>(w, x, tokens, y, ldy, tile_begin, tile_end, scratch);
+    case Cut::f21: return multiply_cut<I, Cut::f21>(w, x, tokens, y, ldy, tile_begin, tile_end, scratch);
+    case Cut::f211: return multiply_cut<I, Cut::f211>(w, x, tokens, y, ldy, tile_begin, tile_end, scratch);
+    case Cut::f2114: return multiply_cut<I, Cut::f2114>(w, x, tokens, y, ldy, tile_begin, tile_end, scratch);
+    case Cut::f4: return multiply_cut<I, Cut::f4>(w, x, tokens, y, ldy, tile_begin, tile_end, scratch);
+    case Cut::f44: return multiply_cut<I, Cut::f44>(w, x, tokens, y, ldy, tile_begin, tile_end, scratch);
+    case Cut::any: return multiply_cut<I, Cut::any>(w, x, tokens, y, ldy, tile_begin, tile_end, scratch);
+  }
+}
+
+}  // namespace
+}  // namespace lilliput

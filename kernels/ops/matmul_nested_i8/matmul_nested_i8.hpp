@@ -1,0 +1,47 @@
+// y = x W^T for a matrix stored as nested bit fields and activations in int8 (quantize_i8), groups as in the matrix.
+//
+//     d[t, n, g] = sum over the group of c[n, k] q[t, k]                          int32, exact
+//     i[t, n, g] = 2 d - (2^bits - 1) sum[t, g]                                   int32, exact
+//     e[t, n, g] = float(i) - zero[n, g] float(2 sum[t, g])                       e = float(i) without zeros
+//     y[t, n]    = ((0 + (scale[n, 0] (xscale[t, 0] / 2)) e[t, n, 0]) + (scale[n, 1] ..) ..      g ascending, float32
+//
+// The middle of the code range is a half, so everything is doubled until the integers become floats: a symmetric group
+// is rounded nowhere before that. The integers are the same in any order; the float sum runs over groups in order.
+#pragma once
+
+#include "ops/matmul_nested/matmul_nested.hpp"
+#include "ops/quantize_i8/quantize_i8.hpp"
+
+namespace lilliput {
+
+// 255 * 127 times this stays below 2^31. Wider groups have no int8 path.
+constexpr int64_t kWidestI8Group = 65536;
+constexpr int64_t kPanelBytes = 256 * 1024;  // codes unpacked at once for several tokens: part of an L2 cache
+constexpr int64_t kPanelTiles = 4;           // row tiles a panel at most
+
+// The functions here are static for the reason given in vec.hpp.
+
+// Whether a tile of 32 inputs never spans two groups, so that the vector variants apply. Others run the reference.
+static constexpr bool fits_i8(int64_t columns, int64_t group) {
+  return (group < columns ? group : columns) <= kWidestI8Group && (group % kTileInputs == 0 || group >= columns);
+}
+
+// Row tiles a panel of codes has room for. A code may take two bytes, one a nibble.
+static constexpr int64_t panel_tiles(int64_t columns) {
+  const int64_t tile = 2 * kTileRows * quantized_stride(columns);
+  return kPanelBytes / tile < 1 ? 1 : kPanelBytes / tile > kPanelTiles ? kPanelTiles : kPanelBytes / tile;
+}
+
+// Bytes of scratch for `columns` inputs, 64 of them to align it.
+static constexpr int64_t matmul_nested_i8_scratch(int64_t columns) {
+  return panel_tiles(columns) * 2 * kTileRows * quantized_stride(columns) + 64;
+}
+
+// Rows [16 * tile_begin, min(16 * tile_end, out)) of y. x: `tokens` tokens; y: (tokens, ldy) float32;
+// scratch: matmul_nested_i8_scratch(columns) bytes of the calling thread.
+typedef void MatmulNestedI8(const NestedView& w, const QuantizedView& x, int64_t tokens, float* y, int64_t ldy,
+                            int64_t tile_begin, int64_t tile_end, uint8_t* scratch);
+MatmulNestedI8 matmul_nested_i8_reference, matmul_nested_i8_avx2, matmul_nested_i8_avxvnni, matmul_nested_i8_avx512bw,
+    matmul_nested_i8_avx512vnni, matmul_nested_i8_neon;
+
+}  // namespace lilliput

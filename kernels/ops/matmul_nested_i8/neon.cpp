@@ -1,0 +1,59 @@
+// SDOT by element: four rows x four inputs against one lane of sixteen activations, without broadcasts. Codes of up to
+// 7 bits are valid int8; those of 8 go in as c - 128.
+#include <arm_neon.h>
+
+#include "ops/matmul_nested_i8/body.hpp"
+
+namespace lilliput {
+namespace {
+
+struct Neon {
+  typedef uint8x16_t Bytes;
+  typedef int32x4_t Sums;
+  typedef float32x4_t Floats;
+  static constexpr int kRows = 4, kBlock = 4;
+  static constexpr bool kSplit = false, kSigned = true;
+
+  LILLIPUT_INLINE Bytes load(const uint8_t* from) { return vld1q_u8(from); }
+  LILLIPUT_INLINE void keep(uint8_t* to, Bytes v) { vst1q_u8(to, v); }
+  LILLIPUT_INLINE Bytes splat(int byte) { return vdupq_n_u8(static_cast<uint8_t>(byte)); }
+  LILLIPUT_INLINE Bytes both(Bytes a, Bytes b) { return vandq_u8(a, b); }
+  LILLIPUT_INLINE Bytes either(Bytes a, Bytes b) { return vorrq_u8(a, b); }
+  LILLIPUT_INLINE Bytes differ(Bytes a, Bytes b) { return veorq_u8(a, b); }
+  LILLIPUT_INLINE Bytes choose(Bytes m, Bytes yes, Bytes no) { return vbslq_u8(m, yes, no); }
+  template <int N>
+  LILLIPUT_INLINE Bytes right(Bytes v) { return vshrq_n_u8(v, N); }
+  template <int N>
+  LILLIPUT_INLINE Bytes left(Bytes v) { return vshlq_n_u8(v, N); }
+
+  LILLIPUT_INLINE Sums none() { return vdupq_n_s32(0); }
+  LILLIPUT_INLINE Floats zero() { return vdupq_n_f32(0); }
+  LILLIPUT_INLINE Sums spread_sum(int32_t v) { return vdupq_n_s32(v); }
+  LILLIPUT_INLINE Floats spread(float v) { return vdupq_n_f32(v); }
+  LILLIPUT_INLINE Floats to_floats(Sums v) { return vcvtq_f32_s32(v); }
+  LILLIPUT_INLINE Floats halves(const uint16_t* from) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from))); }
+  LILLIPUT_INLINE void store(float* to, Floats v) { vst1q_f32(to, v); }
+
+  template <bool>
+  LILLIPUT_INLINE Sums dot(Sums sums, const Bytes codes[8], const Bytes*, const int8_t* x) {
+    const int8x16_t x0 = vld1q_s8(x), x1 = vld1q_s8(x + 16);
+    const auto c = [codes](int j) { return vreinterpretq_s8_u8(codes[j]); };
+    sums = vdotq_laneq_s32(sums, c(0), x0, 0);
+    sums = vdotq_laneq_s32(sums, c(1), x0, 1);
+    sums = vdotq_laneq_s32(sums, c(2), x0, 2);
+    sums = vdotq_laneq_s32(sums, c(3), x0, 3);
+    sums = vdotq_laneq_s32(sums, c(4), x1, 0);
+    sums = vdotq_laneq_s32(sums, c(5), x1, 1);
+    sums = vdotq_laneq_s32(sums, c(6), x1, 2);
+    return vdotq_laneq_s32(sums, c(7), x1, 3);
+  }
+};
+
+}  // namespace
+
+void matmul_nested_i8_neon(const NestedView& w, const QuantizedView& x, int64_t tokens, float* y, int64_t ldy,
+                           int64_t tile_begin, int64_t tile_end, uint8_t* scratch) {
+  matmul_nested_i8_body<Neon>(w, x, tokens, y, ldy, tile_begin, tile_end, scratch);
+}
+
+}  // namespace lilliput

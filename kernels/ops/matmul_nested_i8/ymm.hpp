@@ -1,0 +1,51 @@
+// matmul_nested_i8 in 256-bit registers: what AVX2 and F16C have; `dot` is the variant's own.
+#pragma once
+
+#include <immintrin.h>
+
+#include "ops/matmul_nested_i8/body.hpp"
+
+namespace lilliput {
+namespace {
+
+struct Ymm {
+  typedef __m256i Bytes;
+  typedef int32_t Sums __attribute__((vector_size(32)));
+  typedef float Floats __attribute__((vector_size(32)));
+  static constexpr int kRows = 8, kBlock = 4;
+  static constexpr bool kSigned = false;
+
+  LILLIPUT_INLINE Bytes load(const uint8_t* from) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  }
+  LILLIPUT_INLINE void keep(uint8_t* to, Bytes v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), v); }
+  LILLIPUT_INLINE Bytes splat(int byte) { return _mm256_set1_epi8(static_cast<char>(byte)); }
+  LILLIPUT_INLINE Bytes both(Bytes a, Bytes b) { return _mm256_and_si256(a, b); }
+  LILLIPUT_INLINE Bytes either(Bytes a, Bytes b) { return _mm256_or_si256(a, b); }
+  LILLIPUT_INLINE Bytes choose(Bytes m, Bytes yes, Bytes no) {
+    return _mm256_or_si256(_mm256_and_si256(m, yes), _mm256_andnot_si256(m, no));
+  }
+  // Shifts of words: bits that cross into the next byte are masked away by whoever shifts.
+  template <int N>
+  LILLIPUT_INLINE Bytes right(Bytes v) { return _mm256_srli_epi16(v, N); }
+  template <int N>
+  LILLIPUT_INLINE Bytes left(Bytes v) { return _mm256_slli_epi16(v, N); }
+  LILLIPUT_INLINE Bytes inputs(const int8_t* x) {
+    int32_t four;
+    std::memcpy(&four, x, sizeof four);
+    return _mm256_set1_epi32(four);
+  }
+
+  LILLIPUT_INLINE Sums none() { return Sums{}; }
+  LILLIPUT_INLINE Floats zero() { return Floats{}; }
+  LILLIPUT_INLINE Sums spread_sum(int32_t v) { return (Sums)_mm256_set1_epi32(v); }
+  LILLIPUT_INLINE Floats spread(float v) { return (Floats)_mm256_set1_ps(v); }
+  LILLIPUT_INLINE Floats to_floats(Sums v) { return __builtin_convertvector(v, Floats); }
+  LILLIPUT_INLINE Floats halves(const uint16_t* from) {
+    return (Floats)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  }
+  LILLIPUT_INLINE void store(float* to, Floats v) { std::memcpy(to, &v, sizeof v); }
+};
+
+}  // namespace
+}  // namespace lilliput

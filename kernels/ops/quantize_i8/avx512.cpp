@@ -1,0 +1,10 @@
+// The vector body compiled for AVX-512.
+#include "ops/quantize_i8/body.hpp"
+
+namespace lilliput {
+
+void quantize_i8_avx512(const float* x, int64_t columns, int64_t group, int8_t* codes, float* scale, int32_t* sum) {
+  quantize_i8_body(x, columns, group, codes, scale, sum);
+}
+
+}  // namespace lilliput

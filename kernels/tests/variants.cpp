@@ -1,0 +1,102 @@
+// Holds every variant that this machine can run to the reference, bit for bit, on random data, without Python: for
+// targets that are only emulated. Prints what was compared; returns 1 on the first difference.
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "ops/dispatch.hpp"
+
+using namespace lilliput;
+
+namespace {
+
+std::mt19937 source(1);
+
+uint32_t below(uint32_t n) { return static_cast<uint32_t>(source()) % n; }
+
+struct Case {
+  std::vector<int> widths;
+  int64_t out, columns, group, tokens;
+  bool zeros;
+};
+
+int compare(const Case& c) {
+  const int64_t row_tiles = (c.out + 15) / 16, input_tiles = (c.columns + 31) / 32;
+  const int64_t groups = (c.columns + c.group - 1) / c.group;
+  std::vector<std::vector<uint8_t>> planes;
+  NestedView w{};
+  for (const int width : c.widths) {
+    planes.emplace_back(static_cast<size_t>(row_tiles * input_tiles * 64 * width));
+    for (auto& byte : planes.back()) byte = static_cast<uint8_t>(below(c.tokens % 2 ? 256 : 2) ? below(256) : 255);
+    w.widths[w.fields++] = width;
+    w.bits += width;
+  }
+  for (int f = 0; f < w.fields; ++f) w.planes[f] = planes[static_cast<size_t>(f)].data();
+  std::vector<uint16_t> scale(static_cast<size_t>(row_tiles * groups * 16)), zero(scale.size());
+  for (auto& s : scale) s = static_cast<uint16_t>(below(0x3c00));  // 0 .. 1, subnormals included
+  for (auto& z : zero) z = static_cast<uint16_t>(below(0x3c00) | below(2) << 15);
+  w.scale = scale.data();
+  w.zero = c.zeros ? zero.data() : nullptr;
+  w.out = c.out;
+  w.columns = c.columns;
+  w.group = c.group;
+
+  std::vector<float> x(static_cast<size_t>(c.tokens * c.columns));
+  for (auto& v : x) v = (static_cast<float>(below(2001)) - 1000) / 300;
+  const int64_t stride = quantized_stride(c.columns);
+  std::vector<int8_t> codes[2];
+  std::vector<float> xscale[2];
+  std::vector<int32_t> sum[2];
+  int failures = 0, first = 1;
+  for (const auto& name : variants("quantize_i8")) {
+    const int k = first ? 0 : 1;
+    codes[k].assign(static_cast<size_t>(c.tokens * stride), 77);
+    xscale[k].assign(static_cast<size_t>(c.tokens * groups), 0);
+    sum[k].assign(static_cast<size_t>(c.tokens * groups), 0);
+    for (int64_t t = 0; t < c.tokens; ++t)
+      quantize_i8(name)(x.data() + t * c.columns, c.columns, c.group, codes[k].data() + t * stride,
+                        xscale[k].data() + t * groups, sum[k].data() + t * groups);
+    if (!first && (codes[0] != codes[1] || xscale[0] != xscale[1] || sum[0] != sum[1])) {
+      std::printf("quantize_i8 %s differs from the reference\n", name.c_str());
+      ++failures;
+    }
+    first = 0;
+  }
+  const QuantizedView q{codes[0].data(), xscale[0].data(), sum[0].data(), stride, groups};
+  std::vector<float> wanted(static_cast<size_t>(c.tokens * c.out), -1), found;
+  std::vector<uint8_t> scratch(static_cast<size_t>(matmul_nested_i8_scratch(c.columns)));
+  for (const auto& name : variants("matmul_nested_i8")) {
+    auto& y = name == "reference" ? wanted : found;
+    y.assign(wanted.size(), -1);
+    matmul_nested_i8(name)(w, q, c.tokens, y.data(), c.out, 0, row_tiles, scratch.data());
+    if (&y == &found && std::memcmp(wanted.data(), found.data(), wanted.size() * sizeof(float)) != 0) {
+      std::printf("matmul_nested_i8 %s differs: %d bits in %d fields, (%d, %d), groups of %d, %d tokens\n", name.c_str(),
+                  w.bits, w.fields, static_cast<int>(c.out), static_cast<int>(c.columns), static_cast<int>(c.group),
+                  static_cast<int>(c.tokens));
+      ++failures;
+    }
+  }
+  return failures;
+}
+
+}  // namespace
+
+int main() {
+  const std::vector<std::vector<int>> cuts = {{2},    {2, 1},    {2, 1, 1}, {2, 1, 1, 4}, {4},          {4, 4},
+                                              {1},    {1, 1, 1}, {4, 1},    {4, 2},       {1, 1, 1, 1, 1, 1, 1, 1},
+                                              {2, 4}, {4, 2, 1}, {1, 4, 2, 1}};
+  int cases = 0;
+  for (const auto& widths : cuts)
+    for (const int64_t group : {16, 64, 1000})
+      for (const int64_t tokens : {1, 3, 9})
+        for (const bool zeros : {false, true}) {
+          if (compare({widths, tokens == 1 ? 16 : 53, group == 1000 ? 97 : 200, group, tokens, zeros})) return 1;
+          ++cases;
+        }
+  std::printf("%d cases:", cases);
+  for (const char* op : {"quantize_i8", "matmul_nested_i8"})
+    for (const auto& name : variants(op)) std::printf(" %s/%s", op, name.c_str());
+  std::printf("\n");
+  return 0;
+}

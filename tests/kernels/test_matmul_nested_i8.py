@@ -1,0 +1,95 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from lilliput.artifact.read import StoredLinear
+from lilliput.engine import native
+from lilliput.numerics.packing import fields_of, pack_fields, tile_groups, unpack_fields, untile_groups
+from support.stored import gamma, random_linear
+
+LADDERS = [(b,) for b in range(1, 9)] + [(2, 3, 4, 8), (1, 2, 3, 4, 5, 6, 7, 8), (3, 4), (2, 4, 6, 8), (1, 8), (2, 7)]
+VARIANTS = native.variants("matmul_nested_i8")
+
+
+def exact(linear: StoredLinear, width: int, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The product in int64 and float64, and the sum of the sizes of what is added up for it."""
+    q, xscale, _ = native.quantize_i8(x, linear.group_size)
+    count = next(n for n in range(1, len(linear.fields) + 1) if sum(linear.fields[:n]) == width)
+    codes = unpack_fields(linear.planes[:count], linear.fields[:count], linear.out, linear.columns).astype(np.int64)
+    scale = untile_groups(linear.scale[width], linear.out).astype(np.float64)
+    zero = np.zeros_like(scale)
+    if width in linear.zero:
+        zero = untile_groups(linear.zero[width], linear.out).astype(np.float64)
+    group = linear.columns if linear.group_size == -1 else linear.group_size
+    y, size = np.zeros((2, len(x), linear.out))
+    for g, begin in enumerate(range(0, linear.columns, group)):
+        part = q[:, begin : begin + group].astype(np.int64)
+        doubled = 2 * (part @ codes[:, begin : begin + group].T) - ((1 << width) - 1) * part.sum(1)[:, None]
+        shift = 2 * part.sum(1)[:, None] * zero[:, g]
+        factor = scale[:, g] * xscale[:, g].astype(np.float64)[:, None] / 2
+        y += factor * (doubled - shift)
+        size += np.abs(factor) * (np.abs(doubled) + np.abs(shift))
+    return y, size
+
+
+@pytest.mark.parametrize("group_size", [-1, 7, 16, 32, 64, 128])
+@pytest.mark.parametrize("sym", [False, True])
+def test_the_reference_is_the_formula_up_to_the_rounding_of_floats(group_size: int, sym: bool) -> None:
+    rng = np.random.default_rng(0)
+    for bits in LADDERS:
+        linear = random_linear(rng, 20, 150, bits, group_size, sym=sym)
+        x = rng.standard_normal((3, 150), dtype=np.float32)
+        for width in bits:
+            wanted, size = exact(linear, width, x)
+            error = np.abs(native.matmul_nested_i8(linear, width, x, variant="reference") - wanted)
+            assert (error <= gamma(linear.groups + 6) * size).all()
+
+
+@pytest.mark.parametrize("variant", VARIANTS[1:])
+@pytest.mark.parametrize("bits", LADDERS, ids=str)
+@pytest.mark.parametrize("group_size", [-1, 16, 32, 64, 128])
+def test_every_variant_is_the_reference_bit_for_bit(bits: tuple[int, ...], group_size: int, variant: str) -> None:
+    rng = np.random.default_rng(1)
+    for out, columns, tokens in [(1, 1, 1), (17, 33, 2), (40, 200, 9), (16, 320, 5), (70, 97, 23)]:
+        linear = random_linear(rng, out, columns, bits, group_size, sym=out == 16)
+        x = rng.standard_normal((tokens, columns), dtype=np.float32)
+        for width in bits:
+            wanted = native.matmul_nested_i8(linear, width, x, variant="reference")
+            assert np.array_equal(native.matmul_nested_i8(linear, width, x, variant=variant), wanted)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_any_number_of_tokens_gives_each_what_it_gets_alone(variant: str) -> None:
+    rng = np.random.default_rng(2)
+    linear = random_linear(rng, 83, 330, (2, 3, 4, 8), 64)
+    x = rng.standard_normal((40, 330), dtype=np.float32)
+    for width in linear.bits:
+        alone = np.concatenate([native.matmul_nested_i8(linear, width, row[None]) for row in x])
+        for tokens in (*range(1, 18), 32, 33, 40):
+            assert np.array_equal(native.matmul_nested_i8(linear, width, x[:tokens], variant=variant), alone[:tokens])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("code", [0, 255])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_nothing_saturates_at_the_extremes(code: int, sign: int, variant: str) -> None:
+    rng = np.random.default_rng(3)
+    for bits in [(2, 3, 4, 8), (4, 8), (8,), (2, 7)]:
+        linear = random_linear(rng, 16, 2048, bits, -1, sym=True)
+        full = np.full((16, 2048), code >> (8 - bits[-1]), np.uint8)
+        linear = replace(linear, planes=tuple(pack_fields(full, fields_of(bits))))
+        for width in bits:
+            linear.scale[width] = tile_groups(np.ones((16, 1), np.float16))
+            y = native.matmul_nested_i8(linear, width, np.full((9, 2048), sign * 127, np.float32), variant=variant)
+            wanted = sign * 2048 * 127 * ((code >> (8 - width)) - ((1 << width) - 1) / 2)
+            assert np.array_equal(y, np.full((9, 16), wanted, np.float32))
+
+
+def test_what_is_not_a_number_stays_so() -> None:
+    linear = random_linear(np.random.default_rng(4), 16, 64, (4,), 32)
+    x = np.ones((2, 64), np.float32)
+    x[1, 40] = np.inf
+    y = native.matmul_nested_i8(linear, 4, x)
+    assert np.isfinite(y[0]).all()
+    assert np.isnan(y[1]).all()

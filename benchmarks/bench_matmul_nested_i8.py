@@ -67,7 +67,9 @@ def main() -> None:
                 for name in names:
                     spent[name].append(
                         seconds(
-                            lambda n=name, c=copies, b=bits, x=x: [native.matmul_nested_i8(m, b, x, variant=n) for m in c]
+                            lambda n=name, c=copies, b=bits, x=x: [
+                                native.matmul_nested_i8(m, b, x, variant=n) for m in c
+                            ]
                         )
                     )
             for name in names:

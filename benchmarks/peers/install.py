@@ -25,7 +25,7 @@ def prepare(env: Path, peers: list[str], jobs: int) -> tuple[Path, dict[str, str
         if _imports(python, peer) is None:
             continue
         if peer == "llama.cpp":
-            options = ["--no-binary", "llama-cpp-python", "llama-cpp-python", "gguf"]
+            options = ["--no-binary", "llama-cpp-python", "llama-cpp-python>=0.3.36", "gguf"]
         else:
             options = ["--only-binary", ":all:", *WHEELS[peer]]
         build = {"CMAKE_ARGS": LLAMA_CMAKE, "CMAKE_BUILD_PARALLEL_LEVEL": str(jobs)}

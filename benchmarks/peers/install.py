@@ -5,8 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-LLAMA_CMAKE = "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF -DLLAMA_CURL=OFF"
-"""Compiled for this processor, as we are for every one; without the image parts, which nothing here uses."""
+LLAMA_CMAKE = (
+    "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF -DLLAMA_CURL=OFF -DLLAMA_BUILD_TOOLS=OFF "
+    "-DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_SERVER=OFF"
+)
+"""Compiled for this processor, as we are for every one; without the parts that nothing here uses."""
 WHEELS = {"onnxruntime": ["onnxruntime"], "openvino": ["openvino"]}
 IMPORTS = {"llama.cpp": ("llama_cpp", "gguf"), "onnxruntime": ("onnxruntime",), "openvino": ("openvino",)}
 DISTRIBUTIONS = ("llama-cpp-python", "gguf", "onnxruntime", "openvino", "numpy")

@@ -5,8 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-LLAMA_CMAKE = "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF -DLLAMA_CURL=OFF"
-"""Compiled for this processor, as we are for every one; without the image parts, which nothing here uses."""
+LLAMA_CMAKE = (
+    "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF -DLLAMA_CURL=OFF -DLLAMA_BUILD_TOOLS=OFF "
+    "-DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_SERVER=OFF"
+)
+"""Compiled for this processor, as we are for every one; without the parts that nothing here uses."""
 WHEELS = {"onnxruntime": ["onnxruntime"], "openvino": ["openvino"]}
 IMPORTS = {"llama.cpp": ("llama_cpp", "gguf"), "onnxruntime": ("onnxruntime",), "openvino": ("openvino",)}
 DISTRIBUTIONS = ("llama-cpp-python", "gguf", "onnxruntime", "openvino", "numpy")
@@ -25,7 +28,7 @@ def prepare(env: Path, peers: list[str], jobs: int) -> tuple[Path, dict[str, str
         if _imports(python, peer) is None:
             continue
         if peer == "llama.cpp":
-            options = ["--no-binary", "llama-cpp-python", "llama-cpp-python", "gguf"]
+            options = ["--no-binary", "llama-cpp-python", "llama-cpp-python>=0.3.36", "gguf"]
         else:
             options = ["--only-binary", ":all:", *WHEELS[peer]]
         build = {"CMAKE_ARGS": LLAMA_CMAKE, "CMAKE_BUILD_PARALLEL_LEVEL": str(jobs)}

@@ -7,6 +7,7 @@ import pytest
 from lilliput.core.errors import ConfigError, OutOfResource
 from lilliput.measure import latency, latency_worker
 from lilliput.measure.latency import LatencyRound, bench, summarize
+from support.small_artifact import write_small_artifact
 
 
 class Engine:
@@ -74,7 +75,13 @@ def test_a_row_holds_medians_and_the_largest_peak() -> None:
     assert row.decode_limit_tokens_per_s == 10.0
 
 
-def test_rounds_go_through_all_widths_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def artifact(tmp_path: Path) -> Path:
+    write_small_artifact(tmp_path / "x.lilliput")
+    return tmp_path / "x.lilliput"
+
+
+def test_rounds_go_through_all_widths_in_turn(monkeypatch: pytest.MonkeyPatch, artifact: Path) -> None:
     jobs: list[dict[str, Any]] = []
 
     def fake(job: dict[str, Any], timeout_s: float) -> LatencyRound:
@@ -82,16 +89,23 @@ def test_rounds_go_through_all_widths_in_turn(monkeypatch: pytest.MonkeyPatch) -
         return one(bits=job["bits"])
 
     monkeypatch.setattr(latency, "_round", fake)
-    engine = SimpleNamespace(artifact=SimpleNamespace(path=Path("x.lilliput")), threads=3)
-    rows = bench(engine, bits=[4, 2], rounds=2)  # type: ignore[arg-type]
+    engine = SimpleNamespace(artifact=SimpleNamespace(path=artifact), threads=3)
+    rows = bench(engine, bits=[4, 2], rounds=2, prompt_tokens=32, new_tokens=32)  # type: ignore[arg-type]
     assert [job["bits"] for job in jobs] == [4, 2, 4, 2]
     assert [row.bits for row in rows] == [4, 2]
-    assert (jobs[0]["artifact"], jobs[0]["threads"]) == ("x.lilliput", 3)
+    assert (jobs[0]["artifact"], jobs[0]["threads"]) == (str(artifact), 3)
 
 
 def test_bench_refuses_what_it_cannot_time() -> None:
     with pytest.raises(ConfigError, match=r"bench: new_tokens is 1\. Give 2 or more\."):
         bench("a", bits=[4], new_tokens=1)
+
+
+def test_bench_says_before_any_process_what_the_artifact_cannot_do(artifact: Path) -> None:
+    with pytest.raises(ConfigError, match=r"bits: the artifact has no 5 bits\. It serves 2, 3, 4, 8\."):
+        bench(artifact, bits=[5])
+    with pytest.raises(OutOfResource, match=r"bench: 200 tokens of prompt and answer exceed the context of 128\."):
+        bench(artifact, bits=[4], prompt_tokens=100, new_tokens=100)
 
 
 @pytest.mark.parametrize(
@@ -109,11 +123,11 @@ def test_bench_refuses_what_it_cannot_time() -> None:
     ],
 )
 def test_a_process_that_fails_is_reported_in_one_line(
-    monkeypatch: pytest.MonkeyPatch, code: str, kind: Any, said: str
+    monkeypatch: pytest.MonkeyPatch, artifact: Path, code: str, kind: Any, said: str
 ) -> None:
     real = latency.subprocess.run
     monkeypatch.setattr(
         latency.subprocess, "run", lambda command, **kwargs: real([command[0], "-S", "-c", code], **kwargs)
     )
     with pytest.raises(kind, match=said):
-        bench("a", bits=[4], rounds=1, timeout_s=0.5 if "sleep" in code else 60)
+        bench(artifact, bits=[4], rounds=1, prompt_tokens=8, new_tokens=8, timeout_s=0.5 if "sleep" in code else 60)

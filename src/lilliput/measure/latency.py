@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from lilliput.artifact.read import Artifact
 from lilliput.core.errors import ConfigError, OutOfResource
 from lilliput.core.progress import Progress, Silent
 
@@ -87,9 +88,11 @@ def bench(
 ) -> list[LatencyRow]:
     """Time an artifact at each width; one row a width, in the order of `bits`.
 
-    artifact: its path, or an open engine, whose path and threads are taken. activations: as `Engine` takes them. timeout_s: for one process.
-    Raises ConfigError for sizes below 1 (new_tokens below 2) or where a process fails, with its last line;
-    OutOfResource where it was killed or ran past its time.
+    artifact: its path, or an open engine, whose path and threads are taken. activations: as `Engine` takes them.
+    timeout_s: for one process.
+    Raises ConfigError for sizes below 1 (new_tokens below 2), a width that is not there, or where a process fails, with
+    its last line; OutOfResource for more tokens than the context holds, or where a process was killed or ran past its
+    time.
     """
     if isinstance(artifact, str | Path):
         path = Path(artifact)
@@ -102,6 +105,7 @@ def bench(
     ):
         if value < least:
             raise ConfigError(f"{name} is {value}", where="bench", fix=f"Give {least} or more")
+    _check_fit(path, bits, prompt_tokens + new_tokens)
     progress = progress or Silent()
     progress.begin("timing", rounds * len(bits))
     job = {
@@ -117,6 +121,19 @@ def bench(
             found[width].append(_round(job | {"bits": width}, timeout_s))
             progress.advance(1)
     return [summarize(found[width]) for width in bits]
+
+
+def _check_fit(path: Path, bits: Sequence[int], tokens: int) -> None:
+    """Say here what every process would fail with."""
+    with Artifact.open(path) as artifact:
+        absent = [width for width in bits if width not in artifact.bits]
+        if absent:
+            served = ", ".join(map(str, artifact.bits)) or "none"
+            raise ConfigError(f"the artifact has no {absent[0]} bits", where="bits", fix=f"It serves {served}")
+        context = artifact.manifest.spec.context
+    if tokens > context:
+        what = f"{tokens} tokens of prompt and answer exceed the context of {context}"
+        raise OutOfResource(what, where="bench", fix="Ask for fewer")
 
 
 def summarize(rounds: Sequence[LatencyRound]) -> LatencyRow:

@@ -22,7 +22,7 @@ WITHOUT = {
     "compress": "compress, eval --against and hub ids do not work; artifacts made elsewhere run",
     "serve": "serve does not work",
 }
-OPS = ("matmul_nested", "matmul_float", "attention", "norm", "rotary", "activation")
+OPS = ("matmul_nested_i8", "quantize_i8", "matmul_nested", "matmul_float", "attention", "norm", "rotary", "activation")
 VARIABLES = {
     "LILLIPUT_JSON": "--json for every verb",
     "LILLIPUT_QUIET": "--quiet for every verb",

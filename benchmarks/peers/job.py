@@ -7,6 +7,7 @@ import json
 import re
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,19 +15,19 @@ LEAST_S, MOST = 1.0, 20
 """A thing is timed until it took a second in all, at most 20 times: small models answer in milliseconds."""
 
 
-class Runner:
+class Runner(ABC):
     """What a worker offers of its engine, opened on `job`, {"path", "bits", "threads", "context"}. Subclass it."""
 
+    @abstractmethod
     def prefill(self, tokens: Sequence[int]) -> float:
         """Seconds to read `tokens` as one fresh sequence, up to the logits after the last."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, tokens: Sequence[int], count: int) -> tuple[float, float, int]:
         """Continue a fresh sequence greedily by `count` tokens, at least 2.
 
         Returns seconds from the call to the first new token, seconds of the others, and how many those were.
         """
-        raise NotImplementedError
 
     def facts(self) -> dict[str, Any]:
         """Weight bytes read for a token, "weight_bytes_per_token", and what else belongs in the record."""

@@ -19,7 +19,7 @@ from lilliput.artifact.folder import Folder
 from lilliput.artifact.plan import Plan
 from lilliput.artifact.schema import FLOAT_FILE, MANIFEST_FILE, MANIFEST_LIMIT, Manifest, load_manifest, rung_file
 from lilliput.core.errors import ConfigError, InputCorrupt, InputMissing
-from lilliput.numerics.packing import unpack_fields, untile_groups
+from lilliput.numerics.packing import serving_width, unpack_fields, untile_groups
 
 _FIX = "Copy the artifact again from its source, or make it again"
 
@@ -62,7 +62,7 @@ class StoredLinear:
 
     def width_at(self, bits: int) -> int:
         """Width this matrix runs at when the artifact is asked for `bits`: the narrowest of at least that, or the widest."""
-        return next((own for own in self.bits if own >= bits), self.bits[-1])
+        return serving_width(self.bits, bits)
 
     def dequantize(self, bits: int) -> npt.NDArray[np.float32]:
         """Return the (out, columns) float32 matrix at the artifact's width `bits`: scale * (c - (2**w - 1) / 2 - zero)."""

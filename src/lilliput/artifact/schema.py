@@ -26,7 +26,7 @@ from pydantic import (
 from lilliput.artifact import strict_json
 from lilliput.core.errors import InputCorrupt, Unsupported
 from lilliput.core.spec import ModelSpec
-from lilliput.numerics.packing import fields_of
+from lilliput.numerics.packing import fields_of, serving_width
 
 SCHEMA_VERSION = "1.0"
 MANIFEST_FILE = "manifest.json"
@@ -100,7 +100,7 @@ class QuantEntry(_Frozen):
 
     def width_at(self, bits: int) -> int:
         """Width this layer runs at when the artifact is asked for `bits`: its narrowest of at least that, else its widest."""
-        return next((own for own in self.bits if own >= bits), self.bits[-1])
+        return serving_width(self.bits, bits)
 
     def fields_at(self, bits: int) -> int:
         """How many leading fields `width_at(bits)` needs."""

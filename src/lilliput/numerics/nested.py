@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lilliput.numerics.packing import serving_width
+
 
 @dataclass(frozen=True)
 class Quantized:
@@ -35,7 +37,7 @@ class Quantized:
 
     def serving(self, bits: int) -> int:
         """The width this matrix serves when asked for `bits`: its smallest of at least that, else its widest."""
-        return next((own for own in self.bits if own >= bits), self.bits[-1])
+        return serving_width(self.bits, bits)
 
     def rows(self, index: Tensor | slice) -> "Quantized":
         """The same grid for some of the rows."""

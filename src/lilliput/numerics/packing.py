@@ -46,6 +46,11 @@ def fields_of(bits: Sequence[int]) -> tuple[int, ...]:
     return tuple(fields)
 
 
+def serving_width(ladder: Sequence[int], bits: int) -> int:
+    """The width a matrix of this ladder runs at when asked for `bits`: its narrowest of at least that, else its widest."""
+    return next((own for own in ladder if own >= bits), ladder[-1])
+
+
 def padded(count: int, multiple: int) -> int:
     """Round `count` up to a multiple."""
     return -(-count // multiple) * multiple

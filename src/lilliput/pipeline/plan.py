@@ -10,6 +10,7 @@ from lilliput.core.errors import ConfigError, OutOfResource
 from lilliput.core.recipe import Recipe
 from lilliput.methods.base import LayerMethod, Method, ModelMethod, Quantizer, Statistic, build_stage
 from lilliput.models import Checkpoint
+from lilliput.numerics.packing import serving_width
 from lilliput.pipeline.report import LayerPlan
 
 INTERPRETER_BYTES = 600 << 20
@@ -95,8 +96,7 @@ def narrow(chain: Sequence[LayerMethod], widths: tuple[int, ...]) -> Sequence[La
     quantizer = last_quantizer(chain)
     if quantizer is None:
         return chain
-    own = quantizer.bits
-    used = tuple(sorted({next((o for o in own if o >= b), own[-1]) for b in widths}))
+    used = tuple(sorted({serving_width(quantizer.bits, b) for b in widths}))
     return [*chain[:-1], replace(quantizer, bits=used)]
 
 

@@ -145,10 +145,10 @@ def test_a_run_that_dies_amid_a_step_or_while_finishing_goes_on_to_the_same_byte
     calls = iter(range(10**6))
     put = Tensors.quantized
 
-    def dying(self: Tensors, name: str, value: object) -> None:
+    def dying(self: Tensors, *arguments: object) -> None:
         if next(calls) == 9:  # in the middle of the second block
             raise Dies.Now
-        put(self, name, value)  # type: ignore[arg-type]
+        put(self, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Tensors, "quantized", dying)
     with pytest.raises(Dies.Now):

@@ -1,12 +1,14 @@
-"""The two contracts every method meets, and how a recipe's options become one.
+"""The contracts methods meet, and how a recipe's options become one.
 
 A LayerMethod answers one question: given a weight and a statistic of its inputs, what should stand there instead? It
-sees tensors, never a model. A ModelMethod is given the whole model and batches of tokens; methods that train are such.
-Both are frozen configurations with one verb; all that must survive is in what they return.
+sees tensors, never a model; a Quantizer answers with codes. A BlockMethod changes one block in place before its layers
+are solved; a BlockQuantizer solves all layers of a block together. A ModelMethod is given the whole model and batches
+of tokens; a Tuner the whole model after its layers have codes. All are frozen configurations with one verb; all that
+must survive is in what they return.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from enum import Enum
 from fnmatch import fnmatchcase
@@ -21,9 +23,13 @@ from lilliput.numerics.nested import Quantized
 from lilliput.numerics.statistics import Accumulator, Gram, InputNorm
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lilliput.core.progress import Progress
     from lilliput.core.recipe import Stage
     from lilliput.data.streams import Batches
-    from lilliput.models.decoder import Decoder
+    from lilliput.methods.journal import Activations
+    from lilliput.models.decoder import Block, Decoder
 
 
 class Statistic(Enum):
@@ -47,7 +53,17 @@ class Statistic(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """What both kinds share: options that survive JSON."""
+    """What all kinds share: a name, and options that survive JSON."""
+
+    @property
+    def name(self) -> str:
+        """The name it is registered under, which is that of its file."""
+        return type(self).__module__.rpartition(".")[2]
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether it needs calibration text."""
+        return True
 
     def options(self) -> dict[str, Any]:
         """The configuration as plain data, tuples as lists: `build(name, options)` gives an equal method."""
@@ -66,6 +82,11 @@ class LayerMethod(Method, ABC):
     """Treat the token embedding (and with it a tied head) as well."""
     head: bool = False
     """Treat an untied output head as well."""
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether it needs calibration text: only for a statistic."""
+        return self.needs is not Statistic.NONE
 
     def covers(self, name: str) -> bool:
         """Whether this method is for the layer of that canonical name."""
@@ -107,15 +128,14 @@ class Quantizer(LayerMethod):
     head: bool = True
 
     def __post_init__(self) -> None:
-        name = type(self).__name__.lower()
         for key, ladder in (("bits", self.bits), ("end_bits", self.end_bits or self.bits)):
             if not ladder or list(ladder) != sorted(set(ladder)) or not 2 <= ladder[0] <= ladder[-1] <= 8:
                 what = f"{key} is {list(ladder)}, not an ascending list within 2..8"
-                raise ConfigError(what, where=f"{name}.{key}", fix="Give widths such as [4] or [2, 3, 4, 8]")
+                raise ConfigError(what, where=f"{self.name}.{key}", fix="Give widths such as [4] or [2, 3, 4, 8]")
         if self.group_size != -1 and (self.group_size < 4 or self.group_size % 4):
             what = f"group_size is {self.group_size}"
             fix = "Give -1 for whole rows, or 32, 64 or 128 (any multiple of 4 works, those are fast)"
-            raise ConfigError(what, where=f"{name}.group_size", fix=fix)
+            raise ConfigError(what, where=f"{self.name}.group_size", fix=fix)
 
     def at(self, name: str) -> Self:
         """The configuration for the layer of that name: the ends may have widths of their own."""
@@ -135,13 +155,87 @@ class Quantizer(LayerMethod):
         """Return the codes and grids that should stand in the weight's place; see `LayerMethod.solve`."""
 
 
+@dataclass(frozen=True)
+class BlockData:
+    """The calibration text at one block: what comes in, and what the original puts out.
+
+    inputs: (samples, length, hidden) float32 on disk, made by the compressed blocks before this one. targets: the same
+    shape, what this block puts out in the original model, fed by original blocks; None unless a method of the run says
+    `original`. batch: rows run at a time.
+    """
+
+    inputs: "Activations"
+    targets: "Activations | None"
+    batch: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockMethod(Method, ABC):
+    """Changes a block so that its layers lose less when they are quantized after it."""
+
+    original: ClassVar[bool] = False
+    """True when `BlockData.targets` is wanted, which costs a second pass over the calibration text."""
+    exclude: tuple[str, ...] = ()
+
+    @abstractmethod
+    def apply(self, block: "Block", data: BlockData, after: Mapping[str, Quantizer]) -> str:
+        """Change `block` in place, its output in float staying what it was; return a note for the record, or "".
+
+        block: float32, the caller's to change. after: the Quantizer that each layer will meet, by canonical name.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockQuantizer(Quantizer, ABC):
+    """A Quantizer that solves the layers of a block together; `solve` is for the embedding and the head."""
+
+    original: ClassVar[bool] = False
+    """As in BlockMethod."""
+
+    @property
+    def reads_text(self) -> bool:
+        """Always: what comes into a block is what it solves for."""
+        return True
+
+    @abstractmethod
+    def solve_block(self, block: "Block", names: Sequence[str], data: BlockData) -> dict[str, Quantized]:
+        """Return codes for the layers named. May change the block's other tensors, such as norms, in place."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelMethod(Method, ABC):
     """The whole model at once."""
 
     @abstractmethod
-    def apply(self, model: "Decoder", batches: "Batches") -> "Decoder":
-        """Return the changed model; `batches` yields (batch, length) int32 token arrays, and may be iterated again."""
+    def apply(self, model: "Decoder", batches: "Batches | None") -> "Decoder":
+        """Return the changed model.
+
+        batches: (batch, length) int32 token arrays, may be iterated again; None only for a method that reads no text.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuner(Method, ABC):
+    """Improves the codes and grids of a whole model after its layers are quantized; the last stage of a recipe."""
+
+    exclude: tuple[str, ...] = ()
+
+    @abstractmethod
+    def tune(
+        self,
+        original: "Decoder",
+        student: "Decoder",
+        coded: Mapping[str, Quantized],
+        batches: "Batches",
+        folder: "Path",
+        progress: "Progress",
+    ) -> dict[str, Quantized]:
+        """Return what should stand in the place of `coded`, with the same widths and group sizes.
+
+        original: the float model, left as it was. student: a decoder with the float tensors the artifact will hold,
+        the method's own to change. coded: every quantized matrix by canonical name, "embed_tokens" among them.
+        batches: (batch, length) int32 token arrays. folder: where progress may be kept so that a killed run goes on.
+        """
 
 
 def build(name: str, options: Mapping[str, Any]) -> Method:

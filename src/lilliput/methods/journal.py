@@ -6,7 +6,7 @@ step are simply written again. Nothing in this folder is part of the artifact.
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,9 +64,12 @@ class Journal:
         os.replace(fresh, self._file)
         sync(self._folder)
 
-    def activations(self, step: int, shape: tuple[int, int, int]) -> "Activations":
-        """The calibration activations as they are after `step` finished steps; two generations are kept in turns."""
-        return Activations(self._folder / f"hidden-{step % 2}.f32", shape)
+    def activations(self, step: int, shape: tuple[int, int, int], of: str = "hidden") -> "Activations":
+        """The calibration activations as they are after `step` finished steps; two generations are kept in turns.
+
+        of: "hidden" for the compressed model's, "original" for the original's.
+        """
+        return Activations(self._folder / f"{of}-{step % 2}.f32", shape)
 
 
 class Activations:
@@ -74,6 +77,16 @@ class Activations:
 
     def __init__(self, path: Path, shape: tuple[int, int, int]) -> None:
         self._path, self._shape = path, shape
+
+    @property
+    def samples(self) -> int:
+        """Rows there are."""
+        return self._shape[0]
+
+    def take(self, index: Sequence[int]) -> Tensor:
+        """Return the rows with those numbers: (len(index), length, hidden) float32."""
+        mapped = np.memmap(self._path, np.float32, "r", shape=self._shape)
+        return torch.from_numpy(np.stack([mapped[i] for i in index]))
 
     def batches(self, size: int) -> Iterator[Tensor]:
         """Yield (up to `size`, length, hidden) tensors in order."""

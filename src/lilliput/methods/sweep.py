@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -20,8 +21,9 @@ from torch import Tensor, nn
 
 from lilliput.core.progress import Progress
 from lilliput.data.streams import Batches
-from lilliput.methods.base import LayerMethod, Statistic
+from lilliput.methods.base import BlockData, BlockMethod, BlockQuantizer, LayerMethod, Quantizer, Statistic
 from lilliput.methods.journal import Activations, Journal, State
+from lilliput.methods.safety import remark, safer
 from lilliput.methods.sources import Source
 from lilliput.models.decoder import Block, Decoder
 from lilliput.numerics.nested import Quantized
@@ -34,7 +36,9 @@ FLOAT = "float"
 class Sink(Protocol):
     """Where results go. Writing the same result twice must be harmless."""
 
-    def quantized(self, name: str, value: Quantized) -> None: ...
+    def quantized(self, name: str, value: Quantized, weight: Tensor) -> None:
+        """Take codes; weight: what they stand for, (out, in), any float dtype."""
+
     def floating(self, name: str, value: Tensor) -> None: ...
     def settle(self) -> None:
         """Have all that was given on disk before returning."""
@@ -44,7 +48,8 @@ class Sink(Protocol):
 class Job:
     """What one sweep does.
 
-    methods: for every layer to treat, its methods in order; a layer not named stays as it is. widths: those the result
+    methods: for every layer to treat, its methods in order; a layer not named stays as it is. blocks: what changes each
+    block before its layers are solved. widths: those the result
     serves, ascending; empty when nothing is quantized. probe: (1, length) int64. slice_rows: rows of a tall matrix
     solved at a time, which bounds memory.
     """
@@ -54,6 +59,7 @@ class Job:
     probe: Tensor
     calibration: Batches | None = None
     slice_rows: int = 1 << 16
+    blocks: Sequence[BlockMethod] = ()
 
     @property
     def rungs(self) -> tuple[int, ...]:
@@ -64,6 +70,12 @@ class Job:
     def feed(self) -> int:
         """The width whose output feeds the next block: 4 where it is served, since most use is there."""
         return 4 if 4 in self.rungs else self.rungs[-1]
+
+    @property
+    def original(self) -> bool:
+        """Whether a method wants to know what the original's blocks put out."""
+        chains = [m for chain in self.methods.values() for m in chain if isinstance(m, BlockQuantizer)]
+        return any(m.original for m in self.blocks) or any(m.original for m in chains)
 
 
 @dataclass(frozen=True)
@@ -122,26 +134,46 @@ class Sweep:
             rows = rows_of(solved, self.job.feed)
             hidden = (embed(frame, torch.tensor(b, dtype=torch.int64), rows) for b in self.job.calibration)
             self._activations(1).write(hidden)
+            if self.job.original:
+                exact = rows_of(weight, 0)
+                plain = (embed(frame, torch.tensor(b, dtype=torch.int64), exact) for b in self.job.calibration)
+                self._activations(1, "original").write(plain)
 
     def _block(self, state: State, index: int) -> None:
         block = self.source.block(index)
         state.streams[FLOAT] = block(state.streams[FLOAT])
         linears = block.linears()
+        data = self._block_data(state, block)
+        notes = {name: [note] for name in linears if (note := self._prepare(block, data, linears))}
+        errors: dict[str, dict[int, float]] = {}
         original = {name: linear.weight.data for name, linear in linears.items()}
         solved: dict[str, Solved] = dict(original)
         for round_ in range(max((len(self.job.methods.get(n, ())) for n in linears), default=0)):
             todo = {n: self.job.methods[n][round_] for n in linears if len(self.job.methods.get(n, ())) > round_}
             stats = self._gather(state, block, {n: m.needs for n, m in todo.items() if m.needs is not Statistic.NONE})
-            for name, method in todo.items():
+            for names in _together(todo):
+                method = todo[names[0]]
+                if isinstance(method, BlockQuantizer):
+                    assert data is not None, "planning refuses a recipe that lacks its calibration text"
+                    solved |= method.solve_block(block, names, data)
+                    continue
+                (name,) = names
                 weight = solved[name]
                 assert isinstance(weight, Tensor), "a layer is quantized last"
-                solved[name] = method.solve(weight, stats.get(name))
+                stat, note = stats.get(name, (None, ""))
+                made = method.solve(weight, stat)
+                if isinstance(made, Quantized) and isinstance(method, Quantizer) and method.needs is Statistic.GRAM:
+                    assert stat is not None, "gathered above"
+                    made, errors[name], worse = safer(method, weight, made, stat)
+                    note = "; ".join(filter(None, (note, worse)))
+                solved[name] = made
+                notes.setdefault(name, []).extend([note] if note else [])
             self._install(linears, solved, self.job.feed)
         for rung in self.job.rungs:
             self._install(linears, solved, rung)
             state.streams[str(rung)] = block(state.streams[str(rung)])
         for name in linears:
-            self._put(name, solved[name], original[name], state)
+            self._put(name, solved[name], original[name], state, errors.get(name, {}), "; ".join(notes.get(name, ())))
         for name, value in block.state_dict().items():
             full = f"layers.{index}.{name}"
             if full.removesuffix(".weight") not in linears:
@@ -159,11 +191,11 @@ class Sweep:
                 self.sink.floating(name, self.source.read(name))
         name = "embed_tokens" if self.spec.tied_head else "lm_head"
         weight = self.source.read(f"{name}.weight")
-        stat = self._head_statistic(frame, state)
+        stat, note = self._head_statistic(frame, state)
         # A tied head was stored with the embedding; solving it again costs less than keeping it all the while.
         solved = self._solve_tall(name, weight, stat)
         if not self.spec.tied_head:
-            self._put(name, solved, weight, state)
+            self._put(name, solved, weight, state, note=note)
         self.sink.settle()
         logits = {str(b): project(frame, state.streams[str(b)], solved, b) for b in self.job.rungs}
         logits[FLOAT] = project(frame, state.streams[FLOAT], weight, 0)
@@ -172,13 +204,33 @@ class Sweep:
 
     # ---- their parts
 
-    def _activations(self, step: int) -> Activations:
+    def _activations(self, step: int, of: str = "hidden") -> Activations:
         assert self.job.calibration is not None, "asked for only with calibration"
         samples, length = self.job.calibration.rows.shape
-        return self.journal.activations(step, (samples, length, self.spec.hidden_size))
+        return self.journal.activations(step, (samples, length, self.spec.hidden_size), of)
 
-    def _gather(self, state: State, block: Block, needs: Mapping[str, Statistic]) -> dict[str, Tensor]:
-        """Statistics of the inputs of the layers named, over all calibration tokens."""
+    def _block_data(self, state: State, block: Block) -> BlockData | None:
+        """The calibration text at this block, which is still the original."""
+        if self.job.calibration is None:
+            return None
+        batch, targets = self.job.calibration.batch_size, None
+        if self.job.original:
+            targets = self._activations(state.step + 1, "original")
+            targets.write(block(rows) for rows in self._activations(state.step, "original").batches(batch))
+        return BlockData(self._activations(state.step), targets, batch)
+
+    def _prepare(self, block: Block, data: BlockData | None, linears: Mapping[str, nn.Linear]) -> str:
+        """Let the BlockMethods change the block; return their notes."""
+        notes = []
+        for method in self.job.blocks:
+            assert data is not None, "planning refuses a recipe that lacks its calibration text"
+            chains = {name: self.job.methods.get(name, ()) for name in linears}
+            after = {n: chain[-1] for n, chain in chains.items() if chain and isinstance(chain[-1], Quantizer)}
+            notes.append(method.apply(block, data, after))
+        return "; ".join(filter(None, notes))
+
+    def _gather(self, state: State, block: Block, needs: Mapping[str, Statistic]) -> dict[str, tuple[Tensor, str]]:
+        """Statistics of the inputs of the layers named, over all calibration tokens, each with a note on them."""
         if not needs:
             return {}
         assert self.job.calibration is not None, "planning refuses a recipe that lacks its calibration text"
@@ -187,21 +239,22 @@ class Sweep:
         with watching(linears, sums):
             for batch in self._activations(state.step).batches(self.job.calibration.batch_size):
                 block(batch)
-        return {name: one.value() for name, one in sums.items()}
+        values = {name: one.value() for name, one in sums.items()}
+        return {name: (value, remark(name, value, sums[name])) for name, value in values.items()}
 
     def _head_needs(self) -> bool:
         return any(m.needs is not Statistic.NONE for m in self.job.methods.get("lm_head", ()))
 
-    def _head_statistic(self, frame: Decoder, state: State) -> Tensor | None:
+    def _head_statistic(self, frame: Decoder, state: State) -> tuple[Tensor | None, str]:
         if not self._head_needs():
-            return None
+            return None, ""
         assert self.job.calibration is not None, "planning refuses a recipe that lacks its calibration text"
         needs = {m.needs for m in self.job.methods["lm_head"]} - {Statistic.NONE}
         assert len(needs) == 1, "planning refuses methods that want different statistics of the head"
         gathered = needs.pop().accumulator(self.spec.hidden_size)
         for batch in self._activations(state.step).batches(self.job.calibration.batch_size):
             gathered.add(frame.final_norm(batch).flatten(0, -2))
-        return gathered.value()
+        return gathered.value(), remark("lm_head", gathered.value(), gathered)
 
     def _solve_tall(self, name: str, weight: Tensor, stat: Tensor | None) -> Solved:
         """Solve the embedding or the head, some rows at a time where the method allows it."""
@@ -217,20 +270,34 @@ class Sweep:
         coded = [part for part in parts if isinstance(part, Quantized)]
         return Quantized.stack(coded) if coded else torch.cat([p for p in parts if isinstance(p, Tensor)])
 
-    def _put(self, name: str, solved: Solved, original: Tensor, state: State) -> None:
-        """Hand a result on and note how far it is from the original."""
+    def _put(
+        self,
+        name: str,
+        solved: Solved,
+        original: Tensor,
+        state: State,
+        output: Mapping[int, float] = MappingProxyType({}),
+        note: str = "",
+    ) -> None:
+        """Hand a result on and note how far it is from the original. output: relative error of its output, by width."""
         state.records = [r for r in state.records if r["name"] != name]
-        errors: dict[str, float] = {}
+        noise: dict[str, float] = {}
         if isinstance(solved, Quantized):
-            self.sink.quantized(name, solved)
-            errors = {str(b): noise_ratio_db(original, solved, b, self.job.slice_rows) for b in solved.bits}
+            self.sink.quantized(name, solved, original)
+            noise = {str(b): noise_ratio_db(original, solved, b, self.job.slice_rows) for b in solved.bits}
         else:
             self.sink.floating(f"{name}.weight", solved)
             if name in self.job.methods:
-                errors = {"32": noise_ratio_db(original, solved, 0, self.job.slice_rows)}
-        if errors:
-            method = "+".join(type(m).__name__.lower() for m in self.job.methods[name])
-            state.records.append({"name": name, "method": method, "sqnr_db": errors})
+                noise = {"32": noise_ratio_db(original, solved, 0, self.job.slice_rows)}
+        if noise:
+            before = self.job.blocks if name.startswith("layers.") else ()
+            record: dict[str, Any] = {
+                "name": name,
+                "method": "+".join(m.name for m in (*before, *self.job.methods[name])),
+                "sqnr_db": noise,
+            }
+            record |= {"error": {str(b): float(f"{e:.4g}") for b, e in output.items()}} if output else {}
+            state.records.append(record | ({"note": note} if note else {}))
 
     @staticmethod
     def _install(linears: Mapping[str, nn.Linear], solved: Mapping[str, Solved], rung: int) -> None:
@@ -239,6 +306,20 @@ class Sweep:
 
 
 # ---- pure helpers
+
+
+def _together(todo: Mapping[str, LayerMethod]) -> list[list[str]]:
+    """Layers to solve at once: those of one BlockQuantizer, and every other layer alone."""
+    joint: dict[BlockQuantizer, list[str]] = {}
+    groups = []
+    for name, method in todo.items():
+        if not isinstance(method, BlockQuantizer):
+            groups.append([name])
+        elif method in joint:
+            joint[method].append(name)
+        else:
+            groups.append(joint.setdefault(method, [name]))
+    return groups
 
 
 def at_width(solved: Solved, rung: int) -> Tensor:

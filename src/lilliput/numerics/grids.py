@@ -146,3 +146,12 @@ def nest(
         if z is not None:
             zeros[width] = z
     return Quantized(codes, bits, group_size, scales, zeros)
+
+
+def nearest(weight: Tensor, bits: tuple[int, ...], group_size: int, sym: bool) -> Quantized:
+    """Round to nearest on the grid that spans each group: codes of bits[-1], the narrower widths nested in them.
+
+    weight: (out, in) float32, finite. Raises ConfigError for a step beyond float16.
+    """
+    scale, zero = minmax_grid(weight, bits[-1], group_size, sym)
+    return nest(weight, encode(weight, scale, zero, bits[-1], group_size), scale, zero, bits, group_size)

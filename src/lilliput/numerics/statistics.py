@@ -10,7 +10,9 @@ from torch import Tensor
 
 
 class Accumulator(Protocol):
-    """Takes (tokens, in) activations in any number of batches; `value` is the statistic of all of them."""
+    """Takes (tokens, in) activations in any number of batches; `value` is the statistic of all `tokens` of them."""
+
+    tokens: int
 
     def add(self, inputs: Tensor) -> None: ...
     def value(self) -> Tensor: ...
@@ -21,10 +23,12 @@ class InputNorm:
 
     def __init__(self, columns: int) -> None:
         self._sum = torch.zeros(columns, dtype=torch.float64)
+        self.tokens = 0
 
     def add(self, inputs: Tensor) -> None:
         """inputs: (tokens, in), any float dtype."""
         self._sum += inputs.to(torch.float64).square().sum(0)
+        self.tokens += inputs.shape[0]
 
     def value(self) -> Tensor:
         """Return (in,) float32."""

@@ -5,7 +5,7 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -36,6 +36,7 @@ from lilliput.pipeline.gate import UNQUANTIZED, judge, measure
 from lilliput.pipeline.plan import Budget, Work, budget, plan_work
 from lilliput.pipeline.report import CompressReport, WidthRow
 from lilliput.pipeline.train import run_model_methods
+from lilliput.pipeline.tune import amended, run_tuners
 from lilliput.pipeline.workspace import Workspace
 
 PROBE_TOKENS = 128
@@ -104,7 +105,7 @@ def compress(
     workspace = Workspace(out)
     workspace.check()
     work = plan_work(checkpoint, parsed)
-    whole = any(isinstance(method, ModelMethod) for run in work.runs for method in run)
+    whole = bool(work.tuners) or any(isinstance(method, ModelMethod) for run in work.runs for method in run)
     spent = budget(checkpoint, work, max_ram=max_ram, length=length, whole=whole)
     if work.needs_calibration and not calibration and not dry_run:
         what = "it has a method that learns from text, and none is given"
@@ -267,12 +268,25 @@ class Run:
         if (self.folder / "manifest.json").exists() and (state := kept.load()).step:
             return Outcome(state.streams, state.records)
         source, reference = self._source(data, probe)
-        widths = self.work.plan.bits
-        job = Job(self.work.methods, widths, probe, data if self._gathers() else None, self.spent.slice_rows)
+        work, slice_rows = self.work, self.spent.slice_rows
+        job = Job(work.methods, work.plan.bits, probe, data if self._gathers() else None, slice_rows, work.blocks)
+        records: list[dict[str, Any]] = []
+        if work.tuners:
+            assert data is not None, "a Tuner needs text, which planning has seen to"
+            tuned = run_tuners(
+                self.checkpoint, source, job, work.tuners, data, self.notes, self.options.seed, self.progress
+            )
+            source, job, records = (
+                tuned.source,
+                replace(job, methods=tuned.methods, calibration=None, blocks=()),
+                tuned.records,
+            )
+            reference = tuned.reference if reference is None else reference
         with ArtifactWriter.start(self.folder, self.work.plan, key) as writer:
             outcome = Sweep(source, Tensors(writer), job, Journal(self.notes), self.progress).run()
             if reference is not None:
                 outcome.logits[FLOAT] = reference
+            outcome = Outcome(outcome.logits, amended(outcome.records, records, work.tuners))
             kept.save(State(1, outcome.logits, outcome.records))
             self._side_files()
             writer.finish(
@@ -286,19 +300,19 @@ class Run:
         return outcome
 
     def _gathers(self) -> bool:
-        return any(m.needs.value != "none" for chain in self.work.methods.values() for m in chain)
+        chains = (m for chain in self.work.methods.values() for m in chain)
+        return any(m.reads_text for m in (*self.work.blocks, *chains))
 
     def _source(self, data: Batches | None, probe: Tensor) -> tuple[Source, Tensor | None]:
         """Where the final sweep reads, and the original's probe logits when that is no longer the original."""
         earlier: list[list[Method]] = self.work.runs[:-1]
         if not earlier:
             return CheckpointSource(self.checkpoint), None
-        assert data is not None, "a ModelMethod needs text, which planning has seen to"
         decoder, reference = run_model_methods(
             self.checkpoint, earlier, data, probe, self.notes, self.options.seed, self.progress
         )
         last = earlier[-1][-1]
-        return DecoderSource(decoder, made_by=type(last).__name__.lower()), reference
+        return DecoderSource(decoder, made_by=last.name), reference
 
     # ---- what stands beside the tensors
 
@@ -333,7 +347,7 @@ class Tensors:
     def __init__(self, writer: ArtifactWriter) -> None:
         self._writer = writer
 
-    def quantized(self, name: str, value: Quantized) -> None:
+    def quantized(self, name: str, value: Quantized, weight: Tensor) -> None:
         """Write codes and grids."""
         scale = {b: s.numpy() for b, s in value.scale.items()}
         zero = {b: z.numpy() for b, z in value.zero.items()}

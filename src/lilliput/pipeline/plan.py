@@ -2,13 +2,23 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain as joined
 from itertools import groupby
 
 from lilliput.artifact.plan import Plan
 from lilliput.artifact.schema import FloatEntry, QuantEntry
 from lilliput.core.errors import ConfigError, OutOfResource
 from lilliput.core.recipe import Recipe
-from lilliput.methods.base import LayerMethod, Method, ModelMethod, Quantizer, Statistic, build_stage
+from lilliput.methods.base import (
+    BlockMethod,
+    LayerMethod,
+    Method,
+    ModelMethod,
+    Quantizer,
+    Statistic,
+    Tuner,
+    build_stage,
+)
 from lilliput.models import Checkpoint
 from lilliput.numerics.packing import serving_width
 from lilliput.pipeline.report import LayerPlan
@@ -21,13 +31,16 @@ COPIES = 6
 
 @dataclass(frozen=True)
 class Work:
-    """runs: the recipe's methods, neighbours of one kind together; the last run is of LayerMethods, maybe empty.
+    """runs: the recipe's methods, neighbours of one kind together; the last run is of those of a sweep, maybe empty.
 
-    methods: for the last run, every layer's methods with its own widths. plan: the artifact to be.
+    blocks, methods: for the last run, what changes every block, and every layer's methods with its own widths.
+    tuners: what comes after it. plan: the artifact to be.
     """
 
     runs: list[list[Method]]
+    blocks: Sequence[BlockMethod]
     methods: Mapping[str, Sequence[LayerMethod]]
+    tuners: Sequence[Tuner]
     plan: Plan
     layers: list[LayerPlan]
     needs_calibration: bool
@@ -35,10 +48,16 @@ class Work:
 
 def plan_work(checkpoint: Checkpoint, recipe: Recipe) -> Work:
     """Decide what happens to every tensor. Raises ConfigError for what cannot be, naming the layer."""
-    runs = [list(group) for _, group in groupby(map(build_stage, recipe.stages), lambda m: isinstance(m, ModelMethod))]
-    if isinstance(runs[-1][0], ModelMethod):
+    runs = [list(group) for _, group in groupby(map(build_stage, recipe.stages), _kind)]
+    tuners = [m for m in runs.pop() if isinstance(m, Tuner)] if _kind(runs[-1][0]) is Tuner else []
+    for method in (m for run in runs for m in run if isinstance(m, Tuner)):
+        raise ConfigError(f"{method.name} is not the last stage", f"recipe {recipe.name}", "Put it at the end")
+    if not runs or _kind(runs[-1][0]) is ModelMethod:
         runs.append([])
-    final = [method for method in runs[-1] if isinstance(method, LayerMethod)]
+    blocks, final = in_sweep(runs[-1])
+    if tuners and not any(isinstance(m, Quantizer) for m in final):
+        what = f"{tuners[0].name} improves codes, and no stage before it makes any"
+        raise ConfigError(what, where=f"recipe {recipe.name}", fix="Put a quantizer such as rtn before it")
     matrices = matrices_of(checkpoint)
     wide = assign(final, matrices)
     ladders = [quantizer.bits for methods in wide.values() if (quantizer := last_quantizer(methods))]
@@ -56,8 +75,22 @@ def plan_work(checkpoint: Checkpoint, recipe: Recipe) -> Work:
             info = checkpoint.info(name)
             floats[name] = FloatEntry(dtype=info.dtype if len(info.shape) > 1 else "F32", shape=info.shape)
     layers = [describe(name, shape, methods.get(name, ()), checkpoint) for name, shape in matrices.items()]
-    needs = any(isinstance(m, ModelMethod) or m.needs is not Statistic.NONE for run in runs for m in run)  # type: ignore[attr-defined]
-    return Work(runs, methods, Plan(checkpoint.spec, entries, floats, widths), layers, needs)
+    needs = any(m.reads_text for m in (*joined.from_iterable(runs), *tuners))
+    return Work(runs, blocks, methods, tuners, Plan(checkpoint.spec, entries, floats, widths), layers, needs)
+
+
+def _kind(method: Method) -> type[Method]:
+    return next((kind for kind in (ModelMethod, Tuner) if isinstance(method, kind)), LayerMethod)
+
+
+def in_sweep(run: Sequence[Method]) -> tuple[list[BlockMethod], list[LayerMethod]]:
+    """What one sweep does to every block and then to its layers. Raises ConfigError for another order."""
+    blocks = [m for m in run if isinstance(m, BlockMethod)]
+    for method in run[: run.index(blocks[-1])] if blocks else ():
+        if isinstance(method, LayerMethod):
+            what = f"{blocks[-1].name} changes whole blocks, and comes after {method.name}, which treats their layers"
+            raise ConfigError(what, where="recipe", fix=f"Put {blocks[-1].name} first")
+    return blocks, [m for m in run if isinstance(m, LayerMethod)]
 
 
 def matrices_of(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
@@ -76,7 +109,7 @@ def assign(methods: Sequence[LayerMethod], matrices: Mapping[str, tuple[int, int
         for index, method in enumerate(chain):
             method.check(name, out, columns)
             if isinstance(method, Quantizer) and index + 1 < len(chain):
-                what = f"{type(method).__name__.lower()} is followed by {type(chain[index + 1]).__name__.lower()}"
+                what = f"{method.name} is followed by {chain[index + 1].name}"
                 raise ConfigError(what, where=name, fix="Quantize last, or exclude this layer from one of them")
         if len({method.needs for method in chain} - {Statistic.NONE}) > 1 and name == "lm_head":
             what = "its methods want different statistics"
@@ -105,7 +138,7 @@ def describe(name: str, shape: tuple[int, int], chain: Sequence[LayerMethod], ch
     if not chain:
         dtype = checkpoint.info(f"{name}.weight").dtype
         return LayerPlan(name=name, shape=shape, method=f"- stays {dtype}, no stage covers it")
-    method = "+".join(type(m).__name__.lower() for m in chain)
+    method = "+".join(m.name for m in chain)
     quantizer = last_quantizer(chain)
     return LayerPlan(name=name, shape=shape, method=method, bits=quantizer.bits if quantizer else ())
 

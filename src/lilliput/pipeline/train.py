@@ -13,19 +13,19 @@ from torch import Tensor
 
 from lilliput.core.progress import Progress
 from lilliput.data.streams import Batches
-from lilliput.methods.base import LayerMethod, Method, ModelMethod
+from lilliput.methods.base import Method, ModelMethod
 from lilliput.methods.journal import Journal, sync
 from lilliput.methods.sources import DecoderSource
 from lilliput.methods.sweep import Job, Sweep, at_width
 from lilliput.models import Checkpoint, Decoder, load_decoder
 from lilliput.numerics.nested import Quantized
-from lilliput.pipeline.plan import assign, matrices_of
+from lilliput.pipeline.plan import assign, in_sweep, matrices_of
 
 
 def run_model_methods(
     checkpoint: Checkpoint,
     runs: Sequence[Sequence[Method]],
-    data: Batches,
+    data: Batches | None,
     probe: Tensor,
     folder: Path,
     seed: int,
@@ -33,7 +33,7 @@ def run_model_methods(
 ) -> tuple[Decoder, Tensor]:
     """Apply runs of methods in order; return the decoder and the original's logits on the probe, (length, vocab).
 
-    data: calibration or training rows. probe: (1, length) int64. folder: where finished stages are kept.
+    data: calibration or training rows, None where no method reads text. probe: (1, length) int64. folder: where finished stages are kept.
     """
     decoder = load_decoder(checkpoint)
     with torch.no_grad():
@@ -49,12 +49,10 @@ def run_model_methods(
         if isinstance(run[0], ModelMethod):
             for method in run:
                 assert isinstance(method, ModelMethod), "a run is of one kind"
-                progress.say(f"{type(method).__name__.lower()} on the whole model")
+                progress.say(f"{method.name} on the whole model")
                 decoder = method.apply(decoder, data)
         else:
-            _sweep_in_memory(
-                checkpoint, decoder, [m for m in run if isinstance(m, LayerMethod)], data, probe, folder, progress
-            )
+            _sweep_in_memory(checkpoint, decoder, run, data, probe, folder, progress)
         fresh = kept.with_suffix(".new")
         save_file({k: v.contiguous() for k, v in decoder.state_dict().items()}, fresh)
         sync(fresh)
@@ -65,17 +63,18 @@ def run_model_methods(
 def _sweep_in_memory(
     checkpoint: Checkpoint,
     decoder: Decoder,
-    methods: Sequence[LayerMethod],
-    data: Batches,
+    run: Sequence[Method],
+    data: Batches | None,
     probe: Tensor,
     folder: Path,
     progress: Progress,
 ) -> None:
     # Its results live in memory only, so what an interrupted run left of it is of no use.
     shutil.rmtree(folder / "between", ignore_errors=True)
+    blocks, methods = in_sweep(run)
     chosen = assign(methods, matrices_of(checkpoint))
     source = DecoderSource(decoder, made_by="an earlier stage")
-    job = Job(chosen, (), probe, data)
+    job = Job(chosen, (), probe, data, blocks=blocks)
     Sweep(source, _Into(decoder), job, Journal(folder / "between"), progress).run()
 
 
@@ -85,7 +84,7 @@ class _Into:
     def __init__(self, decoder: Decoder) -> None:
         self._state = decoder.state_dict()
 
-    def quantized(self, name: str, value: Quantized) -> None:
+    def quantized(self, name: str, value: Quantized, weight: Tensor) -> None:
         self._state[f"{name}.weight"].copy_(at_width(value, value.bits[-1]))
 
     def floating(self, name: str, value: Tensor) -> None:

@@ -13,7 +13,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from lilliput.methods.base import Quantizer, Statistic
-from lilliput.numerics.grids import encode, minmax_grid, nest
+from lilliput.numerics.grids import nearest
 from lilliput.numerics.nested import Quantized
 
 
@@ -25,6 +25,4 @@ class RTN(Quantizer):
 
     def solve(self, weight: Tensor, stat: Tensor | None) -> Quantized:
         """Round one matrix; see `LayerMethod.solve`. Raises ConfigError for a step beyond float16."""
-        scale, zero = minmax_grid(weight, self.bits[-1], self.group_size, self.sym)
-        codes = encode(weight, scale, zero, self.bits[-1], self.group_size)
-        return nest(weight, codes, scale, zero, self.bits, self.group_size)
+        return nearest(weight, self.bits, self.group_size, self.sym)

@@ -15,7 +15,14 @@ from lilliput.artifact.container import Layout, Planned
 from lilliput.artifact.plan import Plan
 from lilliput.artifact.read import Artifact
 from lilliput.core.errors import ConfigError, InputCorrupt, InputMissing
-from support.small_artifact import llama_spec, random_float, random_linear, small_plan, write_small_artifact
+from support.small_artifact import (
+    llama_spec,
+    random_float,
+    random_linear,
+    random_tables,
+    small_plan,
+    write_small_artifact,
+)
 
 PLAN = small_plan(llama_spec(layers=1), ladders={"embed_tokens": (4, 8)})
 NAME = "layers.0.mlp.down_proj"
@@ -36,12 +43,16 @@ def copy(whole: Path, tmp_path: Path) -> Path:
 def reference(plan: Plan, name: str, bits: int, seed: int = 0) -> np.ndarray:
     """Spell out the formula of docs/architecture.md, weight by weight."""
     rng = np.random.default_rng(seed)
-    codes, scale, zero = {n: random_linear(entry, rng) for n, entry in plan.entries.items()}[name]
+    made = {n: (random_linear(entry, rng), random_tables(entry, rng)) for n, entry in plan.entries.items()}
+    (codes, scale, zero), table = made[name]
     entry = plan.entries[name]
     size = entry.columns if entry.group_size == -1 else entry.group_size
     out = np.empty(codes.shape, np.float32)
     for n, k in np.ndindex(codes.shape):
-        c = np.float32(codes[n, k] >> (entry.bits[-1] - bits)) - np.float32((2**bits - 1) / 2)
+        code = codes[n, k] >> (entry.bits[-1] - bits)
+        c = np.float32(code) - np.float32((2**bits - 1) / 2)
+        if bits in table:
+            c = np.float32(table[bits][n, code]) - np.float32(63.5)
         if bits in zero:
             c -= np.float32(zero[bits][n, k // size])
         out[n, k] = np.float32(scale[bits][n, k // size]) * c
@@ -56,6 +67,22 @@ def test_dequantizing_is_the_formula_bit_for_bit(tmp_path: Path, group_size: int
     with Artifact.open(tmp_path / "a") as artifact:
         for bits in (2, 5):
             assert artifact.dequantize(NAME, bits).tobytes() == reference(plan, NAME, bits).tobytes()
+
+
+@pytest.mark.parametrize("group_size", [-1, 32, 48])
+@pytest.mark.parametrize("sym", [True, False])
+def test_levels_of_a_table_are_the_formula_bit_for_bit(tmp_path: Path, group_size: int, sym: bool) -> None:
+    spec = llama_spec(layers=1, hidden=48, heads=3, kv_heads=3, inter=40)
+    plan = small_plan(spec, (1, 2, 3, 4, 8), group_size=group_size, sym=sym, tables=(1, 3, 4))
+    manifest = write_small_artifact(tmp_path / "a", plan=plan)
+    assert manifest.schema_version == "1.1"
+    with Artifact.open(tmp_path / "a") as artifact:
+        for bits in plan.bits:
+            assert artifact.dequantize(NAME, bits).tobytes() == reference(plan, NAME, bits).tobytes()
+        linear = artifact.linear(NAME, 3)
+        assert {b: t.shape for b, t in linear.table.items()} == {1: (3, 16, 2), 3: (3, 16, 8)}
+        assert all(t.ctypes.data % 64 == 0 for t in linear.table.values())
+        assert artifact.plan.home[f"{NAME}.table.3"][0] == "bits-3.safetensors"
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -124,6 +124,9 @@ def test_what_is_no_manifest_is_named(raw: bytes, message: str) -> None:
         ("entries/layers.0.attn.q_proj/out", 1 << 60, "less than or equal"),
         ("entries/layers.0.attn.q_proj/out", 32, r"q_proj is \(32, 64\) but the spec says \(64, 64\)"),
         ("entries/layers.0.attn.q_proj/group_size", 0, "neither -1 nor positive"),
+        ("entries/layers.0.attn.q_proj/tables", [3], r"tables \[3\] are not widths of \[2, 4\] up to 4 bits"),
+        ("entries/layers.0.attn.q_proj/tables", [4, 2], "are not widths"),
+        ("entries/layers.0.attn.q_proj/tables", [2, 2], "are not widths"),
         (
             "entries/layers.9.attn.q_proj",
             {"out": 1, "columns": 1, "bits": [2], "group_size": -1, "sym": True},
@@ -164,14 +167,14 @@ def test_a_newer_major_is_refused_by_name(manifest: Manifest) -> None:
 
 
 def test_a_newer_minor_may_say_more_but_not_mean_more(manifest: Manifest) -> None:
-    assert schema.SCHEMA_VERSION == "1.0"  # with the next minor, raise the numbers below
+    assert schema.SCHEMA_VERSION == "1.1"  # with the next minor, raise the numbers below
     newer = manifest.model_copy(update={"schema_version": "1.7"})
     for path in ("carbon_footprint", "source/licence", "files/config.json/mime"):
         read = load_manifest(changed(newer, path, "x"), "m")
         assert read.entries == manifest.entries
         assert read.schema_version == "1.7"
     for path in ("spec/sinks", "entries/layers.0.attn.q_proj/codebook"):
-        with pytest.raises(Unsupported, match=r"schema 1\.7 says .*Extra inputs.*Update lilliput, this one knows 1\.0"):
+        with pytest.raises(Unsupported, match=r"schema 1\.7 says .*Extra inputs.*Update lilliput, this one knows 1\.1"):
             load_manifest(changed(newer, path, "x"), "m")
     with pytest.raises(Unsupported, match=r"schema 1\.7 says spec\.activation"):
         load_manifest(changed(newer, "spec/activation", "mish"), "m")
@@ -191,3 +194,14 @@ def test_a_matrix_serves_its_narrowest_width_that_is_enough(
 def test_the_manifest_in_the_folder_is_what_the_writer_returned(tmp_path: Path) -> None:
     written = write_small_artifact(tmp_path / "a")
     assert (tmp_path / "a" / "manifest.json").read_bytes() == seal(written)
+
+
+def test_tables_raise_the_version_only_where_there_are_some(manifest: Manifest, tmp_path: Path) -> None:
+    assert manifest.schema_version == "1.0"
+    assert b'"tables"' not in seal(manifest)
+    plan = small_plan(llama_spec(layers=1), (2, 4, 8), ladders={"embed_tokens": (8,)}, tables=(2, 4))
+    written = write_small_artifact(tmp_path / "a", plan=plan)
+    assert written.schema_version == "1.1"
+    said = json.loads(seal(written))["entries"]
+    assert said["layers.0.attn.q_proj"]["tables"] == [2, 4]
+    assert "tables" not in said["embed_tokens"]

@@ -12,7 +12,7 @@ from lilliput.core.errors import InputMissing, Unsupported
 from support.small_artifact import llama_spec, small_plan, write_small_artifact
 
 PLAN = small_plan(
-    llama_spec(layers=1, hidden=16, heads=1, kv_heads=1, inter=24), (2, 3), ladders={"embed_tokens": (2,)}
+    llama_spec(layers=1, hidden=16, heads=1, kv_heads=1, inter=24), (2, 3), ladders={"embed_tokens": (2,)}, tables=(2,)
 )
 
 
@@ -127,6 +127,10 @@ def forge(folder: Path, tensor: str, index: int, value: int) -> None:
         ("embed_tokens.scale.2", -1, 1, "scale.2: a value outside the matrix is not zero"),
         ("embed_tokens.zero.2", 1, 0x7C, "zero.2: a value is not finite"),
         ("layers.0.mlp.up_proj.scale.3", 1, 0x7E, "scale.3: a value is not finite"),
+        ("embed_tokens.table.2", 3, 127, ""),  # the last entry of row 0
+        ("embed_tokens.table.2", 3, 128, "table.2: an entry is 128, beyond 7 bits"),
+        ("embed_tokens.table.2", 3, 0, "table.2: the entries of a row go down"),
+        ("embed_tokens.table.2", -1, 1, "table.2: a value outside the matrix is not zero"),
     ],
 )
 def test_what_must_be_zero_or_finite_is_checked_beyond_the_digests(

@@ -138,6 +138,27 @@ def test_what_does_not_fit_the_plan_is_refused(tmp_path: Path) -> None:
             writer.put_quantized(NAME, codes & 3, {2: scale[2]}, {2: zero[2]})
 
 
+def test_a_table_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    plan = small_plan(llama_spec(layers=1), (2, 8), tables=(2,))
+    made = random_linear(plan.entries[NAME], np.random.default_rng(0))
+    good = np.tile(np.array([0, 40, 90, 127], np.uint8), (64, 1))
+    with ArtifactWriter.start(tmp_path, plan) as writer:
+        for bad, message in (
+            (None, r"tables for the widths \[\], not \[2\]"),
+            ({2: good, 8: good}, r"tables for the widths \[2, 8\]"),
+            ({2: good[1:]}, r"the table is uint8 \(63, 4\), not uint8 \(64, 4\)"),
+            ({2: good.astype(np.int64)}, "the table is int64"),
+            ({2: good + np.uint8(1)}, "beyond 7 bits, or down"),
+            ({2: good[:, ::-1]}, "beyond 7 bits, or down"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                writer.put_quantized(NAME, *made, bad)
+        writer.put_quantized(NAME, *made, {2: good})
+    plain = small_plan(llama_spec(layers=1), (2, 8))
+    with ArtifactWriter.start(tmp_path / "n", plain) as writer, pytest.raises(ValueError, match=r"not \[\]"):
+        writer.put_quantized(NAME, *made, {2: good})
+
+
 @pytest.mark.parametrize(
     ("ladders", "bits", "where"),
     [
@@ -182,6 +203,11 @@ def test_bits_a_weight_count_padding_scales_and_zeros() -> None:
     assert plan.bits_per_weight(2) == 2 + 2 * 16 / 32
     assert plan.bits_per_weight(4) == 4 + 2 * 16 / 32
     assert small_plan(llama_spec(layers=1, inter=128), (4,), sym=True).bits_per_weight(4) == 4 + 16 / 32
+    spec = llama_spec(
+        layers=1, hidden=64, inter=64
+    )  # every matrix has 64 columns: a table of 2**b bytes for 64 weights
+    wide = small_plan(spec, (2, 4, 8), sym=True, group_size=-1, tables=(2, 4))
+    assert [wide.bits_per_weight(b) for b in (2, 4, 8)] == [2 + (16 + 32) / 64, 4 + (16 + 128) / 64, 8 + 16 / 64]
 
 
 # --- publishing ---

@@ -10,8 +10,10 @@ from lilliput.numerics.packing import (
     fields_of,
     pack_fields,
     tile_groups,
+    tile_table,
     unpack_fields,
     untile_groups,
+    untile_table,
 )
 
 LADDERS = st.sets(st.integers(1, 8), min_size=1).map(lambda widths: tuple(sorted(widths)))
@@ -92,3 +94,12 @@ def test_group_values_round_trip_through_tiles(shape: tuple[int, int]) -> None:
     assert tiled.shape == (-(-shape[0] // ROWS), shape[1], ROWS)
     assert np.array_equal(untile_groups(tiled, shape[0]), values)
     assert not untile_groups(tiled, len(tiled) * ROWS)[shape[0] :].any()
+
+
+@pytest.mark.parametrize("out", [1, 16, 33])
+def test_tables_round_trip_through_tiles(out: int) -> None:
+    table = np.random.default_rng(3).integers(1, 128, (out, 8), dtype=np.uint8)
+    tiled = tile_table(table)
+    assert tiled.shape == (-(-out // ROWS), ROWS, 8)
+    assert np.array_equal(untile_table(tiled, out), table)
+    assert not untile_table(tiled, len(tiled) * ROWS)[out:].any()

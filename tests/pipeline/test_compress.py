@@ -356,11 +356,11 @@ def test_a_damaged_artifact_is_caught_before_it_is_published(
 
     put = Tensors.quantized
 
-    def swapped(self: Tensors, name: str, value: object) -> None:
+    def swapped(self: Tensors, name: str, value: object, weight: object) -> None:
         codes = value.codes.clone()  # type: ignore[attr-defined]
         if name == "layers.1.mlp.up_proj":
             codes[[0, 1]] = codes[[1, 0]]
-        put(self, name, type(value)(codes, value.bits, value.group_size, value.scale, value.zero))  # type: ignore
+        put(self, name, type(value)(codes, value.bits, value.group_size, value.scale, value.zero), weight)  # type: ignore
 
     monkeypatch.setattr(Tensors, "quantized", swapped)
     with pytest.raises(RuntimeError, match=r"logits differ from the intended ones"):

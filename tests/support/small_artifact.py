@@ -64,8 +64,12 @@ def small_plan(
     sym: bool = False,
     ladders: Mapping[str, Sequence[int]] | None = None,
     float_dtype: str = "F32",
+    tables: Sequence[int] = (),
 ) -> Plan:
-    """Plan with every block matrix quantized, the embedding too where `ladders` names it."""
+    """Plan with every block matrix quantized, the embedding too where `ladders` names it.
+
+    tables: widths at which the matrices that have them have tables.
+    """
     ladders = dict(ladders or {})
     shapes = {"embed_tokens": (spec.vocab_size, spec.hidden_size)}
     shapes |= {} if spec.tied_head else {"lm_head": (spec.vocab_size, spec.hidden_size)}
@@ -76,7 +80,10 @@ def small_plan(
     for name, (out, columns) in shapes.items():
         if bits and (name in ladders or name.startswith("layers.")):
             own = tuple(ladders.get(name, bits))
-            entries[name] = QuantEntry(out=out, columns=columns, bits=own, group_size=group_size, sym=sym)
+            entries[name] = QuantEntry(
+                out=out, columns=columns, bits=own, group_size=group_size, sym=sym,
+                tables=tuple(b for b in own if b in tables),
+            )  # fmt: skip
         else:
             floats[f"{name}.weight"] = FloatEntry(dtype=float_dtype, shape=(out, columns))
     norms = [f"layers.{layer}.{kind}.weight" for layer in range(spec.num_layers) for kind in ("attn_norm", "mlp_norm")]
@@ -97,10 +104,20 @@ def random_linear(
     widest = entry.bits[-1]
     codes = rng.integers(0, 1 << widest, (entry.out, entry.columns), dtype=np.uint8)
     base = rng.uniform(0.2, 0.4, (entry.out, entry.groups))
-    scale = {b: (base / (1 << b)).astype(np.float16) for b in entry.bits}
+    levels = {b: 128 if b in entry.tables else 1 << b for b in entry.bits}  # that the scale's steps are cut into
+    scale = {b: (base / count).astype(np.float16) for b, count in levels.items()}
     middle = rng.uniform(-0.1, 0.1, (entry.out, entry.groups))
-    zero = {} if entry.sym else {b: (middle * (1 << b)).astype(np.float16) for b in entry.bits}
+    zero = {} if entry.sym else {b: (middle * count).astype(np.float16) for b, count in levels.items()}
     return codes, scale, zero
+
+
+def random_tables(entry: QuantEntry, rng: np.random.Generator) -> dict[int, np.ndarray]:
+    """Tables whose rows lie within a few levels of the even ones, so that the widths approximate the same weights."""
+    found = {}
+    for b in entry.tables:
+        even = np.linspace(0, 127, 1 << b) + rng.uniform(-0.4, 0.4, (entry.out, 1 << b)) * 127 / (1 << b)
+        found[b] = np.sort(even.clip(0, 127), axis=1).astype(np.uint8)
+    return found
 
 
 def random_float(entry: FloatEntry, rng: np.random.Generator) -> np.ndarray:
@@ -117,7 +134,7 @@ def fill(writer: ArtifactWriter, seed: int = 0) -> None:
     """Put random numbers into every tensor of the plan."""
     rng = np.random.default_rng(seed)
     for name, entry in writer.plan.entries.items():
-        writer.put_quantized(name, *random_linear(entry, rng))
+        writer.put_quantized(name, *random_linear(entry, rng), random_tables(entry, rng))
     for name, left in writer.plan.floats.items():
         writer.put_float(name, random_float(left, rng))
 

@@ -53,8 +53,10 @@ class Plan:
                 shape = field_shape(entry.out, entry.columns, width)
                 files[rung_file(rung[needed])].append(Planned(f"{name}.plane.{index}", "U8", shape, PAGE))
                 if below in entry.bits:
-                    for kind in ("scale",) if entry.sym else ("scale", "zero"):
+                    for kind in entry.grids(below):
                         grid = Planned(f"{name}.{kind}.{below}", "F16", (tiles, entry.groups, ROWS))
+                        if kind == "table":
+                            grid = Planned(f"{name}.{kind}.{below}", "U8", (tiles, ROWS, 1 << below))
                         files[rung_file(rung[below])].append(grid)
         return files
 
@@ -83,13 +85,13 @@ class Plan:
         return [FLOAT_FILE, *(rung_file(b) for b in self.bits if bits is None or b <= bits)]
 
     def bits_per_weight(self, bits: int) -> float:
-        """Bits read for one quantized weight at width `bits`: fields with their padding, plus the scales and zeros."""
+        """Bits read for one quantized weight at width `bits`: fields with their padding, scales, zeros and tables."""
         self.files_at(bits)
         read = weights = 0
         for name, entry in self.entries.items():
             width = entry.width_at(bits)
             wanted = [f"{name}.plane.{index}" for index in range(entry.fields_at(bits))]
-            wanted += [f"{name}.scale.{width}"] + ([] if entry.sym else [f"{name}.zero.{width}"])
+            wanted += [f"{name}.{kind}.{width}" for kind in entry.grids(width)]
             read += sum(_bytes(self.slot(tensor)) for tensor in wanted)
             weights += entry.out * entry.columns
         return 8 * read / weights

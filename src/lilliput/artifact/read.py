@@ -6,7 +6,7 @@ hashed here; `verify` does that.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,7 +19,7 @@ from lilliput.artifact.folder import Folder
 from lilliput.artifact.plan import Plan
 from lilliput.artifact.schema import FLOAT_FILE, MANIFEST_FILE, MANIFEST_LIMIT, Manifest, load_manifest, rung_file
 from lilliput.core.errors import ConfigError, InputCorrupt, InputMissing
-from lilliput.numerics.packing import serving_width, unpack_fields, untile_groups
+from lilliput.numerics.packing import LEVEL_MIDDLE, serving_width, unpack_fields, untile_groups, untile_table
 
 _FIX = "Copy the artifact again from its source, or make it again"
 
@@ -45,7 +45,8 @@ class StoredLinear:
 
     bits: widths of the matrix itself, ascending. fields: width of each plane, most significant first; planes[f]:
     uint8 (row tiles, input tiles, 64 * fields[f]). scale[b], zero[b]: float16 (row tiles, groups, 16), zero empty
-    when symmetric. group_size: -1 is one group a row. bias: (out,) or None.
+    when symmetric. group_size: -1 is one group a row. bias: (out,) or None. table[b]: uint8 (row tiles, 16, 2**b) for
+    the widths that have one.
     """
 
     name: str
@@ -59,18 +60,26 @@ class StoredLinear:
     scale: Mapping[int, npt.NDArray[np.float16]]
     zero: Mapping[int, npt.NDArray[np.float16]]
     bias: StoredTensor | None
+    table: Mapping[int, npt.NDArray[np.uint8]] = field(default_factory=dict)
 
     def width_at(self, bits: int) -> int:
         """Width this matrix runs at when the artifact is asked for `bits`: the narrowest of at least that, or the widest."""
         return serving_width(self.bits, bits)
 
     def dequantize(self, bits: int) -> npt.NDArray[np.float32]:
-        """Return the (out, columns) float32 matrix at the artifact's width `bits`: scale * (c - (2**w - 1) / 2 - zero)."""
+        """Return the (out, columns) float32 matrix at the artifact's width `bits`: scale * (c - (2**w - 1) / 2 - zero).
+
+        Where the width w has a table: scale * (table[c] - 63.5 - zero).
+        """
         width, count, total = self.width_at(bits), 0, 0
         while total < width:
             total, count = total + self.fields[count], count + 1
         codes = unpack_fields(self.planes[:count], self.fields[:count], self.out, self.columns)
-        values = codes.astype(np.float32) - np.float32((2**width - 1) / 2)
+        if width in self.table:
+            levels = untile_table(self.table[width], self.out).astype(np.float32) - np.float32(LEVEL_MIDDLE)
+            values = np.take_along_axis(levels, codes, axis=1)
+        else:
+            values = codes.astype(np.float32) - np.float32((2**width - 1) / 2)
         if width in self.zero:
             values -= self._spread(self.zero[width])
         values *= self._spread(self.scale[width])
@@ -169,19 +178,20 @@ class Artifact:
             scale={own: self.tensor(f"{name}.scale.{own}").data for own in bits},
             zero={} if entry.sym else {own: self.tensor(f"{name}.zero.{own}").data for own in bits},
             bias=bias,
+            table={own: self.tensor(f"{name}.table.{own}").data for own in bits if own in entry.tables},
         )
 
     def read_ahead(self, bits: int | None = None) -> None:
         """Ask the system to have in memory soon what a runner reads at `bits` (None: the widest here).
 
-        That is every field, scale and zero of that width and the float tensors, in the order they are used, and no
-        byte of a wider width. Raises as `linear` does.
+        That is every field, scale, zero and table of that width and the float tensors, in the order they are used, and
+        no byte of a wider width. Raises as `linear` does.
         """
         names = list(self.manifest.floats)
         for name, entry in self.manifest.entries.items():
             width = entry.width_at(served := self._served(bits))
             names += [f"{name}.plane.{index}" for index in range(entry.fields_at(served))]
-            names += [f"{name}.{kind}.{width}" for kind in (("scale",) if entry.sym else ("scale", "zero"))]
+            names += [f"{name}.{kind}.{width}" for kind in entry.grids(width)]
         for name in names:
             self._container(self.plan.home[name][0]).read_ahead(name)
 

@@ -26,9 +26,9 @@ from pydantic import (
 from lilliput.artifact import strict_json
 from lilliput.core.errors import InputCorrupt, Unsupported
 from lilliput.core.spec import ModelSpec
-from lilliput.numerics.packing import fields_of, serving_width
+from lilliput.numerics.packing import TABLE_BITS, fields_of, serving_width
 
-SCHEMA_VERSION = "1.0"
+SCHEMA_VERSION = "1.1"
 MANIFEST_FILE = "manifest.json"
 INDEX_FILE = "model.safetensors.index.json"
 FLOAT_FILE = "float.safetensors"
@@ -73,7 +73,7 @@ class _Frozen(BaseModel):
 class QuantEntry(_Frozen):
     """How one linear layer is stored: (out, columns) codes of max(bits) bits, groups of `group_size` inputs.
 
-    group_size -1 is one group a row. sym: the grids have no zeros.
+    group_size -1 is one group a row. sym: the grids have no zeros. tables: widths whose levels stand in a table (1.1).
     """
 
     out: Size
@@ -81,12 +81,19 @@ class QuantEntry(_Frozen):
     bits: Annotated[Ladder, Field(min_length=1)]
     group_size: int = Field(le=_LARGEST)
     sym: bool
+    tables: Annotated[tuple[int, ...], Field(max_length=TABLE_BITS)] = ()
 
     @model_validator(mode="after")
-    def _group_size(self) -> Self:
+    def _agrees(self) -> Self:
         if self.group_size != -1 and self.group_size < 1:
             raise ValueError(f"group_size {self.group_size} is neither -1 nor positive")
+        if self.tables != tuple(b for b in self.bits if b in self.tables and b <= TABLE_BITS):
+            raise ValueError(f"tables {list(self.tables)} are not widths of {list(self.bits)} up to {TABLE_BITS} bits")
         return self
+
+    def grids(self, width: int) -> tuple[str, ...]:
+        """Kinds of tensors, besides fields, that the matrix has for one width of its ladder."""
+        return ("scale", *(() if self.sym else ("zero",)), *(("table",) if width in self.tables else ()))
 
     @property
     def groups(self) -> int:
@@ -245,6 +252,11 @@ def inconsistencies(
         if bits and unused:
             yield f"{name} has the width {unused[0]}, which no width of {list(bits)} uses"
     yield from _misshapen(spec, floats, matrices)
+
+
+def version_of(entries: Mapping[str, QuantEntry]) -> str:
+    """Return the oldest schema version that has all that these entries say."""
+    return "1.1" if any(entry.tables for entry in entries.values()) else "1.0"
 
 
 _fields_of = cache(fields_of)

@@ -26,7 +26,7 @@ from lilliput.artifact.schema import (
     rung_file,
 )
 from lilliput.core.errors import InputCorrupt, InputMissing
-from lilliput.numerics.packing import INPUTS, ROWS, unpack_fields
+from lilliput.numerics.packing import INPUTS, LEVEL_BITS, ROWS, unpack_fields
 
 Progress = Callable[[int, int], None]
 """Called with the bytes read so far and the bytes there are."""
@@ -156,6 +156,8 @@ class _Check:
             elif entry and kind == "plane":
                 if any(part.any() for part in _outside(entry, file, name, entry.fields[int(last)])):
                     self._say("a code outside the matrix is not zero", f"{file.where}: {name}")
+            elif entry and kind == "table":
+                self._table(entry, file, name)
             elif entry:
                 self._grid(entry, file, name)
 
@@ -165,6 +167,15 @@ class _Check:
         if not all(np.isfinite(values[at : at + step]).all() for at in range(0, len(values), step)):
             self._say("a value is not finite", f"{file.where}: {name}")
         if entry.out % ROWS and values[-1, :, entry.out % ROWS :].view(np.uint16).any():
+            self._say("a value outside the matrix is not zero", f"{file.where}: {name}")
+
+    def _table(self, entry: QuantEntry, file: Container, name: str) -> None:
+        values = file.view(name)  # (row tiles, 16, 2**b): few bytes beside the codes
+        if int(values.max()) >= 1 << LEVEL_BITS:
+            self._say(f"an entry is {int(values.max())}, beyond {LEVEL_BITS} bits", f"{file.where}: {name}")
+        if (values[..., 1:] < values[..., :-1]).any():
+            self._say("the entries of a row go down", f"{file.where}: {name}")
+        if entry.out % ROWS and values[-1, entry.out % ROWS :].any():
             self._say("a value outside the matrix is not zero", f"{file.where}: {name}")
 
     def _say(self, what: str, where: str, fix: str = "Copy the file again from its source") -> None:

@@ -35,9 +35,10 @@ from lilliput.artifact.schema import (
     load_manifest,
     plain_name,
     seal,
+    version_of,
 )
 from lilliput.core.errors import ConfigError, LilliputError, OutOfResource, QualityFailed
-from lilliput.numerics.packing import ROWS, pack_fields, tile_groups
+from lilliput.numerics.packing import LEVEL_BITS, ROWS, pack_fields, tile_groups, tile_table
 
 _VERSION: str = resolve_name("lilliput:__version__")  # by name: the package itself is above this room
 JOURNAL_FILE = ".written"
@@ -101,15 +102,16 @@ class ArtifactWriter:
         codes: npt.NDArray[np.uint8],
         scale: Mapping[int, F16],
         zero: Mapping[int, F16] | None = None,
+        table: Mapping[int, npt.NDArray[np.uint8]] | None = None,
     ) -> None:
         """Write one quantized matrix.
 
         codes: (out, columns) uint8 of max(bits) bits; scale[b], and zero[b] unless the entry is symmetric: (out,
-        groups) float16 for each width of the entry's ladder.
+        groups) float16 for each width of the entry's ladder. table[b]: (out, 2**b) uint8 for each of its `tables`.
         Raises QualityFailed when a scale or zero is not finite, ValueError when something does not fit the entry,
         OutOfResource when the disk is full.
         """
-        entry, zero = self.plan.entries[name], zero or {}
+        entry, zero, table = self.plan.entries[name], zero or {}, table or {}
         _check_codes(name, entry, codes)
         grids = [("scale", scale)] + ([] if entry.sym else [("zero", zero)])
         if entry.sym and zero:
@@ -117,6 +119,10 @@ class ArtifactWriter:
         for kind, by_width in grids:
             for bits in entry.bits:
                 _check_grid(name, kind, bits, entry, by_width[bits])
+        if tuple(sorted(table)) != entry.tables:
+            raise ValueError(f"{name}: tables for the widths {sorted(table)}, not {list(entry.tables)}")
+        for bits in entry.tables:
+            _check_table(name, bits, entry, table[bits])
         for row in range(0, entry.out, self._rows(entry)):
             packed = pack_fields(codes[row : row + self._rows(entry)], entry.fields)
             for index, field in enumerate(packed):
@@ -124,6 +130,8 @@ class ArtifactWriter:
         for kind, by_width in grids:
             for bits in entry.bits:
                 self._write(f"{name}.{kind}.{bits}", tile_groups(by_width[bits]))
+        for bits in entry.tables:
+            self._write(f"{name}.table.{bits}", tile_table(table[bits]))
         self._fresh.append(name)
 
     def put_float(self, name: str, array: npt.NDArray[Any]) -> None:
@@ -166,6 +174,7 @@ class ArtifactWriter:
             file.close()
         _write_whole(self.folder / INDEX_FILE, self.plan.index_json())
         manifest = Manifest(
+            schema_version=version_of(self.plan.entries),
             lilliput_version=_VERSION,
             bits=self.plan.bits,
             spec=self.plan.spec,
@@ -385,6 +394,13 @@ def _check_grid(name: str, kind: str, bits: int, entry: QuantEntry, values: F16)
     if not np.isfinite(values).all():
         what = f"the {kind} for {bits} bits is not finite in float16"
         raise QualityFailed(what, name, "Exclude this layer, and look for huge or broken weights in the checkpoint")
+
+
+def _check_table(name: str, bits: int, entry: QuantEntry, table: npt.NDArray[np.uint8]) -> None:
+    if table.dtype != np.uint8 or table.shape != (entry.out, 1 << bits):
+        raise ValueError(f"{name}: the table is {table.dtype} {table.shape}, not uint8 {(entry.out, 1 << bits)}")
+    if int(table.max()) >= 1 << LEVEL_BITS or (table[:, 1:] < table[:, :-1]).any():
+        raise ValueError(f"{name}: the table for {bits} bits goes beyond {LEVEL_BITS} bits, or down along a row")
 
 
 def _hash_all(folder: Path, known: Mapping[str, FileEntry] | None = None) -> dict[str, FileEntry]:

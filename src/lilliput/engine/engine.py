@@ -194,8 +194,8 @@ class Engine:
         return [_generation(ids, stream, *result) for ids, stream, result in zip(asked, streams, made, strict=True)]
 
     def weight_bytes(self, bits: int | None = None) -> int:
-        """Bytes of weights read for one decoded token at `bits`: fields, scales and zeros of that width, and every
-        float tensor. Tables of which a token reads one row do not count, the embedding only where it is no head.
+        """Bytes of weights read for one decoded token at `bits`: fields, scales, zeros and levels of that width, and
+        every float tensor. Tables of which a token reads one row do not count, the embedding only where it is no head.
         """
         width = self._width(bits)
         skipped = {"embed_positions"} | (set() if self.spec.tied_head else {"embed_tokens"})
@@ -207,7 +207,7 @@ class Engine:
             for plane, field in zip(linear.planes, linear.fields, strict=True):
                 if have < own:
                     total, have = total + plane.nbytes, have + field
-            total += linear.scale[own].nbytes + (linear.zero[own].nbytes if own in linear.zero else 0)
+            total += sum(grid[own].nbytes for grid in (linear.scale, linear.zero, linear.table) if own in grid)
         return total
 
     def kv_bytes(self, tokens: int) -> int:

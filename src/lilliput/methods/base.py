@@ -137,6 +137,11 @@ class Quantizer(LayerMethod):
             fix = "Give -1 for whole rows, or 32, 64 or 128 (any multiple of 4 works, those are fast)"
             raise ConfigError(what, where=f"{self.name}.group_size", fix=fix)
 
+    @property
+    def tables(self) -> tuple[int, ...]:
+        """Widths of `bits`, up to 4, for which the answer has a table of levels; see `numerics/codebooks.py`."""
+        return ()
+
     def at(self, name: str) -> Self:
         """The configuration for the layer of that name: the ends may have widths of their own."""
         at_end = name in ("embed_tokens", "lm_head")

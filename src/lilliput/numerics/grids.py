@@ -24,7 +24,7 @@ def group_count(columns: int, group_size: int) -> int:
     return 1 if group_size == -1 else -(-columns // group_size)
 
 
-def _grouped(values: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+def grouped(values: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     """(out, in) to (out, groups, size) with the short tail padded, and the (groups, size) mask of real entries."""
     out, columns = values.shape
     size = columns if group_size == -1 else group_size
@@ -40,21 +40,22 @@ def minmax_grid(weight: Tensor, bits: int, group_size: int, sym: bool) -> tuple[
     weight: (out, in) float32, finite. Symmetric levels span [-max|w|, max|w|], others [min w, max w].
     Raises ConfigError when a scale is beyond float16.
     """
-    full, mask = _grouped(weight, group_size)
+    full, mask = grouped(weight, group_size)
     if sym:
         reach = full.abs().amax(-1)
         scale = reach * (2 / (2**bits - 1))
-        return _half_scale(scale), None
+        return half_scale(scale), None
     low = full.masked_fill(~mask, torch.inf).amin(-1)
     high = full.masked_fill(~mask, -torch.inf).amax(-1)
     middle = (high + low) / 2
     flat = high == low
     # Equal weights span nothing. Steps of twice their size put a level, half a step from the middle, on their value.
     scale = torch.where(flat, 2 * middle.abs(), (high - low) / (2**bits - 1))
-    return _with_offset(scale, torch.where(flat, torch.zeros_like(middle), middle))
+    return offset_grid(scale, torch.where(flat, torch.zeros_like(middle), middle))
 
 
-def _half_scale(scale: Tensor) -> Tensor:
+def half_scale(scale: Tensor) -> Tensor:
+    """Round steps to float16, none of them to zero. Raises ConfigError when one is beyond float16."""
     if bool((scale > F16_MAX).any()):
         what = f"weights need a step of {float(scale.max()):.3g}, beyond float16"
         raise ConfigError(what, where="scale", fix="Exclude this layer from quantization")
@@ -62,12 +63,12 @@ def _half_scale(scale: Tensor) -> Tensor:
     return torch.where(scale > 0, scale.clamp_min(F16_MIN), scale).to(torch.float16)
 
 
-def _with_offset(scale: Tensor, middle: Tensor) -> tuple[Tensor, Tensor]:
+def offset_grid(scale: Tensor, middle: Tensor) -> tuple[Tensor, Tensor]:
     """Round a grid centred on `middle` to float16 scale and zero.
 
     A step tiny beside its offset is widened until the zero fits float16.
     """
-    half = _half_scale(torch.maximum(scale, middle.abs() / 60000))
+    half = half_scale(torch.maximum(scale, middle.abs() / 60000))
     used = half.to(torch.float32)
     zero = torch.where(used > 0, -middle / used, torch.zeros_like(used))
     return half, zero.clamp(-F16_MAX, F16_MAX).to(torch.float16)
@@ -77,7 +78,7 @@ def encode(weight: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_
     """Codes of the nearest levels: (out, in) uint8. Ties go to the even code; a zero scale gives the middle code."""
     out, columns = weight.shape
     step = scale.to(torch.float32)
-    code = _grouped(weight, group_size)[0] / torch.where(step > 0, step, torch.ones_like(step))[..., None]
+    code = grouped(weight, group_size)[0] / torch.where(step > 0, step, torch.ones_like(step))[..., None]
     shift = (2**bits - 1) / 2 + (zero.to(torch.float32) if zero is not None else torch.zeros_like(step))
     codes = code.add_(shift[..., None]).round_().clamp_(0, 2**bits - 1).to(torch.uint8)
     return codes.view(out, -1)[:, :columns].contiguous()
@@ -91,10 +92,10 @@ class Refit:
     """
 
     def __init__(self, weight: Tensor, group_size: int, importance: Tensor | None = None) -> None:
-        w, mask = _grouped(weight, group_size)
+        w, mask = grouped(weight, group_size)
         share = mask.to(torch.float32)
         if importance is not None:
-            own = share * _grouped(importance[None].to(torch.float32), group_size)[0][0]
+            own = share * grouped(importance[None].to(torch.float32), group_size)[0][0]
             share = torch.where(own.sum(-1, keepdim=True) > 0, own, share)
         self._share = share / share.sum(-1, keepdim=True)
         self._group_size = group_size
@@ -107,20 +108,20 @@ class Refit:
 
         Groups whose codes are all one level get a grid with that level on their mean.
         """
-        x = _grouped(codes.to(torch.float32).sub_((2**bits - 1) / 2), self._group_size)[0]
+        x = grouped(codes.to(torch.float32).sub_((2**bits - 1) / 2), self._group_size)[0]
         mean_x = torch.einsum("ogs,gs->og", x, self._share)
         x = x.sub_(mean_x[..., None])
         product = torch.einsum("ogs,ogs->og", self._centred, x)
         variance = torch.einsum("ogs,gs->og", x.square_(), self._share)
         if sym:  # the plain moments from the centred ones
             moment, square = product + self._mean * mean_x, variance + mean_x.square()
-            return _half_scale((moment / square.clamp_min(1e-30)).clamp_min(0)), None
+            return half_scale((moment / square.clamp_min(1e-30)).clamp_min(0)), None
         flat = variance < 1e-9 * (1 + mean_x.square())  # above what is left of one level after rounding
         slope = torch.where(flat, torch.zeros_like(product), product / variance.clamp_min(1e-30)).clamp_min(0)
         # The scale is rounded before the offset is derived, so its rounding error does not move the mean of the group.
-        half = _half_scale(slope).to(torch.float32)
+        half = half_scale(slope).to(torch.float32)
         half = torch.where(half == 0, 2 * self._mean.abs(), half)
-        return _with_offset(half, self._mean - half * mean_x)
+        return offset_grid(half, self._mean - half * mean_x)
 
 
 def nest(

@@ -1,7 +1,7 @@
 """A quantized matrix that serves several widths from one set of codes (needs torch).
 
-Source: Park et al., "Any-Precision LLM", ICML 2024, section 3 (nested codes); the affine form with a scale and a zero
-refitted for every width is ours: the paper has one table of centroids per row and width.
+Source: Park et al., "Any-Precision LLM", ICML 2024, section 3 (nested codes, one table of centroids per row and width);
+the affine form with a scale and a zero refitted for every width, and centroids rounded to 7 bits, are ours.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lilliput.numerics.packing import serving_width
+from lilliput.numerics.packing import LEVEL_MIDDLE, serving_width
+
+_CHUNK = 1 << 22  # codes looked up at once: their int64 indices take 32 MiB
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,8 @@ class Quantized:
 
     codes: (out, in) uint8 of max(bits) bits. scale[b]: (out, groups) float16. zero[b]: the same, counted from the
     middle of the code range, or missing when the grid is symmetric. group_size: inputs a group, -1 for whole rows;
-    the last group may be shorter.
+    the last group may be shorter. table[b]: (out, 2**b) uint8 of 0..127, non-decreasing along a row, for the widths of
+    up to 4 bits whose levels are not evenly spaced; see `numerics/codebooks.py`.
     """
 
     codes: Tensor
@@ -28,6 +31,7 @@ class Quantized:
     group_size: int
     scale: Mapping[int, Tensor]
     zero: Mapping[int, Tensor] = field(default_factory=dict)
+    table: Mapping[int, Tensor] = field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -43,7 +47,8 @@ class Quantized:
         """The same grid for some of the rows."""
         scale = {b: s[index] for b, s in self.scale.items()}
         zero = {b: z[index] for b, z in self.zero.items()}
-        return Quantized(self.codes[index], self.bits, self.group_size, scale, zero)
+        table = {b: t[index] for b, t in self.table.items()}
+        return Quantized(self.codes[index], self.bits, self.group_size, scale, zero, table)
 
     @staticmethod
     def stack(parts: Sequence["Quantized"]) -> "Quantized":
@@ -51,11 +56,19 @@ class Quantized:
         first = parts[0]
         scale = {b: torch.cat([p.scale[b] for p in parts]) for b in first.scale}
         zero = {b: torch.cat([p.zero[b] for p in parts]) for b in first.zero}
-        return Quantized(torch.cat([p.codes for p in parts]), first.bits, first.group_size, scale, zero)
+        table = {b: torch.cat([p.table[b] for p in parts]) for b in first.table}
+        return Quantized(torch.cat([p.codes for p in parts]), first.bits, first.group_size, scale, zero, table)
 
     def dequantize(self, bits: int) -> Tensor:
-        """Return the (out, in) float32 matrix at one width: scale * (c_b - (2**b - 1) / 2 - zero)."""
-        code = (self.codes >> (self.bits[-1] - bits)).to(torch.float32).sub_((2**bits - 1) / 2)
+        """Return the (out, in) float32 matrix at one width: scale * (c_b - (2**b - 1) / 2 - zero).
+
+        Where the width has a table: scale * (table[c_b] - 63.5 - zero).
+        """
+        code = self.codes >> (self.bits[-1] - bits)
+        if bits in self.table:
+            code = look_up(self.table[bits], code).to(torch.float32).sub_(LEVEL_MIDDLE)
+        else:
+            code = code.to(torch.float32).sub_((2**bits - 1) / 2)
         out, columns = code.shape
         groups = self.scale[bits].shape[1]
         size = columns if self.group_size == -1 else self.group_size
@@ -64,3 +77,13 @@ class Quantized:
             whole = whole.sub_(self.zero[bits].to(torch.float32)[..., None])
         whole = whole.mul_(self.scale[bits].to(torch.float32)[..., None])
         return whole.view(out, groups * size)[:, :columns].contiguous()
+
+
+def look_up(table: Tensor, codes: Tensor) -> Tensor:
+    """Return table[n, codes[n, k]]: (out, in), in the dtype of `table`, which is (out, levels). codes: (out, in) uint8."""
+    found = torch.empty(codes.shape, dtype=table.dtype, device=codes.device)
+    rows = max(1, _CHUNK // codes.shape[1])
+    for at in range(0, len(codes), rows):
+        part = slice(at, at + rows)
+        torch.gather(table[part], 1, codes[part].to(torch.int64), out=found[part])
+    return found

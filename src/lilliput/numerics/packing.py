@@ -24,6 +24,11 @@ ROWS = 16
 """Rows of a tile."""
 INPUTS = 32
 """Inputs of a tile."""
+LEVEL_BITS = 7
+"""Bits of the entry of a table: the int8 kernels multiply it as it is, two products without overflow of int16."""
+LEVEL_MIDDLE = (2**LEVEL_BITS - 1) / 2
+TABLE_BITS = 4
+"""Widest code that may have a table: 16 entries are what one byte shuffle looks up."""
 
 U8 = npt.NDArray[np.uint8]
 
@@ -129,3 +134,15 @@ def untile_groups(tiled: npt.NDArray[np.float16], out: int) -> npt.NDArray[np.fl
     """The inverse of `tile_groups`: (row tiles, groups, 16) to (out, groups)."""
     tiles, groups, rows = tiled.shape
     return np.ascontiguousarray(tiled.transpose(0, 2, 1).reshape(tiles * rows, groups)[:out])
+
+
+def tile_table(table: U8) -> U8:
+    """(out, 2**b) to (row tiles, 16, 2**b); padding rows get 0."""
+    full = np.zeros((padded(len(table), ROWS), table.shape[1]), np.uint8)
+    full[: len(table)] = table
+    return full.reshape(-1, ROWS, table.shape[1])
+
+
+def untile_table(tiled: U8, out: int) -> U8:
+    """The inverse of `tile_table`: (row tiles, 16, 2**b) to (out, 2**b), a view."""
+    return tiled.reshape(-1, tiled.shape[2])[:out]

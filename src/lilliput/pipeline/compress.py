@@ -17,7 +17,16 @@ import torch
 from torch import Tensor
 
 from lilliput import __version__
-from lilliput.artifact.schema import SCHEMA_VERSION, DataFile, DataInfo, LayerRecord, Manifest, QualityEntry, SourceInfo
+from lilliput.artifact.schema import (
+    SCHEMA_VERSION,
+    DataFile,
+    DataInfo,
+    LayerRecord,
+    Manifest,
+    QualityEntry,
+    SourceInfo,
+    version_of,
+)
 from lilliput.artifact.write import ArtifactWriter, amend, check_output, partial_of, publish
 from lilliput.core.errors import ConfigError, Interrupted, OutOfResource, QualityFailed
 from lilliput.core.progress import Progress, Silent
@@ -330,7 +339,7 @@ class Run:
     def _side_files(self) -> None:
         plan = self.work.plan
         self.checkpoint.export_tokenizer(self.folder)
-        told = {"quant_method": "lilliput", "bits": list(plan.bits), "schema_version": SCHEMA_VERSION}
+        told = {"quant_method": "lilliput", "bits": list(plan.bits), "schema_version": version_of(plan.entries)}
         config = {**self.checkpoint.config, "quantization_config": told}
         (self.folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
         (self.folder / "recipe.yaml").write_text(self.recipe.text(), "utf-8")
@@ -348,10 +357,11 @@ class Tensors:
         self._writer = writer
 
     def quantized(self, name: str, value: Quantized, weight: Tensor) -> None:
-        """Write codes and grids."""
+        """Write codes, grids and tables."""
         scale = {b: s.numpy() for b, s in value.scale.items()}
         zero = {b: z.numpy() for b, z in value.zero.items()}
-        self._writer.put_quantized(name, value.codes.numpy(), scale, zero)
+        table = {b: t.numpy() for b, t in value.table.items()}
+        self._writer.put_quantized(name, value.codes.numpy(), scale, zero, table)
 
     def floating(self, name: str, value: Tensor) -> None:
         """Write a tensor in the dtype its entry has; bfloat16 goes as its bits."""

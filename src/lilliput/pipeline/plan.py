@@ -68,7 +68,12 @@ def plan_work(checkpoint: Checkpoint, recipe: Recipe) -> Work:
     for name, (out, columns) in matrices.items():
         if quantizer := last_quantizer(methods.get(name, ())):
             entries[name] = QuantEntry(
-                out=out, columns=columns, bits=quantizer.bits, group_size=quantizer.group_size, sym=quantizer.sym
+                out=out,
+                columns=columns,
+                bits=quantizer.bits,
+                group_size=quantizer.group_size,
+                sym=quantizer.sym,
+                tables=quantizer.tables,
             )
     for name in checkpoint.names():
         if name.removesuffix(".weight") not in entries:

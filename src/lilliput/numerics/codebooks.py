@@ -1,0 +1,98 @@
+"""Non-uniform grids: a row uses some of the 128 levels of an affine grid of 7 bits, named by a table (needs torch).
+
+At width b the levels of row n are scale[n, g] * (table[n, c] - 63.5 - zero[n, g]), c = 0 .. 2**b - 1, with one table of
+2**b whole numbers in 0..127, non-decreasing, a row. So a kernel looks a code up in 16 bytes at most and multiplies
+what it finds as an integer. Groups have scales of their own and share the row's table: on the grid of 7 bits that spans
+each group (`minmax_grid(weight, LEVEL_BITS, ..)`) all of them are cut the same way. Because the grid is affine in its
+entries, everything of numerics/grids.py holds for it with 7 bits and table entries in the place of codes.
+
+Rounding a centroid to a 127th of the row's span moves it by at most a 254th of that; the levels of an even grid of 4 bits
+stand a 15th apart. A refit of scale and zero afterwards takes up what the rounding did to all of them together.
+
+Source: a table of centroids per row as in Kim et al., "SqueezeLLM", ICML 2024, section 4.1, and Park et al.,
+"Any-Precision LLM", ICML 2024, section 3.2.
+Deviation: there entries are float16; ours are 7 bits over an affine grid, which keeps inner sums in integers.
+"""
+
+import torch
+from torch import Tensor
+
+from lilliput.numerics.grids import Refit, grouped, half_scale, offset_grid
+from lilliput.numerics.nested import look_up
+from lilliput.numerics.packing import LEVEL_BITS, LEVEL_MIDDLE, TABLE_BITS
+
+_TOP = 2**LEVEL_BITS - 1
+_CHUNK = 1 << 22  # weights encoded at once: their int64 codes take 32 MiB
+
+
+def positions(weight: Tensor, scale: Tensor, zero: Tensor | None, group_size: int) -> Tensor:
+    """Where each weight stands among the 128 levels of its group: weight / scale + zero + 63.5, (out, in) float32.
+
+    Whole numbers are levels; nothing is clamped. A scale of zero counts as one.
+    """
+    out, columns = weight.shape
+    step = scale.to(torch.float32)
+    full = grouped(weight, group_size)[0] / torch.where(step > 0, step, torch.ones_like(step))[..., None]
+    shift = LEVEL_MIDDLE + (zero.to(torch.float32) if zero is not None else torch.zeros_like(step))
+    return full.add_(shift[..., None]).view(out, -1)[:, :columns].contiguous()
+
+
+def round_table(centres: Tensor) -> Tensor:
+    """The nearest table: (out, levels) uint8. centres: (out, levels) as `positions` counts, non-decreasing along a row.
+
+    Raises ValueError for centres that go down or are no number, and for more than 2**4 of them a row.
+    """
+    if centres.shape[1] > 2**TABLE_BITS or not bool((centres[:, 1:] >= centres[:, :-1]).all()) or _undefined(centres):
+        raise ValueError(f"centres {tuple(centres.shape)} are not at most {2**TABLE_BITS} a row, finite and in order")
+    return centres.round().clamp(0, _TOP).to(torch.uint8)
+
+
+def from_centroids(centroids: Tensor, sym: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The grid of whole rows (group_size -1) that spans each row's centroids, and the table that picks them from it.
+
+    centroids: (out, 2**b) float32, b <= 4, non-decreasing along a row. sym: the grid spans [-max |c|, max |c|].
+    Returns table (out, 2**b) uint8, scale and zero (out, 1) float16; zero is None when `sym`. Equal centroids have equal
+    entries. Raises ValueError as `round_table` does, ConfigError for a step beyond float16.
+    """
+    if _undefined(centroids):
+        raise ValueError("a centroid is not finite")
+    low, high = centroids.amin(1, keepdim=True), centroids.amax(1, keepdim=True)
+    if sym:
+        scale, zero = half_scale(torch.maximum(high.abs(), low.abs()) * (2 / _TOP)), None
+    else:
+        middle, flat = (high + low) / 2, high == low
+        # Equal centroids span nothing: as in minmax_grid, a level stands half a step from the middle, on their value.
+        step = torch.where(flat, 2 * middle.abs(), (high - low) / _TOP)
+        scale, zero = offset_grid(step, torch.where(flat, torch.zeros_like(middle), middle))
+    return round_table(positions(centroids, scale, zero, -1)), scale, zero
+
+
+def encode(weight: Tensor, table: Tensor, scale: Tensor, zero: Tensor | None, group_size: int) -> Tensor:
+    """Codes of the nearest levels: (out, in) uint8. Of two at the same distance the lower code.
+
+    weight: (out, in) float32. table: (out, 2**b) uint8. scale, zero: (out, groups) float16.
+    """
+    out, columns = weight.shape
+    level = table.to(torch.float32)
+    between = ((level[:, 1:] + level[:, :-1]) / 2).contiguous()
+    codes = torch.empty((out, columns), dtype=torch.uint8, device=weight.device)
+    rows = max(1, _CHUNK // columns)
+    for at in range(0, out, rows):
+        part = slice(at, at + rows)
+        own = positions(weight[part], scale[part], None if zero is None else zero[part], group_size)
+        codes[part] = torch.searchsorted(between[part], own).to(torch.uint8)
+    return codes
+
+
+def refit(
+    weight: Tensor, codes: Tensor, table: Tensor, group_size: int, sym: bool, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Least-squares scale and zero for given codes and table: (out, groups) float16 each; zero is None when `sym`.
+
+    weight, importance: as in `grids.Refit`. codes: (out, in) uint8, cut to the width of `table`.
+    """
+    return Refit(weight, group_size, importance).grid(look_up(table, codes), LEVEL_BITS, sym)
+
+
+def _undefined(values: Tensor) -> bool:
+    return not bool(torch.isfinite(values).all())

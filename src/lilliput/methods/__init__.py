@@ -5,5 +5,6 @@ from lilliput.core.registry import Registry
 METHODS = Registry(
     "method",
     rtn="lilliput.methods.quantize.rtn:RTN",
+    tune="lilliput.methods.quantize.tune:Tune",
     wanda="lilliput.methods.prune.wanda:Wanda",
 )

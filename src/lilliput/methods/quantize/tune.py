@@ -1,0 +1,206 @@
+"""Tune: trains the codes and the grids of every width together, so that the model says what the original says.
+
+Source: Liu et al., "LLM-QAT: Data-Free Quantization Aware Training", 2023, section 2.2 (the original's output
+distribution is the target); Nair et al., "Matryoshka Quantization", 2025, section 3 (one weight trained through all of
+its top bits); Chen et al., "EfficientQAT", 2024, section 3.3 (grids trained end to end); straight-through gradients
+after Bengio et al., 2013.
+Deviation: the loss is the sum over the widths of the root of KL. Near the original KL grows with the square of the
+distance, so its root pulls equally hard at every width, where KL itself would see the narrowest alone and its logarithm
+the widest. Every width has grids of its own, as its store does; the model is not trained on the text, only held to the
+original on it. Widths beyond those trained keep the original weight's place within the trained cell. With tables only
+grids are trained, and codes stay.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from lilliput.core.errors import ConfigError, QualityFailed
+from lilliput.core.progress import Progress
+from lilliput.data.streams import Batches
+from lilliput.methods.base import Tuner
+from lilliput.methods.journal import sync
+from lilliput.models.decoder import Decoder
+from lilliput.numerics.nested import Quantized
+from lilliput.numerics.trainable import Trainable
+
+BETAS = (0.9, 0.95)
+EVERY = 60.0
+"""Seconds between saved states."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tune(Tuner):
+    """Trains by distillation for `steps` steps of `batch` rows.
+
+    learning_rate: of the weights behind the codes, relative to the spread of their matrix. grid_rate: of the logarithm
+    of the scales and of the zeros in steps. widths: those to train for; empty for all up to 4 bits, or for the narrowest
+    where all are wider. codes: false freezes the
+    codes and trains grids alone, which needs far less memory. ends: treat the embedding and the head as well.
+    """
+
+    steps: int = 300
+    batch: int = 4
+    learning_rate: float = 0.005
+    grid_rate: float = 0.003
+    widths: tuple[int, ...] = ()
+    codes: bool = True
+    ends: bool = True
+
+    def __post_init__(self) -> None:
+        for key in ("steps", "batch", "learning_rate", "grid_rate"):
+            if not getattr(self, key) > 0:
+                raise ConfigError(f"{key} is {getattr(self, key)}", f"tune.{key}", "Give a number above 0")
+
+    def covers(self, name: str) -> bool:
+        """Whether the matrix of that canonical name is trained."""
+        wanted = name.startswith("layers.") or self.ends
+        return wanted and not any(fnmatchcase(name, pattern) for pattern in self.exclude)
+
+    def tune(
+        self,
+        original: Decoder,
+        student: Decoder,
+        coded: Mapping[str, Quantized],
+        batches: Batches,
+        folder: Path,
+        progress: Progress,
+    ) -> dict[str, Quantized]:
+        """Return codes and grids of the same ladders; see `Tuner.tune`.
+
+        Raises QualityFailed, naming the step, when the loss is not finite: the state before it is kept in `folder`.
+        """
+        return Run(self, original, student, coded, batches, folder, progress).finish()
+
+
+class Run:
+    """One training on its way."""
+
+    def __init__(
+        self,
+        options: Tune,
+        original: Decoder,
+        student: Decoder,
+        coded: Mapping[str, Quantized],
+        batches: Batches,
+        folder: Path,
+        progress: Progress,
+    ) -> None:
+        self.options, self.original, self.student, self.coded = options, original, student, coded
+        self.rows, self.folder, self.progress = batches.rows, folder, progress
+        chosen = [n for n in coded if options.covers(n)]
+        weights = student.state_dict()
+        self.layers = {
+            n: Trainable(weights[f"{n}.weight"].float(), coded[n], options.codes and not coded[n].table) for n in chosen
+        }
+        served = sorted({b for n, q in coded.items() for b in q.bits if n.startswith("layers.")})
+        usual = [b for b in served if b <= 4] or served[:1]
+        self.widths = [b for b in options.widths or usual if b in served]
+        if not self.widths:
+            what = f"widths {list(options.widths)} are none of those served, {served}"
+            raise ConfigError(what, "tune.widths", f"Give some of {served}")
+        groups: list[dict[str, Any]] = []
+        for name, layer in self.layers.items():
+            if layer.weight.requires_grad:
+                spread = float(layer.weight.detach().std())
+                groups.append({"params": [layer.weight], "rate": options.learning_rate * spread, "name": name})
+            groups.append({"params": layer.grids(), "rate": options.grid_rate, "name": name})
+        self.groups = groups
+        self.optimizer = torch.optim.Adam(groups, lr=1.0, betas=BETAS, eps=1e-12)
+        # What is not trained does not change: the codes of the ends, when they are left alone.
+        self.fixed = {n: q for n, q in coded.items() if n not in self.layers}
+
+    def finish(self) -> dict[str, Quantized]:
+        """Train what is left to train and return the result."""
+        self.original.requires_grad_(False)
+        self.student.requires_grad_(False)
+        first = self._load()
+        self.progress.begin("tune", self.options.steps, done=first)
+        order = self._order()
+        saved = time.monotonic()
+        for step in range(first, self.options.steps):
+            self._step(step, [next(order) for _ in range(self.options.batch)])
+            self.progress.advance(1)
+            if time.monotonic() - saved > EVERY:
+                self._save(step + 1)
+                saved = time.monotonic()
+        made = {n: layer.quantized(layer.serving(self.widths[-1])) for n, layer in self.layers.items()}
+        return {n: made.get(n) or self.fixed[n] for n in self.coded}
+
+    def _order(self) -> Iterator[int]:
+        """Numbers of rows, shuffled anew each time all were seen; a resumed run goes on where it was."""
+        done, generator = self.resumed * self.options.batch, torch.Generator().manual_seed(torch.initial_seed())
+        while True:
+            epoch = torch.randperm(len(self.rows), generator=generator).tolist()
+            yield from epoch[done:] if done < len(epoch) else ()
+            done = max(0, done - len(epoch))
+
+    def _step(self, step: int, rows: list[int]) -> None:
+        rate = min(1.0, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / self.options.steps))
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["rate"] * rate
+        tokens = torch.from_numpy(np.ascontiguousarray(self.rows[rows])).to(torch.int64)
+        with torch.no_grad():
+            target = torch.log_softmax(self.original(tokens), -1)
+        self.optimizer.zero_grad()
+        for width in self.widths:
+            with torch.enable_grad():
+                divergence = self._divergence(width, tokens, target)
+                if not bool(torch.isfinite(divergence)):
+                    self._save(step)
+                    fix = "Lower learning_rate and grid_rate; the same command goes on from the state before it"
+                    what = f"the divergence at {width} bits is {float(divergence)} in step {step + 1}"
+                    raise QualityFailed(what, where="tune", fix=fix)
+                torch.sqrt(divergence.clamp_min(1e-8)).backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+
+    def _divergence(self, width: int, tokens: Tensor, target: Tensor) -> Tensor:
+        """Mean KL(original || student) in nats over the tokens, at one width."""
+        weights = {f"{n}.weight": layer.at(layer.serving(width)) for n, layer in self.layers.items()}
+        weights |= {f"{n}.weight": q.dequantize(q.serving(width)) for n, q in self.fixed.items()}
+        logits = functional_call(self.student, weights, (tokens,))
+        return F.kl_div(torch.log_softmax(logits, -1), target, reduction="none", log_target=True).sum(-1).mean()
+
+    # ---- what a killed run goes on from
+
+    @property
+    def _file(self) -> Path:
+        return self.folder / "state.safetensors"
+
+    def _save(self, step: int) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        state = {"step": torch.tensor(step)}
+        for name, layer in self.layers.items():
+            for key, value in layer.named():
+                state[f"{name}/{key}"] = value.detach()
+                for moment, tensor in self.optimizer.state.get(value, {}).items():
+                    state[f"{name}/{key}/{moment}"] = tensor
+        fresh = self._file.with_suffix(".new")
+        save_file({k: v.contiguous() for k, v in state.items()}, fresh)
+        sync(fresh)
+        fresh.replace(self._file)
+
+    def _load(self) -> int:
+        self.resumed = 0
+        if not self._file.exists():
+            return 0
+        state = load_file(self._file)
+        for name, layer in self.layers.items():
+            for key, value in layer.named():
+                value.data.copy_(state[f"{name}/{key}"])
+                moments = {m: state.get(f"{name}/{key}/{m}") for m in ("step", "exp_avg", "exp_avg_sq")}
+                if all(tensor is not None for tensor in moments.values()):
+                    self.optimizer.state[value] = moments
+        self.resumed = int(state["step"])
+        return self.resumed

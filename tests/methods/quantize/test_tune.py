@@ -1,0 +1,120 @@
+"""Tune: it brings a coded model nearer to the original, keeps the store's form, and goes on where it was killed."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from lilliput.core.errors import QualityFailed
+from lilliput.core.progress import Silent
+from lilliput.data.streams import Batches
+from lilliput.methods.quantize import tune as module
+from lilliput.methods.quantize.tune import Run, Tune
+from lilliput.models import Checkpoint, Decoder, load_decoder
+from lilliput.numerics.grids import nearest
+from lilliput.numerics.nested import Quantized
+from support.families import FAMILIES
+
+BITS = (2, 4, 8)
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
+    folder = tmp_path_factory.mktemp("model")
+    FAMILIES["llama"](folder, 0)
+    return load_decoder(Checkpoint.open(folder))
+
+
+def coded_of(decoder: Decoder) -> dict[str, Quantized]:
+    linears = {name: one for block in decoder.blocks for name, one in block.linears().items()}  # type: ignore[operator]
+    found = {name: nearest(linear.weight.detach(), BITS, 16, sym=False) for name, linear in linears.items()}
+    return found | {"embed_tokens": nearest(decoder.embed_tokens.weight.detach(), (4, 8), 16, sym=False)}
+
+
+def rows_for(decoder: Decoder) -> Batches:
+    return Batches(np.random.default_rng(0).integers(0, decoder.spec.vocab_size, (12, 24), dtype=np.int32), 4)
+
+
+def distance(decoder: Decoder, coded: dict[str, Quantized], bits: int, tokens: Tensor) -> float:
+    weights = {f"{n}.weight": q.dequantize(q.serving(bits)) for n, q in coded.items()}
+    with torch.no_grad():
+        told = torch.log_softmax(functional_call(decoder, weights, (tokens,)), -1)
+        exact = torch.log_softmax(decoder(tokens), -1)
+    return float((exact.exp() * (exact - told)).sum(-1).mean())
+
+
+def test_every_trained_width_comes_nearer_and_the_form_stays(decoder: Decoder, tmp_path: Path) -> None:
+    coded, rows = coded_of(decoder), rows_for(decoder)
+    made = Tune(steps=40, batch=6).tune(decoder, decoder, coded, rows, tmp_path, Silent())
+    tokens = torch.tensor(rows.rows, dtype=torch.int64)
+    assert distance(decoder, made, 2, tokens) < 0.7 * distance(decoder, coded, 2, tokens)
+    assert distance(decoder, made, 4, tokens) < distance(decoder, coded, 4, tokens)
+    assert list(made) == list(coded)
+    for name, one in made.items():
+        assert (one.bits, one.group_size, one.codes.dtype) == (coded[name].bits, coded[name].group_size, torch.uint8)
+        assert all(
+            one.scale[b].dtype == torch.float16 and one.scale[b].shape == coded[name].scale[b].shape for b in one.bits
+        )
+    # the bits beyond the trained widths are those nearest to the original within the trained cell
+    name = "layers.0.mlp.up_proj"
+    kept = made[name].codes >> 4 == coded[name].codes >> 4
+    assert 0 < int(kept.sum()) < kept.numel()
+    assert torch.equal(made[name].codes[kept], coded[name].codes[kept])
+
+
+def test_nothing_changes_before_the_first_step(decoder: Decoder, tmp_path: Path) -> None:
+    coded = coded_of(decoder)
+    run = Run(Tune(steps=1), decoder, decoder, coded, rows_for(decoder), tmp_path, Silent())
+    for name, layer in run.layers.items():
+        again = layer.quantized(coded[name].bits[-1])
+        assert torch.equal(again.codes, coded[name].codes)
+        for b in again.bits:
+            assert torch.equal(again.dequantize(b), coded[name].dequantize(b))
+            torch.testing.assert_close(layer.at(b), coded[name].dequantize(b), rtol=1e-6, atol=1e-7)
+
+
+def test_grids_alone_leave_every_code(decoder: Decoder, tmp_path: Path) -> None:
+    coded, rows = coded_of(decoder), rows_for(decoder)
+    made = Tune(steps=30, codes=False, ends=False).tune(decoder, decoder, coded, rows, tmp_path, Silent())
+    tokens = torch.tensor(rows.rows, dtype=torch.int64)
+    assert all(torch.equal(made[n].codes, coded[n].codes) for n in coded)
+    assert made["embed_tokens"] is coded["embed_tokens"]
+    assert distance(decoder, made, 2, tokens) < distance(decoder, coded, 2, tokens)
+
+
+def test_a_killed_run_goes_on_to_the_same_numbers(decoder: Decoder, tmp_path: Path) -> None:
+    class Killed(Exception):
+        pass
+
+    class KillsAt(Silent):
+        def __init__(self, at: int) -> None:
+            self.left = at
+
+        def advance(self, units: int) -> None:
+            self.left -= units
+            if self.left == 0:
+                raise Killed
+
+    coded, rows, tune = coded_of(decoder), rows_for(decoder), Tune(steps=9, batch=5)
+    torch.manual_seed(3)
+    whole = tune.tune(decoder, decoder, coded, rows, tmp_path / "whole", Silent())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "EVERY", -1.0)  # a state after every step
+        torch.manual_seed(3)
+        with pytest.raises(Killed):
+            tune.tune(decoder, decoder, coded, rows, tmp_path / "cut", KillsAt(5))
+    torch.manual_seed(3)
+    again = tune.tune(decoder, decoder, coded, rows, tmp_path / "cut", Silent())
+    for name, one in whole.items():
+        assert torch.equal(one.codes, again[name].codes)
+        assert all(torch.equal(one.scale[b], again[name].scale[b]) for b in one.bits)
+
+
+def test_a_loss_that_is_no_number_names_the_step_and_keeps_the_state(decoder: Decoder, tmp_path: Path) -> None:
+    coded, rows = coded_of(decoder), rows_for(decoder)
+    with pytest.raises(QualityFailed, match=r"at 2 bits is (nan|inf) in step \d+"):
+        Tune(steps=30, grid_rate=1e6).tune(decoder, decoder, coded, rows, tmp_path, Silent())
+    assert (tmp_path / "state.safetensors").is_file()

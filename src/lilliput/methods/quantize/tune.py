@@ -79,7 +79,7 @@ class Tune(Tuner):
     ) -> dict[str, Quantized]:
         """Return codes and grids of the same ladders; see `Tuner.tune`.
 
-        Raises QualityFailed, naming the step, when the loss is not finite: the state before it is kept in `folder`.
+        Raises QualityFailed, naming the step, when the loss is not finite.
         """
         return Run(self, original, student, coded, batches, folder, progress).finish()
 
@@ -158,9 +158,8 @@ class Run:
             with torch.enable_grad():
                 divergence = self._divergence(width, tokens, target)
                 if not bool(torch.isfinite(divergence)):
-                    self._save(step)
-                    fix = "Lower learning_rate and grid_rate; the same command goes on from the state before it"
-                    what = f"the divergence at {width} bits is {float(divergence)} in step {step + 1}"
+                    what = f"the divergence at {width} bits is {float(divergence.detach())} in step {step + 1}"
+                    fix = "Lower learning_rate and grid_rate; the codes of the stages before are kept"
                     raise QualityFailed(what, where="tune", fix=fix)
                 torch.sqrt(divergence.clamp_min(1e-8)).backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()

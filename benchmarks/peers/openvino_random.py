@@ -91,7 +91,11 @@ class Writer:
     def kept(self, x: Node, name: str, batch: Node, beams: Node) -> tuple[Node, Node]:
         """Append x to the state `name`; returns all of it so far, and what stores it."""
         info = VariableInfo()
-        info.data_shape, info.data_type, info.variable_id = ov.PartialShape([-1, self.kv, -1, self.dim]), ov.Type.f32, name
+        info.data_shape, info.data_type, info.variable_id = (
+            ov.PartialShape([-1, self.kv, -1, self.dim]),
+            ov.Type.f32,
+            name,
+        )
         state = Variable(info)
         empty = op.broadcast(np.float32(0), op.concat([batch, op.constant([self.kv, 0, self.dim])], 0))
         past = op.gather(op.read_value(empty, state), beams, op.constant(0))

@@ -50,7 +50,9 @@ class OpenVino(Runner):
         return first, time.perf_counter() - start - first, count - 1
 
     def facts(self) -> dict[str, Any]:
-        operators = Counter(op.get_rt_info()["layerType"].astype(str) for op in self.compiled.get_runtime_model().get_ops())
+        operators = Counter(
+            op.get_rt_info()["layerType"].astype(str) for op in self.compiled.get_runtime_model().get_ops()
+        )
         names = ("KV_CACHE_PRECISION", "DYNAMIC_QUANTIZATION_GROUP_SIZE", "INFERENCE_PRECISION_HINT")
         return {"engine_says": {k: str(self.compiled.get_property(k)) for k in names}, "operators": dict(operators)}
 

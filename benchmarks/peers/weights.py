@@ -32,9 +32,7 @@ class Blocks:
         return np.asarray((blocks * self.scales[..., None]).reshape(codes.shape), dtype=np.float32)
 
 
-def blocks(
-    name: str, out: int, columns: int, bits: int, group: int, *, seed: int = 0, centred: bool = True
-) -> Blocks:
+def blocks(name: str, out: int, columns: int, bits: int, group: int, *, seed: int = 0, centred: bool = True) -> Blocks:
     """The matrix `name`: it keeps the size of what it is given. centred: every zero is the middle, as no zero says."""
     rng = np.random.default_rng([seed, crc32(name.encode())])
     middle, size = 1 << (bits - 1), (out, columns // group)

@@ -5,7 +5,7 @@
 The graph is what ONNX Runtime's own model builder aims at for a processor: MatMulNBits in blocks of 32 that multiplies
 in int8, queries, keys and values in one matrix, GroupQueryAttention that rotates and appends to a cache in place,
 SkipSimplifiedLayerNormalization, the embedding in blocks, logits of the last token only. Weights lie in PATH.data.
-Prints {"weight_bytes_per_token": .., "types": {..}, "head": ..}.
+Prints {"weight_bytes_per_token": .., "operators": {..}, "head": ..}.
 """
 
 import json
@@ -131,7 +131,7 @@ def write(path: Path, shape: dict[str, int], bits: int, context: int) -> dict[st
     sized = {TensorProto.UINT8: 1, TensorProto.FLOAT: 4}
     return {
         "weight_bytes_per_token": int(sum(np.prod(w.dims) * sized[w.data_type] for w in read)),
-        "types": dict(Counter(n.op_type for n in g.nodes)),
+        "operators": dict(Counter(n.op_type for n in g.nodes)),
         "head": f"{bits} bits",
         "group": GROUP,
     }

@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#include "ops/matmul_nested_i8/body.hpp"
+#include "ops/matmul_nested_i8/levels.hpp"
 
 namespace lilliput {
 namespace {
@@ -30,6 +30,20 @@ struct Zmm {
     int32_t four;
     std::memcpy(&four, x, sizeof four);
     return _mm512_set1_epi32(four);
+  }
+
+  // Four bits of a mask are a row.
+  template <int Each>
+  LILLIPUT_INLINE Bytes look_up(Bytes codes, Bytes rows, const Bytes* table) {
+    if constexpr (Each == 1) {
+      Bytes v = _mm512_shuffle_epi8(table[0], codes);
+      v = _mm512_mask_shuffle_epi8(v, 0x00f000f000f000f0u, table[1], codes);
+      v = _mm512_mask_shuffle_epi8(v, 0x0f000f000f000f00u, table[2], codes);
+      return _mm512_mask_shuffle_epi8(v, 0xf000f000f000f000u, table[3], codes);
+    }
+    const Bytes at = _mm512_or_si512(codes, rows), v = _mm512_shuffle_epi8(table[0], at);
+    if constexpr (Each == 4) return v;
+    return _mm512_mask_shuffle_epi8(v, 0xff00ff00ff00ff00u, table[4 / Each - 1], at);
   }
 
   LILLIPUT_INLINE Sums none() { return Sums{}; }

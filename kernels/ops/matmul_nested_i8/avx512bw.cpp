@@ -22,18 +22,6 @@ struct Avx512Bw : Zmm {
     if constexpr (High) sums += (Sums)_mm512_madd_epi16(pairs(high, x), _mm512_set1_epi16(16));
     return sums;
   }
-
-  // Two products fill an int16 all but: 2 * 127 * 127 = 32258. So each pair is widened by itself.
-  LILLIPUT_INLINE Sums dot_entries(Sums sums, const Bytes entries[8], const int8_t* x) {
-    Sums more{};
-    for (int j = 0; j < 8; j += 2) {
-      const Bytes a = _mm512_maddubs_epi16(entries[j], inputs(x + 4 * j));
-      const Bytes b = _mm512_maddubs_epi16(entries[j + 1], inputs(x + 4 * j + 4));
-      sums += (Sums)_mm512_madd_epi16(a, _mm512_set1_epi16(1));
-      more += (Sums)_mm512_madd_epi16(b, _mm512_set1_epi16(1));
-    }
-    return sums + more;
-  }
 };
 
 }  // namespace

@@ -17,6 +17,9 @@ struct Avx512Vnni : Zmm {
     }
     return sums + ((Sums)a + (Sums)b);
   }
+  LILLIPUT_INLINE Sums dot_entries(Sums sums, const Bytes entries[8], const int8_t* x) {
+    return dot<false>(sums, entries, entries, x);
+  }
 };
 
 }  // namespace

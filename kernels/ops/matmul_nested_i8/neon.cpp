@@ -55,6 +55,9 @@ struct Neon {
     sums = vdotq_laneq_s32(sums, c(6), x1, 2);
     return vdotq_laneq_s32(sums, c(7), x1, 3);
   }
+  LILLIPUT_INLINE Sums dot_entries(Sums sums, const Bytes entries[8], const int8_t* x) {
+    return dot<false>(sums, entries, entries, x);
+  }
 };
 
 }  // namespace

@@ -49,6 +49,18 @@ struct Ymm {
     return _mm256_blend_epi32(a, _mm256_shuffle_epi8(table[4 / Each - 1], at), 0xcc);
   }
 
+  // Two products fill an int16 all but: 2 * 127 * 127 = 32258. So each pair is widened by itself.
+  LILLIPUT_INLINE Sums dot_entries(Sums sums, const Bytes entries[8], const int8_t* x) {
+    Sums more{};
+    for (int j = 0; j < 8; j += 2) {
+      const Bytes a = _mm256_maddubs_epi16(entries[j], inputs(x + 4 * j));
+      const Bytes b = _mm256_maddubs_epi16(entries[j + 1], inputs(x + 4 * j + 4));
+      sums += (Sums)_mm256_madd_epi16(a, _mm256_set1_epi16(1));
+      more += (Sums)_mm256_madd_epi16(b, _mm256_set1_epi16(1));
+    }
+    return sums + more;
+  }
+
   LILLIPUT_INLINE Sums none() { return Sums{}; }
   LILLIPUT_INLINE Floats zero() { return Floats{}; }
   LILLIPUT_INLINE Sums spread_sum(int32_t v) { return (Sums)_mm256_set1_epi32(v); }

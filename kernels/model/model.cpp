@@ -33,6 +33,7 @@ NestedView Matrix::at(int bits) const {
     throw std::invalid_argument("a matrix is not stored at " + std::to_string(bits) + " bits");
   view.scale = scale[own];
   view.zero = zero[own];
+  view.table = table[own];
   return view;
 }
 

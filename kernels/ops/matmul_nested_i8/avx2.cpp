@@ -28,7 +28,7 @@ struct Avx2 : Ymm {
 
 void matmul_nested_i8_avx2(const NestedView& w, const QuantizedView& x, int64_t tokens, float* y, int64_t ldy,
                            int64_t tile_begin, int64_t tile_end, uint8_t* scratch) {
-  matmul_nested_i8_body<Avx2>(w, x, tokens, y, ldy, tile_begin, tile_end, scratch);
+  matmul_i8<Avx2>(w, x, tokens, y, ldy, tile_begin, tile_end, scratch);
 }
 
 }  // namespace lilliput

@@ -28,7 +28,7 @@ struct Avx512Bw : Zmm {
 
 void matmul_nested_i8_avx512bw(const NestedView& w, const QuantizedView& x, int64_t tokens, float* y, int64_t ldy,
                                int64_t tile_begin, int64_t tile_end, uint8_t* scratch) {
-  matmul_nested_i8_body<Avx512Bw>(w, x, tokens, y, ldy, tile_begin, tile_end, scratch);
+  matmul_i8<Avx512Bw>(w, x, tokens, y, ldy, tile_begin, tile_end, scratch);
 }
 
 }  // namespace lilliput

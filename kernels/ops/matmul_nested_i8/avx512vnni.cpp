@@ -17,13 +17,16 @@ struct Avx512Vnni : Zmm {
     }
     return sums + ((Sums)a + (Sums)b);
   }
+  LILLIPUT_INLINE Sums dot_entries(Sums sums, const Bytes entries[8], const int8_t* x) {
+    return dot<false>(sums, entries, entries, x);
+  }
 };
 
 }  // namespace
 
 void matmul_nested_i8_avx512vnni(const NestedView& w, const QuantizedView& x, int64_t tokens, float* y, int64_t ldy,
                                  int64_t tile_begin, int64_t tile_end, uint8_t* scratch) {
-  matmul_nested_i8_body<Avx512Vnni>(w, x, tokens, y, ldy, tile_begin, tile_end, scratch);
+  matmul_i8<Avx512Vnni>(w, x, tokens, y, ldy, tile_begin, tile_end, scratch);
 }
 
 }  // namespace lilliput

@@ -2,7 +2,7 @@
 // 7 bits are valid int8; those of 8 go in as c - 128.
 #include <arm_neon.h>
 
-#include "ops/matmul_nested_i8/body.hpp"
+#include "ops/matmul_nested_i8/levels.hpp"
 
 namespace lilliput {
 namespace {
@@ -26,6 +26,14 @@ struct Neon {
   template <int N>
   LILLIPUT_INLINE Bytes left(Bytes v) { return vshlq_n_u8(v, N); }
 
+  template <int Each>
+  LILLIPUT_INLINE Bytes look_up(Bytes codes, Bytes rows, const Bytes* table) {
+    const Bytes at = vorrq_u8(codes, rows);
+    if constexpr (Each == 4) return vqtbl1q_u8(table[0], at);
+    if constexpr (Each == 2) return vqtbl2q_u8(uint8x16x2_t{{table[0], table[1]}}, at);
+    if constexpr (Each == 1) return vqtbl4q_u8(uint8x16x4_t{{table[0], table[1], table[2], table[3]}}, at);
+  }
+
   LILLIPUT_INLINE Sums none() { return vdupq_n_s32(0); }
   LILLIPUT_INLINE Floats zero() { return vdupq_n_f32(0); }
   LILLIPUT_INLINE Sums spread_sum(int32_t v) { return vdupq_n_s32(v); }
@@ -47,13 +55,16 @@ struct Neon {
     sums = vdotq_laneq_s32(sums, c(6), x1, 2);
     return vdotq_laneq_s32(sums, c(7), x1, 3);
   }
+  LILLIPUT_INLINE Sums dot_entries(Sums sums, const Bytes entries[8], const int8_t* x) {
+    return dot<false>(sums, entries, entries, x);
+  }
 };
 
 }  // namespace
 
 void matmul_nested_i8_neon(const NestedView& w, const QuantizedView& x, int64_t tokens, float* y, int64_t ldy,
                            int64_t tile_begin, int64_t tile_end, uint8_t* scratch) {
-  matmul_nested_i8_body<Neon>(w, x, tokens, y, ldy, tile_begin, tile_end, scratch);
+  matmul_i8<Neon>(w, x, tokens, y, ldy, tile_begin, tile_end, scratch);
 }
 
 }  // namespace lilliput

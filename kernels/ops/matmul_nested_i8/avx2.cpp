@@ -8,8 +8,8 @@ struct Avx2 : Ymm {
   typedef Bytes Partial;
   static constexpr bool kSplit = true;
 
-  // Sums of two products of a code and an int8, in int16: eight steps of nibbles, sixteen of codes up to 7 and eight of
-  // 2-bit codes times four stay within it, 8 * 2 * 15 * 127 = 30480, 16 * 2 * 7 * 127 = 28448, 8 * 2 * 12 * 127 = 24384.
+  // Sums of two products of a code and an int8, in int16: eight steps of nibbles, sixteen of 2-bit codes and eight of
+  // those times four stay within it: 8 * 2 * 15 * 127 = 30480, 16 * 2 * 3 * 127 = 12192, 8 * 2 * 12 * 127 = 24384.
   LILLIPUT_INLINE Partial begin() { return _mm256_setzero_si256(); }
   template <int T, int First, int Each>
   LILLIPUT_INLINE void steps(Partial p[T], const Bytes codes[8], const int8_t* const x[T], int64_t at) {
@@ -36,7 +36,7 @@ struct Avx2 : Ymm {
   }
   template <int F>
   LILLIPUT_INLINE Sums widen(Sums sums, Partial p) {
-    return sums + (Sums)_mm256_madd_epi16(p, _mm256_set1_epi16(2 * F));
+    return sums + (Sums)_mm256_madd_epi16(p, _mm256_set1_epi16(F));
   }
 };
 

@@ -8,7 +8,7 @@
 //     I::Partial                      sums of products on the way to I::Sums: int16 where I splits, else I::Sums
 //     I::steps<T, E, J>(p, codes, x, at)  adds steps E, E + J, .. of 8 to the partial sums of T tokens, inputs at x[t] + at
 //     I::both_steps<T>(p, q, low, high, x, at)  the same of low and high nibbles at once, where I splits
-//     I::widen<F>(sums, p)            sums + F * p; where I splits 2 F * p, which costs nothing there
+//     I::widen<F>(sums, p)            sums + F * p; F is 1 unless I splits
 //
 // Unpacking is written once for all of them. As in vec.hpp, everything has internal linkage and stays inline.
 #pragma once
@@ -85,24 +85,20 @@ LILLIPUT_INLINE void unpack(const NestedView& w, int64_t tile, int part, typenam
     }
   } else if constexpr (C == Cut::f21 || C == Cut::f211 || C == Cut::f2114) {
     // The single bits become a 2-bit field of each half, and with the leading field the nibbles of eight steps. Without
-    // the third field it is a 1-bit field, and the leading one goes right above.
-    const B v0 = line(0, 0), v1 = line(0, 1), p = line(1, 0);
-    B lines[4];
+    // the third field its bit is 0, so that codes are doubled.
+    const B odd = I::splat(0xaa), top = I::splat(0xcc), v0 = line(0, 0), v1 = line(0, 1), p = line(1, 0);
+    B s0, s1;
     if constexpr (C == Cut::f21) {
-      const B even = I::splat(0x55), top = I::splat(0x66);
-      const B s0 = I::both(I::template right<1>(p), even), s1 = I::both(p, even);
-      lines[0] = I::choose(top, I::template left<1>(v0), s0);
-      lines[1] = I::choose(top, I::template right<1>(v0), I::template right<2>(s0));
-      lines[2] = I::choose(top, I::template left<1>(v1), s1);
-      lines[3] = I::choose(top, I::template right<1>(v1), I::template right<2>(s1));
+      s0 = I::both(p, odd);
+      s1 = I::both(I::template left<1>(p), odd);
     } else {
-      const B q = line(2, 0), odd = I::splat(0xaa), top = I::splat(0xcc);
-      const B s0 = I::choose(odd, p, I::template right<1>(q)), s1 = I::choose(odd, I::template left<1>(p), q);
-      lines[0] = I::choose(top, I::template left<2>(v0), s0);
-      lines[1] = I::choose(top, v0, I::template right<2>(s0));
-      lines[2] = I::choose(top, I::template left<2>(v1), s1);
-      lines[3] = I::choose(top, v1, I::template right<2>(s1));
+      const B q = line(2, 0);
+      s0 = I::choose(odd, p, I::template right<1>(q));
+      s1 = I::choose(odd, I::template left<1>(p), q);
     }
+    const B lines[4] = {
+        I::choose(top, I::template left<2>(v0), s0), I::choose(top, v0, I::template right<2>(s0)),
+        I::choose(top, I::template left<2>(v1), s1), I::choose(top, v1, I::template right<2>(s1))};
     if constexpr (C != Cut::f2114) {
       nibbles<I>(lines, low);
     } else {
@@ -252,7 +248,11 @@ LILLIPUT_INLINE void fill_terms(const NestedView& w, const QuantizedView& x, int
   for (int64_t n = 0; n < size; ++n) to.half[n] = x.scale[at + n] * 0.5f;
 }
 
-// The products of `Tiles` tiles added to the sums. Partial sums in int16 hold those of two tiles of codes up to 7.
+// Everything is doubled, which costs nothing where widening multiplies and for codes that are doubled already.
+template <class I, Cut C>
+constexpr int twice = I::kSplit && C != Cut::f21 ? 2 : 1;
+
+// The products of `Tiles` tiles added to the sums. Partial sums in int16 hold those of two tiles of 2-bit codes.
 template <class I, Cut C, int T, int Tiles, class Source>
 LILLIPUT_INLINE void add_tiles(const Source& source, int64_t tile, int part, const int8_t* const codes[T],
                                typename I::Sums sums[T]) {
@@ -281,10 +281,10 @@ LILLIPUT_INLINE void add_tiles(const Source& source, int64_t tile, int part, con
     }
   }
   for (int t = 0; t < T; ++t) {
-    sums[t] = I::template widen<1>(sums[t], p[t]);
-    if constexpr (has_high<I, C>) sums[t] = I::template widen<16>(sums[t], q[t]);
+    sums[t] = I::template widen<twice<I, C>>(sums[t], p[t]);
+    if constexpr (has_high<I, C>) sums[t] = I::template widen<32>(sums[t], q[t]);
     if constexpr (I::kSplit && C == Cut::f2 && T == 1 && Source::kPacked)
-      sums[t] = sums[t] + (I::template widen<1>(I::none(), q[t]) >> 2);
+      sums[t] = sums[t] + (I::template widen<2>(I::none(), q[t]) >> 2);
   }
 }
 
@@ -294,7 +294,8 @@ template <class I, Cut C, int T, class Source>
 LILLIPUT_INLINE void multiply_tokens(const NestedView& w, int64_t row_tile, const Source& source, const QuantizedView& x,
                                      const Terms& terms, int64_t first_token, int count, float* y, int64_t ldy) {
   using F = typename I::Floats;
-  constexpr int kParts = kTileRows / I::kRows, kRun = I::kSplit && (C == Cut::f2 || C == Cut::f21) ? 2 : 1;
+  constexpr int kParts = kTileRows / I::kRows;
+  constexpr int kRun = I::kSplit && C == Cut::f2 ? 2 : 1;
   const int64_t input_tiles = x.stride / kTileInputs, group_tiles = (w.group + kTileInputs - 1) / kTileInputs;
   const int64_t rest = w.out - row_tile * kTileRows, rows = rest < kTileRows ? rest : kTileRows;
   const int8_t* codes[T];
@@ -326,7 +327,7 @@ LILLIPUT_INLINE void multiply_tokens(const NestedView& w, int64_t row_tile, cons
       const F ws = I::halves(wscale + g * kTileRows + part * I::kRows);
       const F wz = wzero ? I::halves(wzero + g * kTileRows + part * I::kRows) : I::zero();
       for (int t = 0; t < T; ++t) {
-        const auto d = I::kSplit ? dots[part][t] : dots[part][t] + dots[part][t];
+        const auto d = I::kSplit || C == Cut::f21 ? dots[part][t] : dots[part][t] + dots[part][t];
         F e = I::to_floats(d - I::spread_sum(terms.middle[place[t] + g]));
         if (wzero) e = e - wz * I::spread(terms.twice[place[t] + g]);
         float* to = result + t * kTileRows + part * I::kRows;

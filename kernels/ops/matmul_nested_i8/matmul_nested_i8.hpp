@@ -21,6 +21,7 @@ namespace lilliput {
 constexpr int64_t kWidestI8Group = 65536;
 constexpr int64_t kPanelBytes = 256 * 1024;  // codes unpacked at once for several tokens: part of an L2 cache
 constexpr int64_t kPanelTiles = 4;           // row tiles a panel at most
+constexpr int64_t kMostI8Tokens = 8;         // tokens multiplied at once at most
 
 // The functions here are static for the reason given in vec.hpp.
 
@@ -35,9 +36,15 @@ static constexpr int64_t panel_tiles(int64_t columns) {
   return kPanelBytes / tile < 1 ? 1 : kPanelBytes / tile > kPanelTiles ? kPanelTiles : kPanelBytes / tile;
 }
 
+// Bytes of three numbers for each token of a block and each group; a group that the variants take has 32 inputs or all.
+static constexpr int64_t terms_bytes(int64_t columns) {
+  const int64_t groups = quantized_stride(columns) / kTileInputs;
+  return (3 * 4 * kMostI8Tokens * groups + 63) / 64 * 64;
+}
+
 // Bytes of scratch for `columns` inputs, 64 of them to align it.
 static constexpr int64_t matmul_nested_i8_scratch(int64_t columns) {
-  return panel_tiles(columns) * 2 * kTileRows * quantized_stride(columns) + 64;
+  return panel_tiles(columns) * 2 * kTileRows * quantized_stride(columns) + terms_bytes(columns) + 64;
 }
 
 // Rows [16 * tile_begin, min(16 * tile_end, out)) of y. x: `tokens` tokens; y: (tokens, ldy) float32;

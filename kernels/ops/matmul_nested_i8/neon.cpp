@@ -40,10 +40,19 @@ struct Neon {
   LILLIPUT_INLINE Floats spread(float v) { return vdupq_n_f32(v); }
   LILLIPUT_INLINE Floats to_floats(Sums v) { return vcvtq_f32_s32(v); }
   LILLIPUT_INLINE Floats halves(const uint16_t* from) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from))); }
+  LILLIPUT_INLINE Floats load_floats(const float* from) { return vld1q_f32(from); }
   LILLIPUT_INLINE void store(float* to, Floats v) { vst1q_f32(to, v); }
 
-  template <bool>
-  LILLIPUT_INLINE Sums dot(Sums sums, const Bytes codes[8], const Bytes*, const int8_t* x) {
+  typedef Sums Partial;
+  LILLIPUT_INLINE Partial begin() { return none(); }
+  template <int T, int, int>
+  LILLIPUT_INLINE void steps(Partial p[T], const Bytes codes[8], const int8_t* const x[T], int64_t at) {
+    for (int t = 0; t < T; ++t) p[t] = dot(p[t], codes, x[t] + at);
+  }
+  template <int>
+  LILLIPUT_INLINE Sums widen(Sums sums, Partial p) { return sums + p; }
+
+  LILLIPUT_INLINE Sums dot(Sums sums, const Bytes codes[8], const int8_t* x) {
     const int8x16_t x0 = vld1q_s8(x), x1 = vld1q_s8(x + 16);
     const auto c = [codes](int j) { return vreinterpretq_s8_u8(codes[j]); };
     sums = vdotq_laneq_s32(sums, c(0), x0, 0);

@@ -1,4 +1,4 @@
-// matmul_nested_i8 in 256-bit registers: what AVX2 and F16C have; `dot` is the variant's own.
+// matmul_nested_i8 in 256-bit registers: what AVX2 and F16C have; `steps` and `widen` are the variant's own.
 #pragma once
 
 #include <immintrin.h>
@@ -68,6 +68,11 @@ struct Ymm {
   LILLIPUT_INLINE Floats to_floats(Sums v) { return __builtin_convertvector(v, Floats); }
   LILLIPUT_INLINE Floats halves(const uint16_t* from) {
     return (Floats)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  }
+  LILLIPUT_INLINE Floats load_floats(const float* from) {
+    Floats v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
   }
   LILLIPUT_INLINE void store(float* to, Floats v) { std::memcpy(to, &v, sizeof v); }
 };

@@ -1,4 +1,4 @@
-// matmul_nested_i8 in 512-bit registers: what AVX-512 BW has; `dot` is the variant's own.
+// matmul_nested_i8 in 512-bit registers: what AVX-512 BW has; `steps` and `widen` are the variant's own.
 #pragma once
 
 #include <immintrin.h>
@@ -65,6 +65,11 @@ struct Zmm {
   LILLIPUT_INLINE Floats to_floats(Sums v) { return __builtin_convertvector(v, Floats); }
   LILLIPUT_INLINE Floats halves(const uint16_t* from) {
     return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  }
+  LILLIPUT_INLINE Floats load_floats(const float* from) {
+    Floats v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
   }
   LILLIPUT_INLINE void store(float* to, Floats v) { lilliput::store(to, v); }
 };

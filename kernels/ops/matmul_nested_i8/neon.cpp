@@ -65,7 +65,7 @@ struct Neon {
     return vdotq_laneq_s32(sums, c(7), x1, 3);
   }
   LILLIPUT_INLINE Sums dot_entries(Sums sums, const Bytes entries[8], const int8_t* x) {
-    return dot<false>(sums, entries, entries, x);
+    return dot(sums, entries, x);
   }
 };
 

@@ -140,7 +140,8 @@ def run(a: argparse.Namespace, folder: Path, todo: list[Task], common: dict[str,
 def quantized(a: argparse.Namespace, folder: Path, task: Task, python: Path, out: Path) -> dict[str, Any]:
     """One contender in a process of its own; {"error"} where it fails, with the line that says why."""
     seed = task.seed or 0
-    tokens, squares = a.work / f"calibration-{seed}.npy", a.work / f"importance-{seed}.npz"
+    out.mkdir(parents=True, exist_ok=True)
+    tokens, squares = out / "calibration.npy", out / "importance.npz"
     data = model.calibration(folder, a.calibration, length=a.length, samples=a.samples, seed=seed)
     np.save(tokens, data.rows)
     if task.contender.options.get("importance"):
@@ -165,7 +166,7 @@ def quantized(a: argparse.Namespace, folder: Path, task: Task, python: Path, out
     # peers look at the hub and at GPUs when they start; neither is to decide what comes out
     env = os.environ | {"OMP_NUM_THREADS": str(a.threads), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     log = a.work / "logs" / f"{out.name}.log"
-    log.parent.mkdir(exist_ok=True)
+    log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w", encoding="utf-8") as said:
         try:
             command = [str(python), str(HERE / task.contender.worker), json.dumps(job)]

@@ -1,7 +1,7 @@
 """Lines of results to a Markdown table, and to a plot of bits a weight against KL."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from math import floor, ceil, log10
+from math import ceil, floor, log10
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def table(lines: Sequence[Mapping[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows(lines):
-        spread = f"{row['least_kl']:.4f} .. {row['largest_kl']:.4f}" if row["seeds"] > 1 else "–"
+        spread = f"{row['least_kl']:.4f} .. {row['largest_kl']:.4f}" if row["seeds"] > 1 else "-"
         peak = f"{row['peak_rss_bytes'] / 2**20:.0f}" if row["peak_rss_bytes"] else "?"
         out.append(
             f"| {row['bits']} | {row['contender']} | {row['linear_bits']:.3f} | {row['model_bits']:.3f} | {row['kl']:.4f} "

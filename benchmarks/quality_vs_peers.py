@@ -45,6 +45,10 @@ class Task:
     def key(self) -> dict[str, Any]:
         return {"contender": self.name, "bits": self.bits, "seed": self.seed}
 
+    @property
+    def options(self) -> dict[str, Any]:
+        return {**self.contender.options, **self.contender.widths.get(self.bits, {})}
+
 
 def main() -> int:
     a = arguments()
@@ -112,6 +116,7 @@ def run(a: argparse.Namespace, folder: Path, todo: list[Task], common: dict[str,
     original = model.Remembered(model.open_original(folder))
     perplexity = model.perplexity(original, cut)
     weights = {name: value.numel() for name, value in load_file(folder / "model.safetensors").items()}
+    shutil.rmtree(a.work / "shared", ignore_errors=True)
     pythons: dict[str, tuple[Path, str | None]] = {OURS: (Path(sys.executable), None)}
     for task in todo:
         peer = task.contender.peer
@@ -134,7 +139,7 @@ def run(a: argparse.Namespace, folder: Path, todo: list[Task], common: dict[str,
             except (ValueError, model.LilliputError) as error:
                 record = {"error": str(error)}
         shutil.rmtree(out, ignore_errors=True)
-        emit(NAME, **common, **task.key, peer=peer, threads=a.threads, **record)
+        emit(NAME, **common, **task.key, peer=peer, options=task.options, threads=a.threads, **record)
 
 
 def quantized(a: argparse.Namespace, folder: Path, task: Task, python: Path, out: Path) -> dict[str, Any]:
@@ -144,10 +149,9 @@ def quantized(a: argparse.Namespace, folder: Path, task: Task, python: Path, out
     tokens, squares = out / "calibration.npy", out / "importance.npz"
     data = model.calibration(folder, a.calibration, length=a.length, samples=a.samples, seed=seed)
     np.save(tokens, data.rows)
-    if task.contender.options.get("importance"):
+    if task.options.get("importance"):
         np.savez(squares, **model.importance(folder, data))
-    options = {**task.contender.options, **task.contender.widths[task.bits]}
-    keep = out if not options.get("shared") else a.work / "shared" / f"{task.name.replace(' ', '-')}-{seed}"
+    keep = out if not task.options.get("shared") else a.work / "shared" / f"{task.name.replace(' ', '-')}-{seed}"
     keep.mkdir(parents=True, exist_ok=True)
     draw = {"text": str(a.calibration.resolve()), "length": a.length, "samples": a.samples, "sha256": data.sha256}
     job = {
@@ -159,7 +163,7 @@ def quantized(a: argparse.Namespace, folder: Path, task: Task, python: Path, out
         "group_size": a.group_size,
         "seed": seed,
         "threads": a.threads,
-        "options": options,
+        "options": task.options,
         "keep": str(keep.resolve()),
         "out": str(out.resolve()),
     }

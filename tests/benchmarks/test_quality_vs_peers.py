@@ -50,7 +50,7 @@ def source(tmp_path: Path) -> Path:
 
 def line(contender: str, bits: int, kl: float, seed: int | None = 0, **more: Any) -> dict[str, Any]:
     fields = {"contender": contender, "bits": bits, "seed": seed, "kl": kl, "linear_bits": bits + 0.5}
-    fields |= {"model_bits": bits + 1.5, "perplexity": 20.0, "top1_agreement": 0.9, "seconds": 30.0}
+    fields |= {"model_bits": bits + 1.5, "perplexity": 20.0, "top1_agreement": 0.9, "cpu_seconds": 30.0}
     return fields | {"peak_rss_bytes": 1 << 20, "original_perplexity": 19.5} | more
 
 
@@ -147,6 +147,7 @@ def test_our_worker_answers_as_the_peers_do(load: Any, source: Path, tmp_path: P
         )
         record = json.loads(done.stdout.splitlines()[-1])
         assert record["seconds"] > 0
+        assert record["cpu_seconds"] > 0
         assert record["versions"]["torch"] == torch.__version__
         weights = load_file(out / "weights.safetensors")
         given = load_file(wide / "model.safetensors")

@@ -38,10 +38,11 @@ def prepare(root: Path, peer: str, *, install: bool = True) -> tuple[Path, str |
         return python, imports(python, peer) if python.exists() else "is not installed"
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    limit = root / "constraints.txt"
+    limit = root.absolute() / "constraints.txt"
     limit.write_text(TORCH + "\n", encoding="utf-8")
     pip = [str(python), "-m", "pip", "install", "-c", str(limit)]
-    plan = subprocess.run([*pip, "--dry-run", *REQUIREMENTS[peer]], capture_output=True, text=True)
+    env = os.environ | {"PIP_CONSTRAINT": str(limit), "PIP_BUILD_CONSTRAINT": str(limit)}  # what builds a wheel, too
+    plan = subprocess.run([*pip, "--dry-run", *REQUIREMENTS[peer]], capture_output=True, text=True, env=env)
     wanted = next((line for line in plan.stdout.splitlines() if line.startswith("Would install")), "")
     (folder / "install.log").write_text(plan.stdout + plan.stderr, encoding="utf-8")
     if plan.returncode:
@@ -49,7 +50,7 @@ def prepare(root: Path, peer: str, *, install: bool = True) -> tuple[Path, str |
     if "nvidia-cudnn" in wanted or "nvidia-cublas" in wanted:
         return python, "needs a torch built for CUDA"
     with (folder / "install.log").open("a", encoding="utf-8") as log:
-        subprocess.run([*pip, *REQUIREMENTS[peer]], stdout=log, stderr=subprocess.STDOUT, env=dict(os.environ))
+        subprocess.run([*pip, *REQUIREMENTS[peer]], stdout=log, stderr=subprocess.STDOUT, env=env)
     problem = imports(python, peer)
     if problem is not None:
         said = last_error((folder / "install.log").read_text(encoding="utf-8"))

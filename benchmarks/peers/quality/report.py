@@ -7,7 +7,7 @@ from typing import Any
 
 COLOURS = ("#4063d8", "#cb3c33", "#389826", "#9558b2", "#c98a00", "#1a9e9e", "#8c564b", "#d1569a")
 DASHES = ("", "6 3", "2 3", "9 3 2 3")
-FIGURES = ("linear_bits", "model_bits", "kl", "perplexity", "top1_agreement", "seconds", "peak_rss_bytes")
+FIGURES = ("linear_bits", "model_bits", "kl", "perplexity", "top1_agreement", "cpu_seconds", "peak_rss_bytes")
 
 
 def newest(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -44,15 +44,16 @@ def table(lines: Sequence[Mapping[str, Any]]) -> str:
     if original := next((line["original_perplexity"] for line in lines if "original_perplexity" in line), None):
         out += [f"float model: perplexity {original:.3f}", ""]
     out += [
-        "| width | contender | bits a weight, blocks | whole model | KL, nats | over seeds | perplexity | top-1 | min | peak MiB |",
+        "| width | contender | bits a weight, blocks | whole model | KL, nats | over seeds | perplexity | top-1 | CPU min | peak MiB |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows(lines):
         spread = f"{row['least_kl']:.4f} .. {row['largest_kl']:.4f}" if row["seeds"] > 1 else "-"
         peak = f"{row['peak_rss_bytes'] / 2**20:.0f}" if row["peak_rss_bytes"] else "?"
+        spent = "?" if row["cpu_seconds"] is None else f"{row['cpu_seconds'] / 60:.2f}"
         out.append(
             f"| {row['bits']} | {row['contender']} | {row['linear_bits']:.3f} | {row['model_bits']:.3f} | {row['kl']:.4f} "
-            f"| {spread} | {row['perplexity']:.3f} | {row['top1_agreement']:.4f} | {row['seconds'] / 60:.2f} | {peak} |"
+            f"| {spread} | {row['perplexity']:.3f} | {row['top1_agreement']:.4f} | {spent} | {peak} |"
         )
     if failed := failures(lines):
         out += ["", "Not run:", "", *(f"- {who}: `{why}`" for who, why in failed.items())]

@@ -4,6 +4,7 @@ options: {"recipe": stages with "$bits" and "$group_size" in place of numbers, "
 """
 
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,9 @@ def quantize(job: dict[str, Any]) -> Artifact:
     options, out = job["options"], Path(job["keep"]) / "model.lilliput"
     notes = out.with_suffix(".json")
     if not notes.exists():
-        import time
-
         recipe = filled(options["recipe"], {"bits": job["bits"], "group_size": job["group_size"]})
         draw = {k: job["draw"][k] for k in ("length", "samples")}
-        start = time.perf_counter()
+        start, busy = time.perf_counter(), time.process_time()
         compress(
             job["model"],
             out,
@@ -43,7 +42,8 @@ def quantize(job: dict[str, Any]) -> Artifact:
             overwrite=True,
             **draw,
         )
-        facts = {"seconds": time.perf_counter() - start, "peak_rss_bytes": peak_rss_bytes()}
+        facts = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - busy}
+        facts["peak_rss_bytes"] = peak_rss_bytes()
         notes.write_text(json.dumps(facts) + "\n", encoding="utf-8")
     job |= json.loads(notes.read_text(encoding="utf-8"))
     return Artifact.open(out)

@@ -68,23 +68,24 @@ def main(
 ) -> None:
     """Run the job in argv[1]; `quantize` is timed, `dump` gives (weights by Hugging Face names, stored bytes by tensor).
 
-    Writes OUT/weights.safetensors, float32; the last line of stdout is the record: seconds, peak_rss_bytes, stored,
-    versions. A quantizer that did its work in an earlier job may have put those seconds into job["seconds"].
+    Writes OUT/weights.safetensors, float32; the last line of stdout is the record: seconds, cpu_seconds (of all
+    threads; other processes do not lengthen it), peak_rss_bytes, stored, versions. A quantizer that did its work in an
+    earlier job puts the figures of then into the job, by the same names.
     """
     job = json.loads(sys.argv[1])
     os.environ.setdefault("OMP_NUM_THREADS", str(job["threads"]))
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(job["threads"])
         sys.modules["torch"].manual_seed(job["seed"])
-    start = time.perf_counter()
+    start, busy = time.perf_counter(), time.process_time()
     state = quantize(job)
-    seconds = time.perf_counter() - start
-    peak = peak_rss_bytes()
+    facts = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - busy}
+    facts["peak_rss_bytes"] = peak_rss_bytes()
     weights, sizes = dump(job, state)
     out = Path(job["out"])
     out.mkdir(parents=True, exist_ok=True)
     save_file({k: np.array(v, dtype=np.float32, order="C") for k, v in weights.items()}, out / "weights.safetensors")
-    record = {"seconds": job.get("seconds", seconds), "peak_rss_bytes": job.get("peak_rss_bytes", peak)}
+    record: dict[str, Any] = {key: job.get(key, value) for key, value in facts.items()}
     record |= {"stored": {k: int(v) for k, v in sizes.items()}, "versions": versions(*packages, *PACKAGES)}
     print("\n" + json.dumps(record))
 

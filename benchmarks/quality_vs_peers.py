@@ -146,10 +146,11 @@ def quantized(a: argparse.Namespace, folder: Path, task: Task, python: Path, out
     """One contender in a process of its own; {"error"} where it fails, with the line that says why."""
     seed = task.seed or 0
     out.mkdir(parents=True, exist_ok=True)
-    tokens, squares = out / "calibration.npy", out / "importance.npz"
+    tokens = out / "calibration.npy"
     data = model.calibration(folder, a.calibration, length=a.length, samples=a.samples, seed=seed)
     np.save(tokens, data.rows)
-    if task.options.get("importance"):
+    squares = a.work / f"importance-{model.digest(folder / 'model.safetensors', tokens=data.sha256)}.npz"
+    if task.options.get("importance") and not squares.exists():
         np.savez(squares, **model.importance(folder, data))
     keep = out if not task.options.get("shared") else a.work / "shared" / f"{task.name.replace(' ', '-')}-{seed}"
     keep.mkdir(parents=True, exist_ok=True)

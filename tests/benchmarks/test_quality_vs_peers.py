@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
@@ -125,7 +124,16 @@ def test_a_recipe_is_filled_in(load: Any) -> None:
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_our_worker_answers_as_the_peers_do(load: Any, source: Path, tmp_path: Path, shared: bool) -> None:
+def test_our_worker_answers_as_the_peers_do(
+    load: Any,
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    shared: bool,
+) -> None:
+    worker, ours = load("worker"), load("run_lilliput")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     contenders, model = load("peers.quality.contenders"), load("peers.quality.model")
     wide = model.prepare(source, tmp_path / "wide")
     text = tmp_path / "text.txt"
@@ -139,13 +147,19 @@ def test_our_worker_answers_as_the_peers_do(load: Any, source: Path, tmp_path: P
     for bits in (4, 2):
         keep, out = tmp_path / ("shared" if shared else f"own-{bits}"), tmp_path / f"out-{bits}"
         keep.mkdir(exist_ok=True)
-        job = {"model": str(wide), "bits": bits, "group_size": 32, "seed": 3, "threads": 1, "keep": str(keep)}
+        job = {
+            "model": str(wide),
+            "bits": bits,
+            "group_size": 32,
+            "seed": 3,
+            "threads": torch.get_num_threads(),
+            "keep": str(keep),
+        }
         job |= {"out": str(out), "options": dict(contenders.CONTENDERS[name].options)}
         job |= {"draw": {"text": str(text), "length": 16, "samples": 4, "sha256": data.sha256}}
-        done = subprocess.run(
-            [sys.executable, HERE / "run_lilliput.py", json.dumps(job)], capture_output=True, text=True, check=True
-        )
-        record = json.loads(done.stdout.splitlines()[-1])
+        monkeypatch.setattr(sys, "argv", ["run_lilliput.py", json.dumps(job)])
+        worker.main(ours.quantize, ours.dump, ("lilliput",))
+        record = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert record["seconds"] > 0
         assert record["cpu_seconds"] > 0
         assert record["versions"]["torch"] == torch.__version__

@@ -1,12 +1,15 @@
 """Worker of GPTQModel: GPTQ, with its defaults but the grid. options: {"sym": no zero point}."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 from worker import calibration, main, stored, tensors
+
+os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # on two cores it asks for one, and then refuses to start with one
+from gptqmodel import BACKEND, GPTQModel, QuantizeConfig  # noqa: E402
 
 
 def quantize(job: dict[str, Any]) -> Any:

@@ -9,7 +9,7 @@ import torch
 from worker import calibration, main, stored, tensors
 
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # on two cores it asks for one, and then refuses to start with one
-from gptqmodel import BACKEND, GPTQModel, QuantizeConfig  # noqa: E402
+from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 
 
 def quantize(job: dict[str, Any]) -> Any:

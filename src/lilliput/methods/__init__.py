@@ -4,6 +4,7 @@ from lilliput.core.registry import Registry
 
 METHODS = Registry(
     "method",
+    gptq="lilliput.methods.quantize.gptq:GPTQ",
     rtn="lilliput.methods.quantize.rtn:RTN",
     wanda="lilliput.methods.prune.wanda:Wanda",
 )

@@ -1,0 +1,107 @@
+"""Where the levels of a uniform grid should end: ranges inside that of the weights, searched group by group (needs torch).
+
+A level at the largest weight serves one weight. Drawing both ends in costs the few weights outside and serves all others
+with a finer step; how far is found by trying.
+
+Source: Zhang and Shrivastava, "LeanQuant", ICLR 2025, section 3.3 (ends drawn in independently, errors weighted by
+importance).
+Deviation: a coarse search over both ends, then around the best, instead of all pairs; all widths of a ladder count.
+"""
+
+import torch
+from torch import Tensor
+
+from lilliput.numerics.columns import balance_shares
+from lilliput.numerics.grids import grouped, span_grid
+
+_COARSE = 16  # parts of the range an end is drawn in by
+_MOST = 8  # parts at most, an end
+_FINER = 2  # times the step is halved around the best
+_CHUNK = 1 << 18  # weights tried at once: small enough to stay in the cache
+
+
+def best_range(
+    weight: Tensor, bits: tuple[int, ...], group_size: int, sym: bool, importance: Tensor, balance: float
+) -> tuple[Tensor, Tensor | None]:
+    """The grid of bits[-1] with the least weighted squared error: (scale, zero) as `minmax_grid` returns them.
+
+    weight: (out, in) float32. importance: (in,) float32, not negative. bits: with several, a narrower width is the top
+    bits on its least-squares grid, and errors are summed over the widths with the shares of `balance_shares`, the errors
+    of the whole range deciding. sym: both ends are drawn in alike from [-max|w|, max|w|].
+    """
+    out, columns = weight.shape
+    ends = [
+        _search(weight[at : at + rows], bits, group_size, sym, importance, balance)
+        for rows in (max(1, _CHUNK // columns),)
+        for at in range(0, out, rows)
+    ]
+    return span_grid(torch.cat([e[0] for e in ends]), torch.cat([e[1] for e in ends]), bits[-1], sym)
+
+
+def _search(
+    weight: Tensor, bits: tuple[int, ...], group_size: int, sym: bool, importance: Tensor, balance: float
+) -> tuple[Tensor, Tensor]:
+    full, mask = grouped(weight, group_size)
+    share = grouped(importance[None].to(torch.float32), group_size)[0][0] * mask
+    alive = share.sum(-1, keepdim=True) > 0
+    share = torch.where(alive, share, mask.to(torch.float32))
+    share = share / share.max()
+    if sym:
+        high = full.abs().amax(-1)
+        low = -high
+    else:
+        low = full.masked_fill(~mask, torch.inf).amin(-1)
+        high = full.masked_fill(~mask, -torch.inf).amax(-1)
+    span = high - low
+
+    def errors(left: Tensor, right: Tensor) -> Tensor:
+        return _errors(full, share, low + left * span, high - right * span, bits, sym)
+
+    left, right = torch.zeros_like(low), torch.zeros_like(low)
+    whole = errors(left, right)  # (out, groups, widths)
+    shares = balance_shares(whole.sum(1), balance)[:, None, :]
+    least = (whole * shares).sum(-1)
+
+    def attempt(new_left: Tensor, new_right: Tensor) -> None:
+        nonlocal left, right, least
+        score = (errors(new_left, new_right) * shares).sum(-1)
+        better = score < least
+        left, right = torch.where(better, new_left, left), torch.where(better, new_right, right)
+        least = torch.minimum(score, least)
+
+    for i in range(_MOST):
+        for j in (i,) if sym else range(_MOST):
+            if i or j:
+                attempt(torch.full_like(low, i / _COARSE), torch.full_like(low, j / _COARSE))
+    step = 1 / _COARSE
+    for _ in range(_FINER):
+        step /= 2
+        at_left, at_right = left, right
+        for i in (-1, 0, 1):
+            for j in (i,) if sym else (-1, 0, 1):
+                if i or j:
+                    attempt((at_left + i * step).clamp_min(0), (at_right + j * step).clamp_min(0))
+    return low + left * span, high - right * span
+
+
+def _errors(full: Tensor, share: Tensor, low: Tensor, high: Tensor, bits: tuple[int, ...], sym: bool) -> Tensor:
+    """Weighted squared errors of rounding to a range, by group and width: (out, groups, widths)."""
+    widest = bits[-1]
+    step = ((high - low) / (2**widest - 1)).clamp_min(1e-30)[..., None]
+    code = ((full - low[..., None]) / step).round_().clamp_(0, 2**widest - 1)
+    found = [((code * step + low[..., None]).sub_(full).square_() * share).sum(-1)]
+    if len(bits) > 1:
+        weight = share.sum(-1)
+        mean = torch.einsum("ogs,gs->og", full, share) / weight
+        centred = (full - mean[..., None]).mul_(share)
+        energy = torch.einsum("ogs,ogs->og", centred, full - mean[..., None])
+        if sym:
+            centred, energy = full * share, torch.einsum("ogs,ogs->og", full * share, full)
+        for b in reversed(bits[:-1]):
+            x = (code / 2 ** (widest - b)).floor_().sub_((2**b - 1) / 2)
+            if not sym:
+                x -= (torch.einsum("ogs,gs->og", x, share) / weight)[..., None]
+            product = torch.einsum("ogs,ogs->og", centred, x)
+            square = torch.einsum("ogs,gs->og", x.square_(), share)
+            found.append(energy - product.clamp_min(0).square() / square.clamp_min(1e-30))
+    return torch.stack(found[::-1], -1).clamp_min_(0)

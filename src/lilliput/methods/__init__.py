@@ -5,6 +5,7 @@ from lilliput.core.registry import Registry
 METHODS = Registry(
     "method",
     gptq="lilliput.methods.quantize.gptq:GPTQ",
+    leanquant="lilliput.methods.quantize.leanquant:LeanQuant",
     rtn="lilliput.methods.quantize.rtn:RTN",
     wanda="lilliput.methods.prune.wanda:Wanda",
 )

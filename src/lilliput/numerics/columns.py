@@ -278,7 +278,9 @@ def _refit_group(mark: Tensor, pull: Tensor, gram: Tensor, scale: Tensor, zero: 
 def _half(wanted: Tensor, step: Tensor) -> Tensor:
     """What float16 makes of a step, in float32; the old one where the new one is no step of a grid."""
     fits = (wanted > 0) & (wanted <= F16_MAX) & (step > 0)
-    return torch.where(fits, wanted, step).clamp_min(0).to(torch.float16).clamp_min(F16_MIN).to(torch.float32) * (step > 0)
+    return torch.where(fits, wanted, step).clamp_min(0).to(torch.float16).clamp_min(F16_MIN).to(torch.float32) * (
+        step > 0
+    )
 
 
 def balance_shares(errors: Tensor, balance: float) -> Tensor:

@@ -35,7 +35,7 @@ class GPTQ(Quantizer):
     act_order: bool = True
     clip: bool = True
     rounds: int = 2
-    balance: float = 0.75
+    balance: float = 0.6
     block: int = 128
 
     def __post_init__(self) -> None:

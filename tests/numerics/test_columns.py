@@ -143,7 +143,7 @@ def test_a_refit_lowers_the_error_of_every_row_and_width(group_size: int, sym: b
     weight, gram = layer()
     gram = damped(gram, 0.01)
     made, _ = sweep(weight, Factor.of(gram), nearest(weight, (2, 3, 4, 8), group_size, sym))
-    better, errors = refit(weight, made, gram)
+    better, errors = refit(weight, made, gram, made.bits)
     before, after = row_errors(weight, made, gram), row_errors(weight, better, gram)
     assert torch.allclose(errors, after, rtol=1e-3)
     assert bool((after <= before * (1 + 1e-4)).all())
@@ -156,7 +156,7 @@ def test_a_refit_of_one_group_is_the_least_squares_solution() -> None:
     weight, gram = layer()
     gram = damped(gram, 0.01)
     made = nearest(weight, (3,), -1, sym=False)
-    fitted = refit(weight, made, gram)[0].dequantize(3).double()
+    fitted = refit(weight, made, gram, (3,))[0].dequantize(3).double()
     x = made.codes.double()
     root = torch.linalg.cholesky(gram.double())
     for row in range(len(weight)):
@@ -174,14 +174,20 @@ def test_shares_are_powers_of_the_error() -> None:
 
 def test_learning_keeps_for_every_row_the_best_it_saw() -> None:
     weight, gram = layer()
-    factor = Factor.of(gram)
-    starts = [nearest(weight, (2, 4), g, sym=False) for g in (32, 32)]
-    starts[1] = replace(starts[1], scale={b: (s.float() * 0.8).half() for b, s in starts[1].scale.items()})
-    full = damped(gram, 0.01)
-    shares = balance_shares(row_errors(weight, starts[0], full), 0.5)
-    score = [
-        (row_errors(weight, learn(weight, gram, factor, chosen, 0.5, 1, 128), full) * shares).sum(1)
-        for chosen in (starts[:1], starts)
-    ]
-    assert bool((score[1] <= score[0] * (1 + 1e-4)).all())
-    assert float(score[1].sum()) < float(score[0].sum())
+    factor, full = Factor.of(gram), damped(gram, 0.01)
+    whole = nearest(weight, (3,), 32, sym=False)
+    starts = [whole, replace(whole, scale={3: (whole.scale[3].float() * 0.8).half()})]
+    each = [row_errors(weight, learn(weight, gram, factor, [one], 0.5, 1, 128), full) for one in starts]
+    both = row_errors(weight, learn(weight, gram, factor, starts, 0.5, 1, 128), full)
+    assert torch.allclose(both, torch.minimum(*each), rtol=1e-3)
+    assert bool((each[0] < each[1]).any())
+    assert bool((each[0] > each[1]).any())
+
+
+@pytest.mark.parametrize("bits", [(8,), (2, 3, 4, 8)])
+def test_more_rounds_never_serve_a_row_worse(bits: tuple[int, ...]) -> None:
+    weight, gram = layer()
+    factor, start = Factor.of(gram), nearest(weight, bits, 32, sym=False)
+    made = [learn(weight, gram, factor, [start], 0.0, rounds, 128) for rounds in (1, 3)]
+    scores = [row_errors(weight, one, damped(gram, 0.01)).sum(1) for one in made]
+    assert bool((scores[1] <= scores[0] * (1 + 1e-3)).all())

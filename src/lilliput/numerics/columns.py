@@ -202,19 +202,19 @@ def row_errors(weight: Tensor, made: Quantized, gram: Tensor) -> Tensor:
     return found.clamp_min_(0)
 
 
-def refit(weight: Tensor, made: Quantized, gram: Tensor, passes: int = 1) -> tuple[Quantized, Tensor]:
+def refit(weight: Tensor, made: Quantized, gram: Tensor, widths: Sequence[int]) -> tuple[Quantized, Tensor]:
     """Scales and zeros that lower the error of the output for the codes there are, and the errors that are left.
 
     Group by group the best scale and zero are solved for while the other groups stay; what float16 makes of them is taken
-    only where it lowers the error. weight: (out, in) float32. gram: (in, in) float32, damped. Returns the same codes on new
-    grids, and (out, widths) float32 as `row_errors`.
+    only where it lowers the error. weight: (out, in) float32. gram: (in, in) float32, damped. widths: some of the ladder,
+    whose grids are fitted. Returns the same codes on new grids, and (out, widths) float32 as `row_errors`.
     """
     out, columns = weight.shape
     size = columns if made.group_size == -1 else made.group_size
     scales, zeros = dict(made.scale), dict(made.zero)
-    errors = torch.empty((out, len(made.bits)))
+    errors = torch.empty((out, len(widths)))
     rows = max(16, _STATE // (4 * columns))
-    for r, b in enumerate(made.bits):
+    for r, b in enumerate(widths):
         scale, zero = made.scale[b].clone(), made.zero[b].clone() if b in made.zero else None
         for at in range(0, out, rows):
             part = slice(at, at + rows)
@@ -226,13 +226,12 @@ def refit(weight: Tensor, made: Quantized, gram: Tensor, passes: int = 1) -> tup
                 mark = code.to(torch.float32).sub_((2**b - 1) / 2)
             away = weight[part] - own.dequantize(b)
             pull = away @ gram
-            for _ in range(passes):
-                for g, begin in enumerate(range(0, columns, size)):
-                    here = slice(begin, min(begin + size, columns))
-                    zero_here = None if zero is None else zero[part, g]
-                    change = _refit_group(mark[:, here], pull[:, here], gram[here, here], scale[part, g], zero_here)
-                    away[:, here] += change
-                    pull.addmm_(change, gram[here])
+            for g, begin in enumerate(range(0, columns, size)):
+                here = slice(begin, min(begin + size, columns))
+                zero_here = None if zero is None else zero[part, g]
+                change = _refit_group(mark[:, here], pull[:, here], gram[here, here], scale[part, g], zero_here)
+                away[:, here] += change
+                pull.addmm_(change, gram[here])
             errors[part, r] = pull.mul_(away).sum(1)
         scales[b] = scale
         if zero is not None:
@@ -308,15 +307,23 @@ def learn(
     Best: the smallest sum of errors times shares, the shares being those of the first start. rounds: 0 sweeps once and
     leaves the grids as they are. gram: (in, in) float32.
     """
+    loud = gram.diagonal()
+    mean = float(loud.mean(dtype=torch.float64))
     gram = damped(gram, factor.damping if math.isfinite(factor.damping) else 0.01)
-    shares = balance_shares(row_errors(weight, starts[0], gram), balance)
+    # What rounding alone would cost if inputs were not correlated: enough to weigh widths, and no product with the Gram.
+    first = starts[0]
+    plain = torch.stack([(weight - first.dequantize(b)).square_() @ loud for b in first.bits], 1)
+    shares = balance_shares(plain, balance)
+    # A refit of many levels gains next to nothing and costs two products with the Gram matrix.
+    fitted = [b for b in first.bits if b <= TABLE_BITS]
     best: Quantized | None = None
     least = torch.full((len(weight),), torch.inf)
-    for start in starts:
-        grid = start
+    for grid in starts:
         for _ in range(max(rounds, 1)):
-            made, _ = sweep(weight, factor, grid, shares, block)
-            grid, errors = refit(weight, made, gram) if rounds else (made, row_errors(weight, made, gram))
+            grid, errors = sweep(weight, factor, grid, shares, block)
+            errors *= mean if mean > 0 else 0.0  # the factor is that of the Gram matrix over this mean
+            if rounds:
+                grid, errors[:, : len(fitted)] = refit(weight, grid, gram, fitted)
             score = (errors * shares).sum(1)
             best = grid if best is None else _merge(best, grid, score < least)
             least = torch.minimum(score, least)

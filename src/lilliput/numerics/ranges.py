@@ -21,17 +21,24 @@ _CHUNK = 1 << 18  # weights tried at once: small enough to stay in the cache
 
 
 def best_range(
-    weight: Tensor, bits: tuple[int, ...], group_size: int, sym: bool, importance: Tensor, balance: float
+    weight: Tensor,
+    bits: tuple[int, ...],
+    group_size: int,
+    sym: bool,
+    importance: Tensor,
+    balance: float,
+    square: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """The grid of bits[-1] with the least weighted squared error: (scale, zero) as `minmax_grid` returns them.
 
     weight: (out, in) float32. importance: (in,) float32, not negative. bits: with several, a narrower width is the top
     bits on its least-squares grid, and errors are summed over the widths with the shares of `balance_shares`, the errors
-    of the whole range deciding. sym: both ends are drawn in alike from [-max|w|, max|w|].
+    of the whole range deciding. sym: both ends are drawn in alike from [-max|w|, max|w|]. square: try all pairs of ends in
+    the coarse search, not only those drawn in alike, which takes four times as long.
     """
     out, columns = weight.shape
     ends = [
-        _search(weight[at : at + rows], bits, group_size, sym, importance, balance)
+        _search(weight[at : at + rows], bits, group_size, sym, importance, balance, square)
         for rows in (max(1, _CHUNK // columns),)
         for at in range(0, out, rows)
     ]
@@ -39,7 +46,7 @@ def best_range(
 
 
 def _search(
-    weight: Tensor, bits: tuple[int, ...], group_size: int, sym: bool, importance: Tensor, balance: float
+    weight: Tensor, bits: tuple[int, ...], group_size: int, sym: bool, importance: Tensor, balance: float, square: bool
 ) -> tuple[Tensor, Tensor]:
     full, mask = grouped(weight, group_size)
     share = grouped(importance[None].to(torch.float32), group_size)[0][0] * mask
@@ -70,7 +77,7 @@ def _search(
         least = torch.minimum(score, least)
 
     for i in range(_MOST):
-        for j in (i,) if sym else range(_MOST):
+        for j in range(_MOST) if square and not sym else (i,):
             if i or j:
                 attempt(torch.full_like(low, i / _COARSE), torch.full_like(low, j / _COARSE))
     step = 1 / _COARSE

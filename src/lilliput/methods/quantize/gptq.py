@@ -55,7 +55,7 @@ class GPTQ(Quantizer):
         factor = Factor.of(stat, self.damp, self.act_order)
         loud = stat.diagonal()
         if self.clip:
-            scale, zero = best_range(weight, self.bits, self.group_size, self.sym, loud, self.balance)
+            scale, zero = best_range(weight, self.bits, self.group_size, self.sym, loud, self.balance, square=False)
         else:
             scale, zero = minmax_grid(weight, self.bits[-1], self.group_size, self.sym)
         codes = encode(weight, scale, zero, self.bits[-1], self.group_size)

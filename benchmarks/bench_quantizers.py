@@ -63,14 +63,14 @@ def main() -> None:
     parser.add_argument("--child", choices=RUNS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        return measure(arguments.child, arguments.out, arguments.columns)
+        measure(arguments.child, arguments.out, arguments.columns)
+        return
     for run in arguments.only or RUNS:
         size = ("--out", str(arguments.out), "--columns", str(arguments.columns))
         told = subprocess.check_output([sys.executable, __file__, "--child", run, *size], text=True)
         method, options = RUNS[run]
         fields = {"out": arguments.out, "columns": arguments.columns} | json.loads(told)
         emit("quantizers", run=run, method=method, options=options, threads=1, **fields)
-    return None
 
 
 if __name__ == "__main__":

@@ -142,6 +142,8 @@ class _Ladder:
         self._scale = [grid.scale[b].to(torch.float32).T.contiguous() for b in self.bits]
         none = torch.zeros_like(self._scale[0])
         self._zero = [grid.zero[b].to(torch.float32).T.contiguous() if b in grid.zero else none for b in self.bits]
+        self._shift = [zero + (2**b - 1) / 2 for zero, b in zip(self._zero, self.bits, strict=True)]
+        self._divisor = [torch.where(scale > 0, scale, 1.0) for scale in self._scale]
         # Narrow widths are tried code by code; a uniform grid on its own, or one wider than that, is rounded to.
         self._tried = [b for b in self.bits if b in grid.table or (b <= TABLE_BITS and len(self.bits) > 1)]
         self._marks: list[Tensor] = []
@@ -172,9 +174,8 @@ class _Ladder:
         code = self._first
         for r in range(len(tried), len(self.bits)):
             b = self.bits[r]
-            step = self._scale[r][group]
-            shift = self._zero[r][group] + (2**b - 1) / 2
-            want = here[r] / torch.where(step > 0, step, 1.0) + shift
+            step, shift = self._scale[r][group], self._shift[r][group]
+            want = here[r] / self._divisor[r][group] + shift
             first = code * 2 ** (b - width)
             code = torch.minimum(torch.maximum(want.round_(), first), first + (2 ** (b - width) - 1))
             if cost is not None:

@@ -15,7 +15,7 @@ from lilliput.numerics.columns import balance_shares
 from lilliput.numerics.grids import grouped, span_grid
 
 _COARSE = 16  # parts of the range an end is drawn in by
-_MOST = 8  # parts at most, an end
+_MOST = 6  # parts at most, an end
 _FINER = 2  # times the step is halved around the best
 _CHUNK = 1 << 18  # weights tried at once: small enough to stay in the cache
 
@@ -36,12 +36,8 @@ def best_range(
     of the whole range deciding. sym: both ends are drawn in alike from [-max|w|, max|w|]. square: try all pairs of ends in
     the coarse search, not only those drawn in alike, which takes four times as long.
     """
-    out, columns = weight.shape
-    ends = [
-        _search(weight[at : at + rows], bits, group_size, sym, importance, balance, square)
-        for rows in (max(1, _CHUNK // columns),)
-        for at in range(0, out, rows)
-    ]
+    rows = max(1, _CHUNK // weight.shape[1])
+    ends = [_search(part, bits, group_size, sym, importance, balance, square) for part in weight.split(rows)]
     return span_grid(torch.cat([e[0] for e in ends]), torch.cat([e[1] for e in ends]), bits[-1], sym)
 
 
@@ -49,10 +45,9 @@ def _search(
     weight: Tensor, bits: tuple[int, ...], group_size: int, sym: bool, importance: Tensor, balance: float, square: bool
 ) -> tuple[Tensor, Tensor]:
     full, mask = grouped(weight, group_size)
-    share = grouped(importance[None].to(torch.float32), group_size)[0][0] * mask
-    alive = share.sum(-1, keepdim=True) > 0
-    share = torch.where(alive, share, mask.to(torch.float32))
-    share = share / share.max()
+    importance = importance.to(torch.float32) / importance.max().clamp_min(1e-30)
+    share = grouped(importance[None], group_size)[0][0] * mask
+    share = torch.where(share.sum(-1, keepdim=True) > 0, share, mask.to(torch.float32))
     if sym:
         high = full.abs().amax(-1)
         low = -high
@@ -60,9 +55,26 @@ def _search(
         low = full.masked_fill(~mask, torch.inf).amin(-1)
         high = full.masked_fill(~mask, -torch.inf).amax(-1)
     span = high - low
+    total = share.sum(-1)
+    mean = torch.zeros_like(low) if sym else torch.einsum("ogs,gs->og", full, share) / total
+    centred = (full - mean[..., None]) * share
+    energy = torch.einsum("ogs,ogs->og", centred, full - mean[..., None])
+    widest = bits[-1]
 
     def errors(left: Tensor, right: Tensor) -> Tensor:
-        return _errors(full, share, low + left * span, high - right * span, bits, sym)
+        """Weighted squared errors of rounding to a range, by group and width: (out, groups, widths)."""
+        begin = (low + left * span)[..., None]
+        step = ((high - right * span)[..., None] - begin).div_(2**widest - 1).clamp_min_(1e-30)
+        code = ((full - begin) / step).round_().clamp_(0, 2**widest - 1)
+        found = [torch.einsum("ogs,gs->og", (code * step + begin).sub_(full).square_(), share)]
+        for b in reversed(bits[:-1]):
+            x = (code / 2 ** (widest - b)).floor_().sub_((2**b - 1) / 2)
+            if not sym:
+                x -= (torch.einsum("ogs,gs->og", x, share) / total)[..., None]
+            product = torch.einsum("ogs,ogs->og", centred, x)
+            spread = torch.einsum("ogs,gs->og", x.square_(), share)
+            found.append(energy - product.clamp_min(0).square() / spread.clamp_min(1e-30))
+        return torch.stack(found[::-1], -1).clamp_min_(0)
 
     left, right = torch.zeros_like(low), torch.zeros_like(low)
     whole = errors(left, right)  # (out, groups, widths)
@@ -89,26 +101,3 @@ def _search(
                 if i or j:
                     attempt((at_left + i * step).clamp_min(0), (at_right + j * step).clamp_min(0))
     return low + left * span, high - right * span
-
-
-def _errors(full: Tensor, share: Tensor, low: Tensor, high: Tensor, bits: tuple[int, ...], sym: bool) -> Tensor:
-    """Weighted squared errors of rounding to a range, by group and width: (out, groups, widths)."""
-    widest = bits[-1]
-    step = ((high - low) / (2**widest - 1)).clamp_min(1e-30)[..., None]
-    code = ((full - low[..., None]) / step).round_().clamp_(0, 2**widest - 1)
-    found = [((code * step + low[..., None]).sub_(full).square_() * share).sum(-1)]
-    if len(bits) > 1:
-        weight = share.sum(-1)
-        mean = torch.einsum("ogs,gs->og", full, share) / weight
-        centred = (full - mean[..., None]).mul_(share)
-        energy = torch.einsum("ogs,ogs->og", centred, full - mean[..., None])
-        if sym:
-            centred, energy = full * share, torch.einsum("ogs,ogs->og", full * share, full)
-        for b in reversed(bits[:-1]):
-            x = (code / 2 ** (widest - b)).floor_().sub_((2**b - 1) / 2)
-            if not sym:
-                x -= (torch.einsum("ogs,gs->og", x, share) / weight)[..., None]
-            product = torch.einsum("ogs,ogs->og", centred, x)
-            square = torch.einsum("ogs,gs->og", x.square_(), share)
-            found.append(energy - product.clamp_min(0).square() / square.clamp_min(1e-30))
-    return torch.stack(found[::-1], -1).clamp_min_(0)

@@ -14,7 +14,7 @@ from torch import Tensor
 from lilliput.numerics.columns import balance_shares
 from lilliput.numerics.grids import grouped, span_grid
 
-_COARSE = 16  # parts of the range an end is drawn in by
+_COARSE = 12  # parts of the range an end is drawn in by
 _MOST = 6  # parts at most, an end
 _FINER = 2  # times the step is halved around the best
 _CHUNK = 1 << 18  # weights tried at once: small enough to stay in the cache

@@ -43,10 +43,18 @@ def minmax_grid(weight: Tensor, bits: int, group_size: int, sym: bool) -> tuple[
     full, mask = grouped(weight, group_size)
     if sym:
         reach = full.abs().amax(-1)
-        scale = reach * (2 / (2**bits - 1))
-        return half_scale(scale), None
+        return span_grid(-reach, reach, bits, sym)
     low = full.masked_fill(~mask, torch.inf).amin(-1)
-    high = full.masked_fill(~mask, -torch.inf).amax(-1)
+    return span_grid(low, full.masked_fill(~mask, -torch.inf).amax(-1), bits, sym)
+
+
+def span_grid(low: Tensor, high: Tensor, bits: int, sym: bool) -> tuple[Tensor, Tensor | None]:
+    """Levels from `low` to `high`, each (out, groups) float32: (scale, zero) as `minmax_grid` returns them.
+
+    sym: -low equals high. Raises ConfigError when a scale is beyond float16.
+    """
+    if sym:
+        return half_scale(high * (2 / (2**bits - 1))), None
     middle = (high + low) / 2
     flat = high == low
     # Equal weights span nothing. Steps of twice their size put a level, half a step from the middle, on their value.

@@ -4,6 +4,9 @@ from lilliput.core.registry import Registry
 
 METHODS = Registry(
     "method",
+    awq="lilliput.methods.quantize.awq:AWQ",
+    omniquant="lilliput.methods.quantize.omniquant:OmniQuant",
     rtn="lilliput.methods.quantize.rtn:RTN",
+    smoothquant="lilliput.methods.quantize.smoothquant:SmoothQuant",
     wanda="lilliput.methods.prune.wanda:Wanda",
 )

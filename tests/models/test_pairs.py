@@ -41,7 +41,9 @@ def test_a_fold_moves_the_weights_and_not_the_output(family: str, changes: dict[
         before = {name: value.clone() for name, value in block.named_parameters()}
         pair.fold(block, factors(pair.width))
         moved = {name for name, value in block.named_parameters() if not torch.equal(value, before[name])}
-        assert moved == set(pair.tensors) & set(before) - {f"{m}.bias" for m in pair.multiplied if pair.kind != "query_key"}
+        assert moved == set(pair.tensors) & set(before) - {
+            f"{m}.bias" for m in pair.multiplied if pair.kind != "query_key"
+        }
         assert (block(X) - expected).abs().max() <= 1e-5 * expected.abs().max(), pair.divided
 
 

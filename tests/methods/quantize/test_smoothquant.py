@@ -57,7 +57,10 @@ def test_of_several_alphas_none_is_taken_where_all_would_hurt(tmp_path: Path) ->
     [
         ({"alphas": (1.5,)}, r"^smoothquant\.alphas: alphas is \[1\.5\], not shares in \[0, 1\]\."),
         ({"alphas": ()}, r"^smoothquant\.alphas: "),
-        ({"kinds": ("query_key",)}, r"^smoothquant\.kinds: kinds is \['query_key'\]\. Give some of norm, value, inner\.$"),
+        (
+            {"kinds": ("query_key",)},
+            r"^smoothquant\.kinds: kinds is \['query_key'\]\. Give some of norm, value, inner\.$",
+        ),
         ({"samples": 0}, r"^smoothquant: samples is 0 "),
     ],
 )

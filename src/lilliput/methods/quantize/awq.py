@@ -69,7 +69,7 @@ class AWQ(BlockMethod):
             ratio, scale = self._best(block, pair, x, grids)
             if ratio:
                 pair.fold(block, scale)
-                inputs |= {name: x / scale[pair.columns] for name in pair.multiplied}
+                inputs |= dict.fromkeys(pair.multiplied, x / scale[pair.columns])
             told.append(f"{pair.divided} {ratio:.3g}")
         clipped = 0
         for name, grid in grids.items() if self.clip else ():
@@ -91,9 +91,7 @@ class AWQ(BlockMethod):
     def _widths(self, bits: set[int]) -> list[int]:
         return [self.at_bits] if self.at_bits else sorted(bits)
 
-    def _best(
-        self, block: Block, pair: Pair, x: Tensor, grids: Mapping[str, Quantizer]
-    ) -> tuple[float, Tensor]:
+    def _best(self, block: Block, pair: Pair, x: Tensor, grids: Mapping[str, Quantizer]) -> tuple[float, Tensor]:
         """The exponent with the least error, and its scales (width,). x: (samples, length, in), what the pair's readers see."""
         loud = pair.mean(x.abs().mean((0, 1)))
         loud = loud.clamp_min(_QUIET * float(loud.mean())).clamp_min(1e-30)
@@ -109,7 +107,10 @@ class AWQ(BlockMethod):
             made = {n: _round(w * columns, grids[n]) for n, w in weights.items() if n in grids}
             errors = {}
             for width in widths:
-                now = {n: made[n].dequantize(made[n].serving(width)) / columns if n in made else w for n, w in weights.items()}
+                now = {
+                    n: made[n].dequantize(made[n].serving(width)) / columns if n in made else w
+                    for n, w in weights.items()
+                }
                 errors[width] = float((_output(block, pair, now, x) - exact).square().mean()) / energy
             if (score := mean_log(errors)) < least:
                 best, least, chosen = step / self.ratios, score, scale

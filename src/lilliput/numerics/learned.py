@@ -18,9 +18,6 @@ from torch import Tensor
 from lilliput.numerics.grids import F16_MAX, Refit, encode, grouped, half_scale, offset_grid
 from lilliput.numerics.nested import Quantized
 
-_OPEN = 4.0
-"""Where the logits of the bounds start: sigmoid(4) = 0.982 of the range."""
-
 
 class LearnedGrid:
     """The trainable grids of one matrix. weight: (out, in) float32, which may itself change later on.
@@ -34,7 +31,9 @@ class LearnedGrid:
         weight = weight.detach()
         full, self._mask = grouped(weight, group_size)
         shape = full.shape[:2]
-        self.bounds = [torch.full(shape, _OPEN) for _ in range(1 if sym else 2)]
+        # The paper starts at sigmoid(4) = 0.982 of the range, a quarter of a step of 4 bits; so do we at every width.
+        start = math.log(4 * (2 ** bits[-1] - 1) - 1)
+        self.bounds = [torch.full(shape, start) for _ in range(1 if sym else 2)]
         self.nudge = torch.zeros_like(weight) if rounding else None
         self.factors: dict[int, Tensor] = {}
         self.shifts: dict[int, Tensor] = {}

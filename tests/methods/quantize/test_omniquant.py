@@ -19,7 +19,7 @@ def gains(note: str) -> dict[int, float]:
 @pytest.mark.parametrize("options", [{}, {"let": True}, {"learn_rounding": True}, {"sym": True}])
 def test_training_brings_the_block_nearer(options: dict[str, bool], tmp_path: Path) -> None:
     block = tiny_block()
-    method = OmniQuant(bits=(3,), group_size=16, epochs=15, **options)
+    method = OmniQuant(bits=(3,), group_size=16, epochs=20, lr=0.1, **options)
     _, note = method.solve_block(block, list(block.linears()), calibration(tmp_path, block))
     assert note.startswith("block error 3 bits ")
     assert gains(note)[3] < -0.1
@@ -27,7 +27,7 @@ def test_training_brings_the_block_nearer(options: dict[str, bool], tmp_path: Pa
 
 def test_a_ladder_gains_in_the_mean_and_serves_every_width(tmp_path: Path) -> None:
     block = tiny_block()
-    made, note = OmniQuant(group_size=16, epochs=15).solve_block(
+    made, note = OmniQuant(group_size=16, epochs=20, lr=0.1).solve_block(
         block, list(block.linears()), calibration(tmp_path, block)
     )
     assert sorted(gains(note)) == [2, 3, 4, 8]
@@ -57,8 +57,8 @@ def test_no_training_is_rounding_to_nearest(tmp_path: Path) -> None:
     for layer, value in made.items():
         weight = block.linears()[layer].weight.detach()
         plain = nearest(weight, (2, 3, 4, 8), 16, False)
-        # the bounds start at 0.982 of the range, so it is almost that
-        assert (value.dequantize(8) - weight).norm() < 4 * (plain.dequantize(8) - weight).norm()
+        # the bounds start a quarter of a step inside the range, so it is almost that
+        assert (value.dequantize(8) - weight).norm() < 1.2 * (plain.dequantize(8) - weight).norm()
     assert "bits" in note
 
 

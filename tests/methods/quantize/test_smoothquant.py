@@ -43,11 +43,11 @@ def test_outliers_move_from_the_activations_into_the_weights(tmp_path: Path) -> 
 
 def test_of_several_alphas_none_is_taken_where_all_would_hurt(tmp_path: Path) -> None:
     block = tiny_block()
-    with torch.no_grad():  # no outliers among the inputs, and wild columns: alpha 0 and 1 can only spoil it
+    with torch.no_grad():  # no loud input, and a heavy column of one layer: evening that out makes an input loud
         block.attn_norm.weight.fill_(1.0)
         block.attn.q_proj.weight[:, 5] *= 100
     data, before = calibration(tmp_path, block), state(block)
-    note = SmoothQuant(alphas=(0.99, 1.0), exclude=("*.mlp.*",)).apply(block, data, followed_by(block, bits=(8,)))
+    note = SmoothQuant(alphas=(0.0, 0.1), exclude=("*.mlp.*",)).apply(block, data, followed_by(block, bits=(8,)))
     assert note == "alpha: attn_norm none"
     assert all(torch.equal(value, before[key]) for key, value in block.named_parameters())
 

@@ -48,7 +48,7 @@ class AWQ(BlockMethod):
     ratios: int = 20
     clip: bool = True
     at_bits: int = 0
-    samples: int = 16
+    samples: int = 8
     length: int = 128
 
     def __post_init__(self) -> None:
@@ -61,6 +61,8 @@ class AWQ(BlockMethod):
         """Fold the best scales, then clip; see `BlockMethod.apply`."""
         prefix = f"layers.{block.layer}."
         grids = {name.removeprefix(prefix): grid for name, grid in after.items() if self._treats(name)}
+        if not grids:
+            return ""
         names = [name.removeprefix(prefix) for name in block.linears()]
         inputs = inputs_of(block, names, sample(data, self.samples, self.length))
         told = []

@@ -52,7 +52,7 @@ class OmniQuant(BlockQuantizer):
     samples: int = 32
     length: int = 256
     rows: int = 4
-    lr: float = 0.02
+    lr: float = 0.05
     let: bool = False
     let_lr: float = 0.005
     learn_rounding: bool = False

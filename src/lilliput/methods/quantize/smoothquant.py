@@ -56,6 +56,8 @@ class SmoothQuant(BlockMethod):
     def apply(self, block: Block, data: BlockData, after: Mapping[str, Quantizer]) -> str:
         """Fold the scales of every pair that has a layer to be quantized; see `BlockMethod.apply`."""
         todo = list(self._todo(block, after))
+        if not todo:
+            return ""
         names = sorted({name for pair in todo for name in pair.multiplied})
         peaks = peaks_of(block, names, data)
         inputs = inputs_of(block, names, sample(data, self.samples, self.length))
@@ -73,13 +75,13 @@ class SmoothQuant(BlockMethod):
             if alpha is not None:
                 pair.fold(block, scales[alpha])
             told.append(f"{pair.divided} {'none' if alpha is None else f'{alpha:g}'}")
-        return f"alpha: {', '.join(told)}" if told else ""
+        return f"alpha: {', '.join(told)}"
 
     def _todo(self, block: Block, after: Mapping[str, Quantizer]) -> Iterator[Pair]:
         for pair in pairs(block):
-            names = [f"layers.{block.layer}.{name}" for name in (pair.divided, *pair.multiplied)]
-            kept = any(fnmatchcase(name, pattern) for name in names for pattern in self.exclude)
-            if pair.kind in self.kinds and any(name in after for name in names) and not kept:
+            prefix = f"layers.{block.layer}."
+            kept = any(fnmatchcase(prefix + n, p) for n in (pair.divided, *pair.multiplied) for p in self.exclude)
+            if pair.kind in self.kinds and any(prefix + n in after for n in pair.multiplied) and not kept:
                 yield pair
 
 

@@ -203,8 +203,11 @@ class BlockQuantizer(Quantizer, ABC):
         return True
 
     @abstractmethod
-    def solve_block(self, block: "Block", names: Sequence[str], data: BlockData) -> dict[str, Quantized]:
-        """Return codes for the layers named. May change the block's other tensors, such as norms, in place."""
+    def solve_block(self, block: "Block", names: Sequence[str], data: BlockData) -> tuple[dict[str, Quantized], str]:
+        """Return codes for the layers named, and a note for the record or "".
+
+        May change the block's other tensors, such as norms, in place; and the layers' weights, to what the codes mean.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,7 @@ each width is from the original, and are what the engine must reproduce from the
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -22,12 +21,12 @@ from torch import Tensor, nn
 from lilliput.core.progress import Progress
 from lilliput.data.streams import Batches
 from lilliput.methods.base import BlockData, BlockMethod, BlockQuantizer, LayerMethod, Quantizer, Statistic
+from lilliput.methods.calibration import watching
 from lilliput.methods.journal import Activations, Journal, State
 from lilliput.methods.safety import remark, safer
 from lilliput.methods.sources import Source
 from lilliput.models.decoder import Block, Decoder
 from lilliput.numerics.nested import Quantized
-from lilliput.numerics.statistics import Accumulator
 
 Solved = Tensor | Quantized
 FLOAT = "float"
@@ -155,7 +154,10 @@ class Sweep:
                 method = todo[names[0]]
                 if isinstance(method, BlockQuantizer):
                     assert data is not None, "planning refuses a recipe that lacks its calibration text"
-                    solved |= method.solve_block(block, names, data)
+                    made_here, note = method.solve_block(block, names, data)
+                    solved |= made_here
+                    for name in names if note else ():
+                        notes.setdefault(name, []).append(note)
                     continue
                 (name,) = names
                 weight = solved[name]
@@ -371,18 +373,3 @@ def noise_ratio_db(original: Tensor, solved: Solved, rung: int, rows: int) -> fl
     if not noise or not signal:
         return 999.0 if not noise else -999.0
     return float(f"{10 * math.log10(signal / noise):.4g}")
-
-
-@contextmanager
-def watching(linears: Mapping[str, nn.Linear], sums: Mapping[str, Accumulator]) -> Iterator[None]:
-    """Feed the inputs of the layers named in `sums` to their accumulators while the context lasts."""
-
-    def hook(total: Accumulator) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _module, inputs: total.add(inputs[0].flatten(0, -2))
-
-    handles = [linears[name].register_forward_pre_hook(hook(total)) for name, total in sums.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

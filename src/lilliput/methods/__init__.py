@@ -4,6 +4,7 @@ from lilliput.core.registry import Registry
 
 METHODS = Registry(
     "method",
+    any_precision="lilliput.methods.quantize.any_precision:AnyPrecision",
     rtn="lilliput.methods.quantize.rtn:RTN",
     wanda="lilliput.methods.prune.wanda:Wanda",
 )

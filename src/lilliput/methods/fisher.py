@@ -69,7 +69,7 @@ def gather(
     with torch.enable_grad(), _squaring(decoder, weights, sums):
         for index in range(done, len(rows)):
             tokens = torch.tensor(rows[index : index + 1], dtype=torch.int64)
-            F.cross_entropy(decoder(tokens)[0, :-1].float(), tokens[0, 1:]).backward()
+            torch.autograd.backward(F.cross_entropy(decoder(tokens)[0, :-1].float(), tokens[0, 1:]))
             if (index + 1) % keep_every == 0 or index + 1 == len(rows):
                 _keep(sums, index + 1, file)
             progress.advance(1)
@@ -122,7 +122,10 @@ def _squaring(decoder: Decoder, weights: dict[str, nn.Parameter], sums: dict[str
     for weight in weights.values():
         weight.requires_grad_(True)
         weight.grad = None
-    handles = [weight.register_post_accumulate_grad_hook(hook(sums[name])) for name, weight in weights.items()]
+    handles = [
+        weight.register_post_accumulate_grad_hook(hook(sums[name]))  # type: ignore[no-untyped-call]
+        for name, weight in weights.items()
+    ]
     try:
         yield
     finally:

@@ -46,7 +46,7 @@ from lilliput.pipeline.card import model_card
 from lilliput.pipeline.gate import UNQUANTIZED, judge, measure
 from lilliput.pipeline.plan import Budget, Work, budget, plan_work
 from lilliput.pipeline.report import CompressReport, WidthRow
-from lilliput.pipeline.sensitivity import Sensitivities
+from lilliput.pipeline.sensitivity import SLICE, Sensitivities
 from lilliput.pipeline.train import run_model_methods
 from lilliput.pipeline.tune import amended, run_tuners
 from lilliput.pipeline.workspace import Workspace
@@ -177,6 +177,9 @@ def plan_report(
         for b in plan.bits
     ]
     tokens = options.samples * options.length if work.needs_calibration else 0
+    work_bytes = 2 * 4 * tokens * checkpoint.spec.hidden_size
+    work_bytes += 2 * 4 * checkpoint.parameters if work.sensitive else 0  # the sums, and those that replace them
+    work_bytes += 4 * (SLICE + options.length) * checkpoint.spec.vocab_size if options.target else 0
     size_bytes, warnings = plan.total_bytes(), list(checkpoint.notes)
     if options.target and not allocated:
         size_bytes, rows = largest(work, options.target), []
@@ -192,7 +195,7 @@ def plan_report(
         rows=rows or [WidthRow(bits=UNQUANTIZED, size_bytes=size_bytes)] * (not options.target),
         layers=work.layers,
         expected_ram_bytes=spent.ram_bytes,
-        work_bytes=2 * 4 * tokens * checkpoint.spec.hidden_size,
+        work_bytes=work_bytes,
         warnings=warnings,
     )
 

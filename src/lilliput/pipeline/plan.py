@@ -62,9 +62,9 @@ def plan_work(checkpoint: Checkpoint, recipe: Recipe) -> Work:
     if not runs or _kind(runs[-1][0]) is ModelMethod:
         runs.append([])
     blocks, final = in_sweep(runs[-1])
-    for method in final if blocks else ():
-        if method.needs is Statistic.FISHER:
-            what = f"{method.name} needs the sensitivity of weights that {blocks[-1].name} changes before it"
+    for layer_method in final if blocks else ():
+        if layer_method.needs is Statistic.FISHER:
+            what = f"{layer_method.name} needs the sensitivity of weights that {blocks[-1].name} changes before it"
             raise ConfigError(what, where=f"recipe {recipe.name}", fix="Leave one of the two out")
     if tuners and not any(isinstance(m, Quantizer) for m in final):
         what = f"{tuners[0].name} improves codes, and no stage before it makes any"

@@ -68,7 +68,7 @@ class Sensitivities:
         spec = self._model.spec
         samples, length = self._tokens.shape
         self._exact = Activations(self._folder / "exact.f32", (samples, length, spec.vocab_size))
-        self._exact.write(self._logs(self._model.embed(row), 0) for row in self._tokens.split(1))
+        self._exact.write(self._logs(self._model.embed(row), 0) for row in _singly(self._tokens))
         self._progress.begin("sensitivity", len(self._methods), done=len(found))
         self._layer("embed_tokens", self._model.embed_tokens, None, -1, None, found)
         hidden = self._model.embed(self._tokens)
@@ -79,7 +79,7 @@ class Sensitivities:
             stats = self._statistics(block, hidden, todo)
             for name in todo:
                 self._layer(name, linears[name], stats.get(name), index, hidden, found)
-            hidden = torch.cat([block(row) for row in hidden.split(1)])
+            hidden = torch.cat([block(row) for row in _singly(hidden)])
         if not spec.tied_head:
             normed = self._model.final_norm(hidden).flatten(0, -2)
             needs = {m.needs for m in self._methods.get("lm_head", ()) if m.needs.streamed}
@@ -130,7 +130,7 @@ class Sensitivities:
         sums = {name: need.accumulator(linears[name].in_features) for name, need in needs.items()}
         if sums:
             with watching(linears, sums):
-                for row in hidden.split(1):
+                for row in _singly(hidden):
                     block(row)
         return {name: total.value() for name, total in sums.items()}
 
@@ -142,7 +142,7 @@ class Sensitivities:
 
     def _loss(self, index: int, hidden: Tensor | None) -> float:
         total, count = 0.0, 0
-        for at, tokens in enumerate(self._tokens.split(1)):
+        for at, tokens in enumerate(_singly(self._tokens)):
             row = self._model.embed(tokens) if hidden is None else hidden[at : at + 1]
             logs, exact = self._logs(row, max(index, 0)), self._exact.take([at])
             kl = (exact.exp() * (exact - logs)).sum(-1)
@@ -164,6 +164,11 @@ class Sensitivities:
         fresh.write_text(json.dumps(found, indent=1), "utf-8")
         sync(fresh)
         fresh.replace(self._file)
+
+
+def _singly(batch: Tensor) -> Iterator[Tensor]:
+    """The rows of a batch, each as a batch of one."""
+    return (batch[at : at + 1] for at in range(len(batch)))
 
 
 @contextmanager

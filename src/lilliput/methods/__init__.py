@@ -4,6 +4,7 @@ from lilliput.core.registry import Registry
 
 METHODS = Registry(
     "method",
+    any_precision="lilliput.methods.quantize.any_precision:AnyPrecision",
     awq="lilliput.methods.quantize.awq:AWQ",
     gptq="lilliput.methods.quantize.gptq:GPTQ",
     leanquant="lilliput.methods.quantize.leanquant:LeanQuant",

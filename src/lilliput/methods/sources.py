@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lilliput.core.errors import InputCorrupt
 from lilliput.core.spec import ModelSpec
-from lilliput.models import Block, Checkpoint, Decoder, load_block
+from lilliput.models import Block, Checkpoint, Decoder, load_block, load_decoder
 
 _ENDS = ("embed_tokens.weight", "lm_head.weight")
 
@@ -24,6 +24,9 @@ class Source(Protocol):
 
     def frame(self) -> Decoder:
         """Return a decoder without blocks, the matrices of its embedding and its head left on the meta device."""
+
+    def whole(self) -> Decoder:
+        """Return all of it in float32, the caller's to change."""
 
     def read(self, name: str) -> Tensor:
         """Return one tensor by its canonical name, in the dtype it is stored in."""
@@ -54,6 +57,10 @@ class CheckpointSource:
         small = [n for n in self._names if not n.startswith("layers.") and n not in _ENDS]
         frame.load_state_dict({n: self.read(n).float() for n in small}, strict=False, assign=True)
         return frame
+
+    def whole(self) -> Decoder:
+        """Return all of it in float32."""
+        return load_decoder(self._checkpoint)
 
     def read(self, name: str) -> Tensor:
         """Return one tensor."""
@@ -93,6 +100,10 @@ class DecoderSource:
         small = {n: v.float().clone() for n, v in self._state.items() if not n.startswith("layers.") and n not in _ENDS}
         frame.load_state_dict(small, strict=False, assign=True)
         return frame
+
+    def whole(self) -> Decoder:
+        """Return a copy of all of it in float32."""
+        return deepcopy(self._decoder).float()
 
     def read(self, name: str) -> Tensor:
         """Return one tensor."""

@@ -22,6 +22,7 @@ from lilliput.core.progress import Progress
 from lilliput.data.streams import Batches
 from lilliput.methods.base import BlockData, BlockMethod, BlockQuantizer, LayerMethod, Quantizer, Statistic
 from lilliput.methods.calibration import watching
+from lilliput.methods.fisher import Fisher
 from lilliput.methods.journal import Activations, Journal, State
 from lilliput.methods.safety import remark, safer
 from lilliput.methods.sources import Source
@@ -50,7 +51,7 @@ class Job:
     methods: for every layer to treat, its methods in order; a layer not named stays as it is. blocks: what changes each
     block before its layers are solved. widths: those the result
     serves, ascending; empty when nothing is quantized. probe: (1, length) int64. slice_rows: rows of a tall matrix
-    solved at a time, which bounds memory.
+    solved at a time, which bounds memory. fisher: what methods that need Statistic.FISHER are given.
     """
 
     methods: Mapping[str, Sequence[LayerMethod]]
@@ -59,6 +60,7 @@ class Job:
     calibration: Batches | None = None
     slice_rows: int = 1 << 16
     blocks: Sequence[BlockMethod] = ()
+    fisher: Fisher | None = None
 
     @property
     def rungs(self) -> tuple[int, ...]:
@@ -149,7 +151,8 @@ class Sweep:
         solved: dict[str, Solved] = dict(original)
         for round_ in range(max((len(self.job.methods.get(n, ())) for n in linears), default=0)):
             todo = {n: self.job.methods[n][round_] for n in linears if len(self.job.methods.get(n, ())) > round_}
-            stats = self._gather(state, block, {n: m.needs for n, m in todo.items() if m.needs is not Statistic.NONE})
+            stats = self._gather(state, block, {n: m.needs for n, m in todo.items() if m.needs.streamed})
+            stats |= {n: (self._fisher(n), "") for n, m in todo.items() if m.needs is Statistic.FISHER}
             for names in _together(todo):
                 method = todo[names[0]]
                 if isinstance(method, BlockQuantizer):
@@ -245,13 +248,13 @@ class Sweep:
         return {name: (value, remark(name, value, sums[name])) for name, value in values.items()}
 
     def _head_needs(self) -> bool:
-        return any(m.needs is not Statistic.NONE for m in self.job.methods.get("lm_head", ()))
+        return any(m.needs.streamed for m in self.job.methods.get("lm_head", ()))
 
     def _head_statistic(self, frame: Decoder, state: State) -> tuple[Tensor | None, str]:
         if not self._head_needs():
             return None, ""
         assert self.job.calibration is not None, "planning refuses a recipe that lacks its calibration text"
-        needs = {m.needs for m in self.job.methods["lm_head"]} - {Statistic.NONE}
+        needs = {m.needs for m in self.job.methods["lm_head"] if m.needs.streamed}
         assert len(needs) == 1, "planning refuses methods that want different statistics of the head"
         gathered = needs.pop().accumulator(self.spec.hidden_size)
         for batch in self._activations(state.step).batches(self.job.calibration.batch_size):
@@ -267,10 +270,15 @@ class Sweep:
             part: Solved = weight[start : start + rows]
             for method in methods:
                 assert isinstance(part, Tensor), "a layer is quantized last"
-                part = method.solve(part.to(torch.float32), stat)
+                own = self._fisher(name, slice(start, start + rows)) if method.needs is Statistic.FISHER else stat
+                part = method.solve(part.to(torch.float32), own)
             parts.append(part.to(weight.dtype) if isinstance(part, Tensor) else part)
         coded = [part for part in parts if isinstance(part, Quantized)]
         return Quantized.stack(coded) if coded else torch.cat([p for p in parts if isinstance(p, Tensor)])
+
+    def _fisher(self, name: str, rows: slice = slice(None)) -> Tensor:
+        assert self.job.fisher is not None, "gathered before a sweep whose methods need it"
+        return self.job.fisher.value(name, rows)
 
     def _put(
         self,

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lilliput.apps.cli.options import common, max_ram, widths
+from lilliput.apps.cli.options import byte_size, common, max_ram, widths
 from lilliput.apps.cli.output import Output, table
 from lilliput.measure.memory import format_bytes
 
@@ -19,6 +19,7 @@ COLUMNS = {
     "kl": "KL",
     "top1_agreement": "top-1 agreement",
 }
+FRONTIER = {"bits_per_weight": "bits a weight", "size": "size", "predicted_kl": "predicted KL", "note": ""}
 
 
 @common
@@ -32,6 +33,18 @@ COLUMNS = {
 )
 @widths("Widths to serve, ascending; by default the recipe's.")
 @click.option("--group-size", type=click.IntRange(min=-1), help="Weights that share a scale; -1 for a whole row.")
+@click.option(
+    "--target-bits",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="N",
+    help="Choose every layer's width so that a quantized weight takes at most N bits, scales counted.",
+)
+@click.option(
+    "--target-size",
+    callback=byte_size,
+    metavar="SIZE",
+    help="Choose every layer's width so that the tensor files take at most this: 1.1GB, 600MiB, or bytes.",
+)
 @click.option(
     "--calibration",
     multiple=True,
@@ -61,6 +74,8 @@ def command(
     recipe: str,
     bits: list[int] | None,
     group_size: int | None,
+    target_bits: float | None,
+    target_size: int | None,
     calibration: tuple[str, ...],
     field: str | None,
     join: bool,
@@ -81,6 +96,7 @@ def command(
     JSON: {"path": the artifact, or null after --dry-run, "source", "recipe": [...], "source_bytes", "size_bytes",
            "rows": [{"bits", "size_bytes", "bits_per_weight", "kl", "top1_agreement"}],
            "layers": [{"name", "shape", "method", "bits"}], "expected_ram_bytes", "work_bytes", "resumed": bool,
+           "frontier": [{"bits_per_weight", "size_bytes", "predicted_kl", "uniform", "chosen": bool}],
            "warnings": [text]}
     """
     if group_size == 0:
@@ -94,6 +110,8 @@ def command(
             recipe=recipe,
             bits=bits,
             group_size=group_size,
+            target_bits=target_bits,
+            target_size=target_size,
             calibration=calibration,
             field=field,
             join=join,
@@ -117,4 +135,16 @@ def _text(report: "CompressReport") -> str:
     first = f"{report.path}: {share}" if report.path else f"dry run, nothing was written: {share}"
     rows = [row.model_dump() | {"size": format_bytes(row.size_bytes)} for row in report.rows]
     memory = "" if report.path else f"\nexpected memory: {format_bytes(report.expected_ram_bytes)}"
-    return f"{first}{memory}\n\n{table(rows, COLUMNS)}"
+    parts = [first + memory, *([table(rows, COLUMNS)] if rows else []), *_frontier(report)]
+    return "\n\n".join(parts)
+
+
+def _frontier(report: "CompressReport") -> list[str]:
+    """The least loss predicted at each size, and what one width for all layers would do; nothing without a target."""
+    rows = [
+        row.model_dump()
+        | {"size": format_bytes(row.size_bytes)}
+        | {"note": "chosen" if row.chosen else f"all {row.uniform} bits" if row.uniform else ""}
+        for row in report.frontier
+    ]
+    return [table(rows, FRONTIER)] if rows else []

@@ -41,6 +41,17 @@ def gguf(importance: bool, **ftypes: str) -> Contender:
 CONTENDERS: dict[str, Contender] = {
     "lilliput rtn": ours({"rtn": {"bits": ["$bits"], **BLOCKS}}, learns=False),
     "lilliput rtn nested": ours({"rtn": {"bits": [2, 3, 4, 8], **BLOCKS}}, learns=False, shared=True),
+    "lilliput gptq": ours({"gptq": {"bits": ["$bits"], **BLOCKS}}),
+    "lilliput gptq nested": ours({"gptq": {"bits": [2, 3, 4, 8], **BLOCKS}}, shared=True),
+    "lilliput leanquant": ours({"leanquant": {"bits": ["$bits"], **BLOCKS}}),
+    "lilliput leanquant tables": ours(
+        {"leanquant": {"bits": ["$bits"], **BLOCKS, "group_size": -1, "nonuniform": True}}
+    ),
+    "lilliput any_precision": ours({"any_precision": {"bits": [2, 3, 4], **BLOCKS}}, shared=True),
+    "lilliput awq": ours({"awq": {}}, {"rtn": {"bits": ["$bits"], **BLOCKS}}),
+    "lilliput omniquant": ours({"omniquant": {"bits": ["$bits"], **BLOCKS}}),
+    "lilliput tuned": ours({"gptq": {"bits": ["$bits"], **BLOCKS}}, {"tune": {}}),
+    "lilliput tuned nested": ours({"gptq": {"bits": [2, 3, 4], **BLOCKS}}, {"tune": {}}, shared=True),
     "llm-compressor rtn": Contender("llm-compressor", "run_llm_compressor.py", {"method": "rtn"}, learns=False),
     "llm-compressor gptq": Contender("llm-compressor", "run_llm_compressor.py", {"method": "gptq"}),
     "llm-compressor awq": Contender("llm-compressor", "run_llm_compressor.py", {"method": "awq"}),

@@ -9,6 +9,7 @@ from lilliput.artifact.plan import Plan
 from lilliput.artifact.schema import FloatEntry, QuantEntry
 from lilliput.core.errors import ConfigError, OutOfResource
 from lilliput.core.recipe import Recipe
+from lilliput.core.spec import ModelSpec
 from lilliput.methods.base import (
     BlockMethod,
     LayerMethod,
@@ -19,7 +20,6 @@ from lilliput.methods.base import (
     Tuner,
     build_stage,
 )
-from lilliput.core.spec import ModelSpec
 from lilliput.models import Checkpoint, TensorInfo
 from lilliput.numerics.packing import serving_width
 from lilliput.pipeline.report import LayerPlan

@@ -47,9 +47,7 @@ class Hadamard(ModelMethod):
         """Never."""
         return False
 
-    def respec(
-        self, spec: ModelSpec, tensors: Mapping[str, TensorInfo]
-    ) -> tuple[ModelSpec, Mapping[str, TensorInfo]]:
+    def respec(self, spec: ModelSpec, tensors: Mapping[str, TensorInfo]) -> tuple[ModelSpec, Mapping[str, TensorInfo]]:
         """With `hidden`: an untied head, rms norms, and biases where a norm with a bias is read.
 
         Raises Unsupported where a norm stands between a writer and the residual stream.

@@ -16,6 +16,7 @@ them has; a choice by measured loss does better.
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -60,6 +61,11 @@ def alone(weight: Tensor, bits: int, group_size: int, moment: Tensor) -> Tensor:
 
 
 CODERS: dict[str, Callable[[Tensor, int, int, Tensor], Tensor]] = {"nested": nested, "alone": alone}
+
+
+def at_width(coder: Callable[[Tensor, int, int, Tensor], Tensor], bits: int, weight: Tensor, gram: Tensor) -> Tensor:
+    """The matrix at one width in groups of WIDER."""
+    return coder(weight, bits, WIDER, gram.diagonal())
 
 
 def with_outliers(weight: Tensor, group_size: int, gram: Tensor, count: int, codes: str, reach: bool) -> Tensor:
@@ -115,7 +121,7 @@ def main() -> None:
         return sum(found) / len(found)
 
     for codes, coder in CODERS.items():
-        two, three = (mean(lambda w, h, b=b: coder(w, b, WIDER, h.diagonal())) for b in (2, 3))  # type: ignore[misc]
+        two, three = (mean(partial(at_width, coder, b)) for b in (2, 3))
         for budget, sizes in BUDGETS.items():
             for size in sizes:
                 share = max(0.0, budget - 2 - GRID_BITS / size) / OUTLIER_BITS

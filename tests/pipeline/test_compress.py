@@ -459,7 +459,8 @@ def test_a_rotated_model_is_planned_resumed_and_told_of(tmp_path: Path) -> None:
 def test_layers_are_treated_between_a_rotation_and_the_end(tmp_path: Path, text: Path) -> None:
     model = tmp_path / "model"
     write_checkpoint(model, "qwen2", 0)
-    recipe = [{"hadamard": {}}, {"wanda": {"sparsity": 0.5, "head": True}}, {"doubles": {}}, {"rtn": {"bits": [8]}}]
+    recipe = [{"hadamard": {}}, {"wanda": {"sparsity": 0.5, "head": True}}, {"doubles": {}}]
+    recipe.append({"rtn": {"bits": [8], "group_size": 32}})
     compress(model, tmp_path / "out", **(wanda(text) | {"recipe": recipe}))  # type: ignore[arg-type]
     head = Artifact.open(tmp_path / "out").dequantize("lm_head", 8)
     assert 0.45 < (np.abs(head) < 0.02 * np.abs(head).max()).mean() < 0.75  # pruned, although the model had none

@@ -37,14 +37,14 @@ class Rotation:
     def right(self, x: Tensor) -> Tensor:
         """x: (.., n), any float dtype; returns x R in float64, in n log n steps a row."""
         m = self.core.shape[0]
-        y = (x.to(torch.float64) * self.signs).unflatten(-1, (-1, m)) @ self.core  # (.., n / m, m)
+        steps = self.signs.shape[0] // m
+        y = (x.to(torch.float64) * self.signs).reshape(-1, steps, m) @ self.core
         half = 1
-        while half < y.shape[-2]:
-            a, b = y.unflatten(-2, (-1, 2, half)).unbind(-3)
-            y = torch.stack((a + b, a - b), -3).flatten(-4, -2)
+        while half < steps:
+            a, b = y.view(-1, 2, half, m).unbind(1)
+            y = torch.stack((a + b, a - b), 1)
             half *= 2
-        out: Tensor = y.flatten(-2) * y.shape[-2] ** -0.5
-        return out
+        return y.reshape(x.shape) * steps**-0.5
 
     def matrix(self) -> Tensor:
         """R itself, (n, n) float64."""
@@ -92,4 +92,5 @@ def _paley(order: int) -> int:
 def _orthogonal(size: int, generator: torch.Generator) -> Tensor:
     """A random orthogonal matrix, uniform over all of them: the Q of a Gaussian one, R's diagonal made positive."""
     q, r = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
-    return q * r.diagonal().sign()
+    uniform: Tensor = q * r.diagonal().sign()
+    return uniform

@@ -76,9 +76,8 @@ def plan_work(checkpoint: Checkpoint, recipe: Recipe) -> Work:
         raise ConfigError(what, where=f"recipe {recipe.name}", fix="Put a quantizer such as rtn before it")
     spec = checkpoint.spec
     tensors: Mapping[str, TensorInfo] = {name: checkpoint.info(name) for name in checkpoint.names()}
-    for method in joined.from_iterable(runs):
-        if isinstance(method, ModelMethod):
-            spec, tensors = method.respec(spec, tensors)
+    for changer in (m for run in runs for m in run if isinstance(m, ModelMethod)):
+        spec, tensors = changer.respec(spec, tensors)
     matrices = matrices_of(spec)
     wide = assign(final, matrices)
     ladders = [quantizer.bits for methods in wide.values() if (quantizer := last_quantizer(methods))]

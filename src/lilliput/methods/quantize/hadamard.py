@@ -103,7 +103,7 @@ def fold_norm(state: dict[str, Tensor], norm: str, readers: list[str], offset: f
     for name in readers:
         matrix = state[f"{name}.weight"]
         if bias is not None:
-            added = torch.cat([part.double() @ bias.double() for part in matrix.split(SLICE)])
+            added = torch.cat([part @ bias.double() for _, part in slices(matrix)])
             before = state.get(f"{name}.bias")
             state[f"{name}.bias"] = (added if before is None else added + before).to(matrix.dtype)
         rewrite(matrix, lambda part: part * gain)
@@ -150,5 +150,12 @@ def turn_heads(state: dict[str, Tensor], spec: ModelSpec, layer: int, generator:
 
 def rewrite(matrix: Tensor, change: Callable[[Tensor], Tensor]) -> None:
     """Replace every row by what `change`, given float64 rows, makes of it."""
-    for part in matrix.split(SLICE):
-        part.copy_(change(part.to(torch.float64)))
+    for place, part in slices(matrix):
+        place.copy_(change(part))
+
+
+def slices(matrix: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Some rows at a time: a view of them, and a float64 copy."""
+    for start in range(0, matrix.shape[0], SLICE):
+        place = matrix[start : start + SLICE]
+        yield place, place.to(torch.float64)

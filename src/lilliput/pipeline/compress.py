@@ -178,7 +178,7 @@ def plan_report(
     ]
     tokens = options.samples * options.length if work.needs_calibration else 0
     work_bytes = 2 * 4 * tokens * checkpoint.spec.hidden_size
-    work_bytes += 2 * 4 * checkpoint.parameters if work.sensitive else 0  # the sums, and those that replace them
+    work_bytes += 2 * 4 * work.parameters if work.sensitive else 0  # the sums, and those that replace them
     work_bytes += 4 * (SLICE + options.length) * checkpoint.spec.vocab_size if options.target else 0
     size_bytes, warnings = plan.total_bytes(), list(checkpoint.notes)
     if options.target and not allocated:

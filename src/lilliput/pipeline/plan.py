@@ -50,6 +50,11 @@ class Work:
     needs_calibration: bool
 
     @property
+    def parameters(self) -> int:
+        """Weights of the model that the last run meets, those of an untied head among them."""
+        return sum(info.size for info in self.tensors.values())
+
+    @property
     def sensitive(self) -> bool:
         """Whether a method needs the sensitivity of every weight, which takes the whole model in memory."""
         return any(isinstance(m, LayerMethod) and m.needs is Statistic.FISHER for m in joined.from_iterable(self.runs))
@@ -195,10 +200,9 @@ def budget(work: Work, *, max_ram: int | None, length: int, whole: bool) -> Budg
     ends = spec.vocab_size * spec.hidden_size * (raw + 2)
     gram = sum(4 * columns**2 for _, columns in spec.linears(0).values()) if work.needs_calibration else 0
     row = 4 * length * (6 * spec.hidden_size + 3 * spec.intermediate_size + spec.num_heads * length)
-    parameters = sum(info.size for info in work.tensors.values())
-    fixed = INTERPRETER_BYTES + (4 * parameters if whole or work.sensitive else 0)
+    fixed = INTERPRETER_BYTES + (4 * work.parameters if whole or work.sensitive else 0)
     if work.sensitive:  # the sums beside the model, and one row through all of it with what its gradient needs
-        fixed += 4 * parameters + spec.num_layers * row + 3 * 4 * length * spec.vocab_size
+        fixed += 4 * work.parameters + spec.num_layers * row + 3 * 4 * length * spec.vocab_size
 
     def peak(slice_rows: int, batch: int) -> int:
         ends_now = ends + 8 * 4 * slice_rows * spec.hidden_size

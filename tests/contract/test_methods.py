@@ -2,22 +2,27 @@
 
 import json
 import re
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from lilliput.methods import METHODS
-from lilliput.methods.base import BlockMethod, BlockQuantizer, LayerMethod, Quantizer, Statistic, build
+from lilliput.methods.base import BlockMethod, BlockQuantizer, LayerMethod, ModelMethod, Quantizer, Statistic, build
+from lilliput.models import Checkpoint, Decoder, load_decoder
 from lilliput.numerics.grids import nearest
 from lilliput.numerics.nested import Quantized
 from support.blocks import calibration, followed_by, state, tiny_block
+from support.families import write_checkpoint
 
 ROOT = Path(__file__).parents[2]
 LAYER_METHODS = [name for name in METHODS if issubclass(METHODS.load(name), LayerMethod)]
 BLOCK_METHODS = [name for name in METHODS if issubclass(METHODS.load(name), BlockMethod)]
 BLOCK_QUANTIZERS = [name for name in METHODS if issubclass(METHODS.load(name), BlockQuantizer)]
+MODEL_METHODS = [name for name in METHODS if issubclass(METHODS.load(name), ModelMethod)]
 EXACT: dict[str, dict[str, object]] = {"awq": {"clip": False}}
 """Options without which a block method changes the float output, by its own account."""
 
@@ -46,7 +51,8 @@ def test_builds_without_arguments_and_survives_json(name: str) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_refuses_an_option_it_does_not_have(name: str) -> None:
-    with pytest.raises(ValueError, match=rf"^{name}: there is no option 'no_such'\. It has .*exclude"):
+    first = next(iter(build(name, {}).options()))
+    with pytest.raises(ValueError, match=rf"^{name}: there is no option 'no_such'\. It has .*{first}"):
         build(name, {"no_such": 1})
 
 
@@ -198,3 +204,30 @@ def test_a_block_quantizer_repeats_itself_and_is_no_worse_than_rounding(
     linears = tiny_block().linears()
     plain = {n: nearest(linears[n].weight.detach(), bits, 16, False) for n in first}
     assert errors(first) <= errors(plain) + 1e-6
+
+
+@pytest.fixture
+def decoder(tmp_path: Path) -> Decoder:
+    write_checkpoint(tmp_path, "qwen2", seed=3)  # a tied head, biases, fewer key heads than query heads
+    return load_decoder(Checkpoint.open(tmp_path)).eval()
+
+
+@pytest.mark.parametrize("name", MODEL_METHODS)
+def test_makes_the_model_it_announces_and_repeats_itself(name: str, decoder: Decoder) -> None:
+    method = build(name, {})
+    assert isinstance(method, ModelMethod)
+    rows = [torch.randint(3, 300, (2, 16), generator=torch.Generator().manual_seed(s)).int().numpy() for s in (0, 1)]
+    data: Any = rows if method.reads_text else None
+    before = decoder.tensors()
+    spec, tensors = method.respec(decoder.spec, before)
+    made = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        one = method.apply(deepcopy(decoder), data)
+        assert one.spec == spec
+        assert {n: t.shape for n, t in one.tensors().items()} == {n: t.shape for n, t in tensors.items()}
+        made.append(one.state_dict())
+    assert all(torch.equal(value, made[1][key]) for key, value in made[0].items())
+    assert all(torch.isfinite(value).all() for value in made[0].values())
+    assert method.respec(decoder.spec, before) == (spec, tensors)
+    assert decoder.tensors() == before

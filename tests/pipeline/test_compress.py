@@ -434,6 +434,56 @@ def test_stages_run_in_order_whole_model_and_layer_methods_mixed(llama: Path, te
     assert report.rows[0].kl > 0.01  # measured against the checkpoint, not against what the stages made of it
 
 
+def test_a_rotated_model_is_planned_resumed_and_told_of(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    write_checkpoint(model, "opt", 0, tie_word_embeddings=True)  # becomes rms, untied, with a bias at the head
+    recipe = [{"rtn": {"bits": [4, 8], "exclude": ["layers.*.mlp.*"]}}]
+    turned = [{"hadamard": {}}, *recipe]
+    planned = compress(model, tmp_path / "whole", recipe=turned, dry_run=True)
+    made = compress(model, tmp_path / "whole", recipe=turned, gate=False)
+    assert [r.size_bytes for r in planned.rows] == [r.size_bytes for r in made.rows]
+    plain = compress(model, tmp_path / "plain", recipe=recipe, dry_run=True)
+    assert made.size_bytes > plain.size_bytes  # by the head
+    artifact = Artifact.open(tmp_path / "whole")
+    assert {"lm_head", "embed_tokens"} <= artifact.manifest.entries.keys()
+    assert "lm_head.bias" in artifact.manifest.floats
+    assert artifact.manifest.spec.norm.kind == "rms"
+    assert json.loads((tmp_path / "whole" / "config.json").read_text())["tie_word_embeddings"] is False
+    with pytest.raises(Dies.Now):
+        compress(model, tmp_path / "out", recipe=turned, gate=False, progress=Dies(2))
+    assert compress(model, tmp_path / "out", recipe=turned, gate=False).resumed
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("doubles")
+def test_layers_are_treated_between_a_rotation_and_the_end(tmp_path: Path, text: Path) -> None:
+    model = tmp_path / "model"
+    write_checkpoint(model, "qwen2", 0)
+    recipe = [{"hadamard": {}}, {"wanda": {"sparsity": 0.5, "head": True}}, {"doubles": {}}]
+    recipe.append({"rtn": {"bits": [8], "group_size": 32}})
+    compress(model, tmp_path / "out", **(wanda(text) | {"recipe": recipe}))  # type: ignore[arg-type]
+    head = Artifact.open(tmp_path / "out").dequantize("lm_head", 8)
+    assert 0.45 < (np.abs(head) < 0.02 * np.abs(head).max()).mean() < 0.75  # pruned, although the model had none
+
+
+class Liar(Doubles):
+    """Says it unties the head, and does not."""
+
+    def respec(self, spec, tensors):  # type: ignore[no-untyped-def]
+        told = spec.model_copy(update={"tied_head": False})
+        return told, {**tensors, "lm_head.weight": tensors["embed_tokens.weight"]}
+
+
+def test_a_method_that_makes_another_model_than_it_said_is_named(
+    text: Path, tmp_path: Path, doubles: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_checkpoint(tmp_path / "model", "qwen2", 0)
+    monkeypatch.setattr(sys.modules["doubles_for_test"], "Doubles", Liar)
+    recipe = [{"doubles": {}}, {"rtn": {"bits": [8], "group_size": 32}}]
+    with pytest.raises(ValueError, match=r": it made another kind of model than it announced\. Correct its respec\.$"):
+        compress(tmp_path / "model", tmp_path / "out", **(wanda(text) | {"recipe": recipe}))  # type: ignore[arg-type]
+
+
 def test_a_dry_run_tells_sizes_and_writes_nothing(llama: Path, tmp_path: Path) -> None:
     planned = compress(llama, tmp_path / "out", dry_run=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["llama"]

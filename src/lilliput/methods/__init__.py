@@ -7,6 +7,7 @@ METHODS = Registry(
     any_precision="lilliput.methods.quantize.any_precision:AnyPrecision",
     awq="lilliput.methods.quantize.awq:AWQ",
     gptq="lilliput.methods.quantize.gptq:GPTQ",
+    hadamard="lilliput.methods.quantize.hadamard:Hadamard",
     leanquant="lilliput.methods.quantize.leanquant:LeanQuant",
     omniquant="lilliput.methods.quantize.omniquant:OmniQuant",
     rtn="lilliput.methods.quantize.rtn:RTN",

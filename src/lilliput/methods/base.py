@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 
     from lilliput.core.progress import Progress
     from lilliput.core.recipe import Stage
+    from lilliput.core.spec import ModelSpec
     from lilliput.data.streams import Batches
     from lilliput.methods.journal import Activations
+    from lilliput.models.checkpoint import TensorInfo
     from lilliput.models.decoder import Block, Decoder
 
 
@@ -225,11 +227,20 @@ class BlockQuantizer(Quantizer, ABC):
 class ModelMethod(Method, ABC):
     """The whole model at once."""
 
+    def respec(
+        self, spec: "ModelSpec", tensors: "Mapping[str, TensorInfo]"
+    ) -> "tuple[ModelSpec, Mapping[str, TensorInfo]]":
+        """What `apply` will make of a model so described: its description, and every tensor by canonical name.
+
+        Called before any work starts, so it is also where a model is refused.
+        """
+        return spec, tensors
+
     @abstractmethod
     def apply(self, model: "Decoder", batches: "Batches | None") -> "Decoder":
-        """Return the changed model.
+        """Return the changed model, as `respec` announced it.
 
-        batches: (batch, length) int32 token arrays, may be iterated again; None only for a method that reads no text.
+        model: float32, the method's own to change. batches: (batch, length) int32 token arrays, may be iterated again; None only for a method that reads no text.
         """
 
 

@@ -4,7 +4,7 @@ Used to calibrate, train and check: whole sequences from position 0, causal, no 
 the canonical tensor names. Parameters take the dtype asked for; norms and rotations are computed in float32.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,12 +13,15 @@ from torch.nn import functional as F
 
 from lilliput.core.errors import OutOfResource
 from lilliput.core.spec import Activation, ModelSpec, Norm, Rotary
+from lilliput.models.checkpoint import TensorInfo
 
 if TYPE_CHECKING:
     from lilliput.models.checkpoint import Checkpoint
 
 SCORES = 1 << 24
 """Attention scores written out at a time, all heads together, where a window or a soft-cap needs them written out."""
+
+_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 _ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -183,6 +186,18 @@ class Decoder(nn.Module):
         self.final_norm = Normalize(spec.norm, (spec.hidden_size,), "final_norm.bias" in names)
         if not spec.tied_head:
             self.lm_head = nn.Linear(spec.hidden_size, spec.vocab_size, bias="lm_head.bias" in names)
+
+    @classmethod
+    def of(cls, spec: ModelSpec, state: Mapping[str, Tensor]) -> "Decoder":
+        """Return the decoder that holds these tensors themselves, by canonical name."""
+        with torch.device("meta"):
+            decoder = cls(spec, state.keys())
+        decoder.load_state_dict(state, strict=True, assign=True)
+        return decoder
+
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Every tensor's dtype and shape by canonical name."""
+        return {name: TensorInfo(_DTYPES[t.dtype], tuple(t.shape)) for name, t in self.state_dict().items()}
 
     @property
     def blocks(self) -> nn.ModuleList:

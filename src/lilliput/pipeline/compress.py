@@ -128,7 +128,7 @@ def compress(
         work = replace(work, needs_calibration=True)
         check_target(work, target)
     whole = bool(target or work.tuners) or any(isinstance(method, ModelMethod) for run in work.runs for method in run)
-    spent = budget(checkpoint, work, max_ram=max_ram, length=length, whole=whole)
+    spent = budget(work, max_ram=max_ram, length=length, whole=whole)
     if work.needs_calibration and not calibration and not dry_run:
         learns = "widths are chosen by what the model loses on a" if target else "it has a method that learns from"
         what = f"{learns} text, and none is given"
@@ -178,7 +178,7 @@ def plan_report(
     ]
     tokens = options.samples * options.length if work.needs_calibration else 0
     work_bytes = 2 * 4 * tokens * checkpoint.spec.hidden_size
-    work_bytes += 2 * 4 * checkpoint.parameters if work.sensitive else 0  # the sums, and those that replace them
+    work_bytes += 2 * 4 * work.parameters if work.sensitive else 0  # the sums, and those that replace them
     work_bytes += 4 * (SLICE + options.length) * checkpoint.spec.vocab_size if options.target else 0
     size_bytes, warnings = plan.total_bytes(), list(checkpoint.notes)
     if options.target and not allocated:
@@ -390,6 +390,8 @@ class Run:
         self.checkpoint.export_tokenizer(self.folder)
         told = {"quant_method": "lilliput", "bits": list(plan.bits), "schema_version": version_of(plan.entries)}
         config = {**self.checkpoint.config, "quantization_config": told}
+        if plan.spec.tied_head != self.checkpoint.spec.tied_head:
+            config["tie_word_embeddings"] = plan.spec.tied_head
         (self.folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
         (self.folder / "recipe.yaml").write_text(self.recipe.text(), "utf-8")
 

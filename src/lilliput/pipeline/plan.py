@@ -9,6 +9,7 @@ from lilliput.artifact.plan import Plan
 from lilliput.artifact.schema import FloatEntry, QuantEntry
 from lilliput.core.errors import ConfigError, OutOfResource
 from lilliput.core.recipe import Recipe
+from lilliput.core.spec import ModelSpec
 from lilliput.methods.base import (
     BlockMethod,
     LayerMethod,
@@ -19,7 +20,7 @@ from lilliput.methods.base import (
     Tuner,
     build_stage,
 )
-from lilliput.models import Checkpoint
+from lilliput.models import Checkpoint, TensorInfo
 from lilliput.numerics.packing import serving_width
 from lilliput.pipeline.report import LayerPlan
 
@@ -36,7 +37,7 @@ class Work:
     runs: the recipe's methods, neighbours of one kind together; the last run is of those of a sweep, maybe empty.
 
     blocks, methods: for the last run, what changes every block, and every layer's methods with its own widths.
-    tuners: what comes after it. plan: the artifact to be.
+    tuners: what comes after it. plan: the artifact to be. tensors: of the model that the last run meets, by full name.
     """
 
     runs: list[list[Method]]
@@ -44,8 +45,14 @@ class Work:
     methods: Mapping[str, Sequence[LayerMethod]]
     tuners: Sequence[Tuner]
     plan: Plan
+    tensors: Mapping[str, TensorInfo]
     layers: list[LayerPlan]
     needs_calibration: bool
+
+    @property
+    def parameters(self) -> int:
+        """Weights of the model that the last run meets, those of an untied head among them."""
+        return sum(info.size for info in self.tensors.values())
 
     @property
     def sensitive(self) -> bool:
@@ -54,7 +61,10 @@ class Work:
 
 
 def plan_work(checkpoint: Checkpoint, recipe: Recipe) -> Work:
-    """Decide what happens to every tensor. Raises ConfigError for what cannot be, naming the layer."""
+    """Decide what happens to every tensor.
+
+    Raises ConfigError for what cannot be, naming the layer, and Unsupported for a model that a method cannot treat.
+    """
     runs = [list(group) for _, group in groupby(map(build_stage, recipe.stages), _kind)]
     tuners = [m for m in runs.pop() if isinstance(m, Tuner)] if _kind(runs[-1][0]) is Tuner else []
     for method in (m for run in runs for m in run if isinstance(m, Tuner)):
@@ -69,7 +79,11 @@ def plan_work(checkpoint: Checkpoint, recipe: Recipe) -> Work:
     if tuners and not any(isinstance(m, Quantizer) for m in final):
         what = f"{tuners[0].name} improves codes, and no stage before it makes any"
         raise ConfigError(what, where=f"recipe {recipe.name}", fix="Put a quantizer such as rtn before it")
-    matrices = matrices_of(checkpoint)
+    spec = checkpoint.spec
+    tensors: Mapping[str, TensorInfo] = {name: checkpoint.info(name) for name in checkpoint.names()}
+    for changer in (m for run in runs for m in run if isinstance(m, ModelMethod)):
+        spec, tensors = changer.respec(spec, tensors)
+    matrices = matrices_of(spec)
     wide = assign(final, matrices)
     ladders = [quantizer.bits for methods in wide.values() if (quantizer := last_quantizer(methods))]
     blocks_only = [name for name in matrices if name.startswith("layers.")]
@@ -80,13 +94,12 @@ def plan_work(checkpoint: Checkpoint, recipe: Recipe) -> Work:
     for name, (out, columns) in matrices.items():
         if quantizer := last_quantizer(methods.get(name, ())):
             entries[name] = entry_of((out, columns), quantizer)
-    for name in checkpoint.names():
+    for name, info in tensors.items():
         if name.removesuffix(".weight") not in entries:
-            info = checkpoint.info(name)
             floats[name] = FloatEntry(dtype=info.dtype if len(info.shape) > 1 else "F32", shape=info.shape)
-    layers = [describe(name, shape, methods.get(name, ()), checkpoint) for name, shape in matrices.items()]
+    layers = [describe(name, shape, methods.get(name, ()), tensors) for name, shape in matrices.items()]
     needs = any(m.reads_text for m in (*joined.from_iterable(runs), *tuners))
-    return Work(runs, blocks, methods, tuners, Plan(checkpoint.spec, entries, floats, widths), layers, needs)
+    return Work(runs, blocks, methods, tuners, Plan(spec, entries, floats, widths), tensors, layers, needs)
 
 
 def entry_of(shape: tuple[int, int], quantizer: Quantizer) -> QuantEntry:
@@ -115,9 +128,8 @@ def in_sweep(run: Sequence[Method]) -> tuple[list[BlockMethod], list[LayerMethod
     return blocks, [m for m in run if isinstance(m, LayerMethod)]
 
 
-def matrices_of(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
+def matrices_of(spec: ModelSpec) -> dict[str, tuple[int, int]]:
     """Every matrix a method may treat, by canonical name, to its (out, in), in the order they are read."""
-    spec = checkpoint.spec
     ends = (spec.vocab_size, spec.hidden_size)
     blocks = {n: s for i in range(spec.num_layers) for n, s in spec.linears(i).items()}
     return {"embed_tokens": ends} | blocks | ({} if spec.tied_head else {"lm_head": ends})
@@ -155,10 +167,12 @@ def narrow(chain: Sequence[LayerMethod], widths: tuple[int, ...]) -> Sequence[La
     return [*chain[:-1], replace(quantizer, bits=used)]
 
 
-def describe(name: str, shape: tuple[int, int], chain: Sequence[LayerMethod], checkpoint: Checkpoint) -> LayerPlan:
+def describe(
+    name: str, shape: tuple[int, int], chain: Sequence[LayerMethod], tensors: Mapping[str, TensorInfo]
+) -> LayerPlan:
     """One line of the plan."""
     if not chain:
-        dtype = checkpoint.info(f"{name}.weight").dtype
+        dtype = tensors[f"{name}.weight"].dtype
         return LayerPlan(name=name, shape=shape, method=f"- stays {dtype}, no stage covers it")
     method = "+".join(m.name for m in chain)
     quantizer = last_quantizer(chain)
@@ -174,21 +188,21 @@ class Budget:
     ram_bytes: int
 
 
-def budget(checkpoint: Checkpoint, work: Work, *, max_ram: int | None, length: int, whole: bool) -> Budget:
+def budget(work: Work, *, max_ram: int | None, length: int, whole: bool) -> Budget:
     """Choose slices that fit `max_ram` bytes (None: no limit) and say what peak to expect.
 
     length: tokens of a calibration row. whole: the recipe has a method that needs all of the model in memory.
     Raises OutOfResource when even the smallest slices do not fit.
     """
-    spec = checkpoint.spec
+    spec = work.plan.spec
     block = 4 * sum(out * columns for out, columns in spec.linears(0).values())
-    raw = {"F32": 4, "F16": 2, "BF16": 2}[checkpoint.info("embed_tokens.weight").dtype]
+    raw = {"F32": 4, "F16": 2, "BF16": 2}[work.tensors["embed_tokens.weight"].dtype]
     ends = spec.vocab_size * spec.hidden_size * (raw + 2)
     gram = sum(4 * columns**2 for _, columns in spec.linears(0).values()) if work.needs_calibration else 0
     row = 4 * length * (6 * spec.hidden_size + 3 * spec.intermediate_size + spec.num_heads * length)
-    fixed = INTERPRETER_BYTES + (4 * checkpoint.parameters if whole or work.sensitive else 0)
+    fixed = INTERPRETER_BYTES + (4 * work.parameters if whole or work.sensitive else 0)
     if work.sensitive:  # the sums beside the model, and one row through all of it with what its gradient needs
-        fixed += 4 * checkpoint.parameters + spec.num_layers * row + 3 * 4 * length * spec.vocab_size
+        fixed += 4 * work.parameters + spec.num_layers * row + 3 * 4 * length * spec.vocab_size
 
     def peak(slice_rows: int, batch: int) -> int:
         ends_now = ends + 8 * 4 * slice_rows * spec.hidden_size

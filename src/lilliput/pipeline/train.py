@@ -4,13 +4,14 @@ A ModelMethod's result is kept on disk, so an interrupted run repeats at most th
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lilliput.core.errors import ConfigError
 from lilliput.core.progress import Progress
 from lilliput.data.streams import Batches
 from lilliput.methods.base import Method, ModelMethod
@@ -18,7 +19,7 @@ from lilliput.methods.fisher import gather_for
 from lilliput.methods.journal import Journal, sync
 from lilliput.methods.sources import DecoderSource
 from lilliput.methods.sweep import Job, Sweep, at_width
-from lilliput.models import Checkpoint, Decoder, load_decoder
+from lilliput.models import Checkpoint, Decoder, TensorInfo, load_decoder
 from lilliput.numerics.nested import Quantized
 from lilliput.pipeline.plan import assign, in_sweep, matrices_of
 
@@ -44,16 +45,21 @@ def run_model_methods(
     for index, run in enumerate(stages):
         torch.manual_seed(seed + index)
         kept = folder / f"stage-{index}.safetensors"
+        method, now = run[0], (decoder.spec, _shapes(decoder.tensors()))
+        if isinstance(method, ModelMethod):
+            spec, tensors = method.respec(decoder.spec, decoder.tensors())
+            now = spec, _shapes(tensors)
         if kept.exists():
-            decoder.load_state_dict(load_file(kept))
+            decoder = Decoder.of(now[0], load_file(kept))
             continue
-        if isinstance(run[0], ModelMethod):
-            for method in run:
-                assert isinstance(method, ModelMethod), "a run is of one kind"
-                progress.say(f"{method.name} on the whole model")
-                decoder = method.apply(decoder, data)
+        if isinstance(method, ModelMethod):
+            progress.say(f"{method.name} on the whole model")
+            decoder = method.apply(decoder, data)
+            if (decoder.spec, _shapes(decoder.tensors())) != now:
+                what = "it made another kind of model than it announced"
+                raise ConfigError(what, where=method.name, fix="Correct its respec")
         else:
-            _sweep_in_memory(checkpoint, decoder, run, data, probe, folder, progress)
+            _sweep_in_memory(decoder, run, data, probe, folder, progress)
         fresh = kept.with_suffix(".new")
         save_file({k: v.contiguous() for k, v in decoder.state_dict().items()}, fresh)
         sync(fresh)
@@ -61,8 +67,11 @@ def run_model_methods(
     return decoder, reference
 
 
+def _shapes(tensors: Mapping[str, TensorInfo]) -> dict[str, tuple[int, ...]]:
+    return {name: info.shape for name, info in tensors.items()}
+
+
 def _sweep_in_memory(
-    checkpoint: Checkpoint,
     decoder: Decoder,
     run: Sequence[Method],
     data: Batches | None,
@@ -73,7 +82,7 @@ def _sweep_in_memory(
     # Its results live in memory only, so what an interrupted run left of it is of no use.
     shutil.rmtree(folder / "between", ignore_errors=True)
     blocks, methods = in_sweep(run)
-    chosen = assign(methods, matrices_of(checkpoint))
+    chosen = assign(methods, matrices_of(decoder.spec))
     source = DecoderSource(decoder, made_by="an earlier stage")
     journal = Journal(folder / "between")
     fisher = gather_for(source, chosen, data, folder / "between" / "fisher.safetensors", progress)

@@ -38,7 +38,7 @@ def inputs_of(block: Block, names: Iterable[str], rows: Tensor) -> dict[str, Ten
     sums = {name: _Keep() for name in linears}
     with torch.no_grad(), watching(linears, sums):
         block(rows)
-    return {name: one.value().unflatten(0, rows.shape[:2]) for name, one in sums.items()}
+    return {name: one.value().view(*rows.shape[:2], -1) for name, one in sums.items()}
 
 
 def peaks_of(block: Block, names: Iterable[str], data: BlockData) -> dict[str, Tensor]:

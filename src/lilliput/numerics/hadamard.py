@@ -44,7 +44,8 @@ class Rotation:
             a, b = y.view(-1, 2, half, m).unbind(1)
             y = torch.stack((a + b, a - b), 1)
             half *= 2
-        return y.reshape(x.shape) * steps**-0.5
+        mixed: Tensor = y.reshape(x.shape) * steps**-0.5
+        return mixed
 
     def matrix(self) -> Tensor:
         """R itself, (n, n) float64."""

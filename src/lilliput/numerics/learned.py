@@ -96,7 +96,8 @@ class LearnedGrid:
             step = step * cells * self.factors[width].exp()
             zero = zero / cells + self.shifts[width] if width in self.shifts else zero
         made = (code - ((2**width - 1) / 2 + zero)[..., None]) * step[..., None]
-        return made.reshape(out, -1)[:, :columns]
+        kept: Tensor = made.reshape(out, -1)[:, :columns]
+        return kept
 
     def _stored(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
         step, middle = self._widest(weight)

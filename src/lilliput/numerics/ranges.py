@@ -37,7 +37,7 @@ def best_range(
     the coarse search, not only those drawn in alike, which takes four times as long.
     """
     rows = max(1, _CHUNK // weight.shape[1])
-    ends = [_search(part, bits, group_size, sym, importance, balance, square) for part in weight.split(rows)]
+    ends = [_search(part, bits, group_size, sym, importance, balance, square) for part in torch.split(weight, rows)]
     return span_grid(torch.cat([e[0] for e in ends]), torch.cat([e[1] for e in ends]), bits[-1], sym)
 
 

@@ -7,8 +7,9 @@ from itertools import groupby
 
 from lilliput.artifact.plan import Plan
 from lilliput.artifact.schema import FloatEntry, QuantEntry
-from lilliput.core.errors import ConfigError, OutOfResource
+from lilliput.core.errors import ConfigError, OutOfResource, Unsupported
 from lilliput.core.recipe import Recipe
+from lilliput.core.spec import EncoderSpec
 from lilliput.methods.base import (
     BlockMethod,
     LayerMethod,
@@ -52,13 +53,17 @@ def plan_work(checkpoint: Checkpoint, recipe: Recipe) -> Work:
     tuners = [m for m in runs.pop() if isinstance(m, Tuner)] if _kind(runs[-1][0]) is Tuner else []
     for method in (m for run in runs for m in run if isinstance(m, Tuner)):
         raise ConfigError(f"{method.name} is not the last stage", f"recipe {recipe.name}", "Put it at the end")
+    if isinstance(checkpoint.spec, EncoderSpec):
+        for method in (m for m in (*tuners, *joined.from_iterable(runs)) if isinstance(m, ModelMethod | Tuner)):
+            what = f"{method.name} trains a model that predicts tokens, and a {checkpoint.family} encoder does not"
+            raise Unsupported(what, where=f"recipe {recipe.name}", fix="Use methods of layers and blocks")
     if not runs or _kind(runs[-1][0]) is ModelMethod:
         runs.append([])
     blocks, final = in_sweep(runs[-1])
     if tuners and not any(isinstance(m, Quantizer) for m in final):
         what = f"{tuners[0].name} improves codes, and no stage before it makes any"
         raise ConfigError(what, where=f"recipe {recipe.name}", fix="Put a quantizer such as rtn before it")
-    matrices = matrices_of(checkpoint)
+    matrices = checkpoint.spec.matrices()
     wide = assign(final, matrices)
     ladders = [quantizer.bits for methods in wide.values() if (quantizer := last_quantizer(methods))]
     inner = [m.bits for n, ms in wide.items() if n.startswith("layers.") and (m := last_quantizer(ms))]
@@ -96,14 +101,6 @@ def in_sweep(run: Sequence[Method]) -> tuple[list[BlockMethod], list[LayerMethod
             what = f"{blocks[-1].name} changes whole blocks, and comes after {method.name}, which treats their layers"
             raise ConfigError(what, where="recipe", fix=f"Put {blocks[-1].name} first")
     return blocks, [m for m in run if isinstance(m, LayerMethod)]
-
-
-def matrices_of(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
-    """Every matrix a method may treat, by canonical name, to its (out, in), in the order they are read."""
-    spec = checkpoint.spec
-    ends = (spec.vocab_size, spec.hidden_size)
-    blocks = {n: s for i in range(spec.num_layers) for n, s in spec.linears(i).items()}
-    return {"embed_tokens": ends} | blocks | ({} if spec.tied_head else {"lm_head": ends})
 
 
 def assign(methods: Sequence[LayerMethod], matrices: Mapping[str, tuple[int, int]]) -> dict[str, Sequence[LayerMethod]]:
@@ -165,14 +162,15 @@ def budget(checkpoint: Checkpoint, work: Work, *, max_ram: int | None, length: i
     """
     spec = checkpoint.spec
     block = 4 * sum(out * columns for out, columns in spec.linears(0).values())
-    raw = {"F32": 4, "F16": 2, "BF16": 2}[checkpoint.info("embed_tokens.weight").dtype]
-    ends = spec.vocab_size * spec.hidden_size * (raw + 2)
+    raw = {"F32": 4, "F16": 2, "BF16": 2}[checkpoint.info(f"{spec.entrance}.weight").dtype]
+    out, columns = spec.matrices()[spec.entrance]
+    ends = out * columns * (raw + 2)
     gram = sum(4 * columns**2 for _, columns in spec.linears(0).values()) if work.needs_calibration else 0
     row = 4 * length * (6 * spec.hidden_size + 3 * spec.intermediate_size + spec.num_heads * length)
     fixed = INTERPRETER_BYTES + (4 * checkpoint.parameters if whole else 0)
 
     def peak(slice_rows: int, batch: int) -> int:
-        ends_now = ends + 8 * 4 * slice_rows * spec.hidden_size
+        ends_now = ends + 8 * 4 * min(slice_rows, out) * columns
         return fixed + max(COPIES * block + gram, ends_now) + batch * row
 
     for slice_rows, batch in ((1 << 15, 8), (1 << 13, 4), (1 << 11, 1), (1 << 9, 1)):

@@ -19,7 +19,7 @@ from lilliput.methods.sources import DecoderSource
 from lilliput.methods.sweep import Job, Sweep, at_width
 from lilliput.models import Checkpoint, Decoder, load_decoder
 from lilliput.numerics.nested import Quantized
-from lilliput.pipeline.plan import assign, in_sweep, matrices_of
+from lilliput.pipeline.plan import assign, in_sweep
 
 
 def run_model_methods(
@@ -72,7 +72,7 @@ def _sweep_in_memory(
     # Its results live in memory only, so what an interrupted run left of it is of no use.
     shutil.rmtree(folder / "between", ignore_errors=True)
     blocks, methods = in_sweep(run)
-    chosen = assign(methods, matrices_of(checkpoint))
+    chosen = assign(methods, checkpoint.spec.matrices())
     source = DecoderSource(decoder, made_by="an earlier stage")
     job = Job(chosen, (), probe, data, blocks=blocks)
     Sweep(source, _Into(decoder), job, Journal(folder / "between"), progress).run()

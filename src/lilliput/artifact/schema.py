@@ -16,9 +16,11 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
     JsonValue,
     StringConstraints,
+    Tag,
     ValidationError,
     model_validator,
 )
@@ -188,6 +190,18 @@ class EmbeddingQuality(_Frozen):
     inputs_are: str
 
 
+def _measured(value: Any) -> str:
+    told = value.keys() if isinstance(value, dict) else vars(value)
+    return "vectors" if "cosine" in told else "logits"
+
+
+Quality = Annotated[
+    Annotated[QualityEntry, Tag("logits")] | Annotated[EmbeddingQuality, Tag("vectors")], Discriminator(_measured)
+]
+_TAGS = ("decoder", "encoder", "logits", "vectors")
+"""What pydantic puts into the path of an error where a union was decided."""
+
+
 class LayerRecord(_Frozen):
     """What a method did to one layer. Keys are widths; error: of the layer's output, relative; sqnr_db: of its weights."""
 
@@ -213,7 +227,7 @@ class Manifest(_Frozen):
     data: DataInfo | None = None
     tools: dict[str, str] = {}
     """Versions of what computed the numbers."""
-    quality: tuple[QualityEntry | EmbeddingQuality, ...] = ()
+    quality: tuple[Quality, ...] = ()
     layers: tuple[LayerRecord, ...] = ()
     entries: dict[TensorName, QuantEntry]
     """Quantized matrices by module, "layers.0.attn.q_proj", "embed_tokens", "lm_head"."""
@@ -384,7 +398,7 @@ def load_manifest(raw: bytes, where: str) -> Manifest:
 def _known(data: dict[str, Any], error: ValidationError) -> dict[str, Any]:
     """Copy of `data` without the unknown fields that a newer minor may add."""
     for problem in error.errors():
-        path = problem["loc"]
+        path = _path(problem["loc"])
         if problem["type"] == "extra_forbidden" and path[0] not in ("spec", "entries", "floats"):
             parent: Any = data
             for step in path[:-1]:
@@ -395,5 +409,9 @@ def _known(data: dict[str, Any], error: ValidationError) -> dict[str, Any]:
 
 def _first(error: ValidationError) -> str:
     problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    steps = [step for at, step in enumerate(problem["loc"]) if (at, step) not in ((1, "decoder"), (1, "encoder"))]
-    return f"{'.'.join(str(step)[:80] for step in steps) or 'manifest'}: {problem['msg']}"
+    return f"{'.'.join(str(step)[:80] for step in _path(problem['loc'])) or 'manifest'}: {problem['msg']}"
+
+
+def _path(loc: tuple[int | str, ...]) -> list[int | str]:
+    tagged = {"spec": 1, "quality": 2}.get(str(loc[0])) if loc else None
+    return [step for at, step in enumerate(loc) if at != tagged or step not in _TAGS]

@@ -128,6 +128,8 @@ class Block(nn.Module):
 
     spec: AnySpec
     layer: int
+    attn: nn.Module
+    mlp: nn.Module
 
     def __init__(self, spec: ModelSpec, layer: int, names: Collection[str]) -> None:
         super().__init__()

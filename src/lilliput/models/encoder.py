@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lilliput.core.errors import OutOfResource
-from lilliput.core.spec import PADDING, EncoderActivation, EncoderSpec, PatchInputs
+from lilliput.core.spec import PADDING, AnySpec, EncoderActivation, EncoderSpec, PatchInputs
 from lilliput.models.decoder import ACTIVATIONS, Block, Normalize, fill
 
 if TYPE_CHECKING:
@@ -152,7 +152,8 @@ class Encoder(nn.Module):
         else:
             at = torch.zeros_like(count[:, 0]) if self.spec.pooling == "first" else count[:, 0] - 1
             pooled = hidden[torch.arange(len(hidden), device=hidden.device), at]
-        return pooled if self.projection is None else self.projection(pooled)
+        out: Tensor = pooled if self.projection is None else self.projection(pooled)
+        return out
 
     def forward(self, inputs: Tensor) -> Tensor:
         """inputs: as in `embed`; returns (batch, embedding_size)."""
@@ -162,7 +163,7 @@ class Encoder(nn.Module):
         return self.finish(hidden)
 
 
-def _norm_of(part: str, spec: EncoderSpec) -> str:
+def _norm_of(part: str, spec: AnySpec) -> str:
     return f"{part}_norm" if spec.norm_first else f"{part}_post_norm"
 
 

@@ -68,7 +68,8 @@ def measure_vectors(
     folder: Path, probe: npt.NDArray[Any], vectors: Mapping[str, F32], probe_is: str
 ) -> list[EmbeddingQuality]:
     """As `measure`, for an encoder. probe: its inputs, see `Embedder.vectors`; vectors: (inputs, embedding_size)."""
-    embedder, original, found = Embedder(folder), vectors["float"].astype(np.float64), []
+    embedder, original = Embedder(folder), vectors["float"].astype(np.float64)
+    found: list[EmbeddingQuality] = []
     for key in sorted((k for k in vectors if k != "float"), key=int):
         bits = int(key)
         said = embedder.vectors(probe, bits=bits or None)
@@ -78,8 +79,7 @@ def measure_vectors(
         error = np.linalg.norm(said - original, axis=1) / np.maximum(length, 1e-30)
         told = {"cosine": cosine.mean(), "cosine_min": cosine.min(), "error": error.mean()}
         numbers = {name: float(f"{value:.4g}") for name, value in told.items()}
-        entry = EmbeddingQuality(bits=bits or UNQUANTIZED, inputs=len(probe), inputs_are=probe_is, **numbers)
-        found.append(entry)
+        found.append(EmbeddingQuality(bits=bits or UNQUANTIZED, inputs=len(probe), inputs_are=probe_is, **numbers))
     return found
 
 

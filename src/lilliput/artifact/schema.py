@@ -337,7 +337,8 @@ def _unlike(
     norms = [f"layers.{layer}.{norm}" for layer in range(spec.num_layers) for norm in own]
     norms += ["embed_norm"] * spec.embed_norm + ["final_norm"] * spec.final_norm
     wanted |= {f"{norm}.weight": hidden for norm in norms}
-    optional = {f"{norm}.bias": hidden for norm in norms} | {f"{n}.bias": s[:1] for n, s in matrices.items()}
+    optional: dict[str, tuple[int, ...]] = {f"{norm}.bias": hidden for norm in norms}
+    optional |= {f"{name}.bias": shape[:1] for name, shape in matrices.items()}
     optional |= {f"{name}.weight": shape for name, shape in matrices.items()}
     for name in wanted.keys() - floats.keys():
         yield f"{name} is not stored"

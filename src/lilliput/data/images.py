@@ -105,8 +105,8 @@ def prepare(picture: "Image", inputs: PatchInputs) -> F32:
 
 def patches(square: npt.NDArray[np.uint8], inputs: PatchInputs) -> F32:
     """square: (image_size, image_size, 3) uint8; returns (patches, columns) float32, normalised."""
-    values = square.astype(np.float32) / np.float32(255)
-    values = (values - np.array(inputs.mean, np.float32)) / np.array(inputs.std, np.float32)
+    mean, std = np.array(inputs.mean, np.float32), np.array(inputs.std, np.float32)
+    values = (square.astype(np.float32) / np.float32(255) - mean) / std
     side, size = inputs.image_size // inputs.patch_size, inputs.patch_size
     cut = values.reshape(side, size, side, size, 3).transpose(0, 2, 4, 1, 3)
     return np.ascontiguousarray(cut.reshape(inputs.patches, inputs.columns))

@@ -80,8 +80,9 @@ class Embedder:
 
     def _unit(self, batches: Iterator[npt.NDArray[Any]], bits: int | None) -> F32:
         parts = [self.vectors(batch, bits=bits) for batch in batches]
-        rows = np.concatenate([*parts, np.zeros((0, self.spec.embedding_size), np.float32)])
-        return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+        rows: F32 = np.concatenate([*parts, np.zeros((0, self.spec.embedding_size), np.float32)])
+        rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+        return rows
 
     def _encoder(self, bits: int | None) -> Encoder:
         if self._loaded is None or self._loaded[0] != bits:

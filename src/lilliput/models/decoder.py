@@ -103,7 +103,7 @@ class Attention(nn.Module):
         if cap is None:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
         scores = torch.tanh(q @ k.transpose(2, 3) * (scale / cap)) * cap
-        return torch.softmax(scores.maskedfill(~seen, float("-inf")).float(), dim=-1).to(v.dtype) @ v
+        return torch.softmax(scores.masked_fill(~seen, float("-inf")).float(), dim=-1).to(v.dtype) @ v
 
 
 class MLP(nn.Module):

@@ -34,7 +34,7 @@ from lilliput.artifact.write import ArtifactWriter, amend, check_output, partial
 from lilliput.core.errors import ConfigError, Interrupted, OutOfResource, QualityFailed
 from lilliput.core.progress import Progress, Silent
 from lilliput.core.recipe import Recipe, load_recipe
-from lilliput.core.spec import EncoderSpec, PatchInputs
+from lilliput.core.spec import EncoderSpec, ModelSpec, PatchInputs
 from lilliput.data.documents import read_documents
 from lilliput.data.images import Pictures, draw_pictures, find_pictures, probe_pictures
 from lilliput.data.streams import Batches, batches, padded, sentences
@@ -284,16 +284,18 @@ class Run:
         has no tokens; for an encoder the text's sentences, (sentences, length), or pictures, (pictures, patches, columns).
         """
         spec = self.checkpoint.spec
-        if isinstance(spec, EncoderSpec) and isinstance(spec.inputs, PatchInputs):
-            return probe_pictures(spec.inputs)
+        inputs = spec.inputs if isinstance(spec, EncoderSpec) else None
+        if isinstance(inputs, PatchInputs):
+            return probe_pictures(inputs)
         assert tokenizer is not None, "a model that reads no pictures reads text"
         text = files("lilliput.pipeline").joinpath("probe.txt").read_text("utf-8")
         limit = min(PROBE_TOKENS, spec.context)
-        if isinstance(spec, EncoderSpec):
-            known = spec.inputs.vocab_size
-            rows = [tokenizer.whole(part, limit) for part in re.split(r"(?<=[.?!])\s+", text) if part]
-        else:
+        if isinstance(spec, ModelSpec):
             known, rows = spec.vocab_size, [tokenizer.encode(text)[:limit]]
+        else:
+            assert inputs is not None, "an encoder has inputs"
+            known = inputs.vocab_size
+            rows = [tokenizer.whole(part, limit) for part in re.split(r"(?<=[.?!])\s+", text) if part]
         rows = [[i for i in row if i < known] for row in rows]
         return padded([row if len(row) > 1 else list(range(min(16, known))) for row in rows])
 

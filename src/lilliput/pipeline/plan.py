@@ -54,8 +54,8 @@ def plan_work(checkpoint: Checkpoint, recipe: Recipe) -> Work:
     for method in (m for run in runs for m in run if isinstance(m, Tuner)):
         raise ConfigError(f"{method.name} is not the last stage", f"recipe {recipe.name}", "Put it at the end")
     if isinstance(checkpoint.spec, EncoderSpec):
-        for method in (m for m in (*tuners, *joined.from_iterable(runs)) if isinstance(m, ModelMethod | Tuner)):
-            what = f"{method.name} trains a model that predicts tokens, and a {checkpoint.family} encoder does not"
+        for trains in (m for m in (*tuners, *joined.from_iterable(runs)) if isinstance(m, ModelMethod | Tuner)):
+            what = f"{trains.name} trains a model that predicts tokens, and a {checkpoint.family} encoder does not"
             raise Unsupported(what, where=f"recipe {recipe.name}", fix="Use methods of layers and blocks")
     if not runs or _kind(runs[-1][0]) is ModelMethod:
         runs.append([])

@@ -3,10 +3,12 @@
     python benchmarks/bench_growth.py [ARTIFACT] [--contexts 128 ...] [--batches 1 ...] [--plot docs/growth.svg]
 
 Context: a prompt of that many tokens is read, then 16 tokens are decoded; speeds of both. Batch: tokens decoded a
-second by all sequences together, 32 each after a short prompt. Both caches, float and int8.
+second by all sequences together, 32 each after a short prompt. Both caches, float and int8; a context that the memory
+or the artifact does not allow is left out and said so.
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from math import log2
 from pathlib import Path
@@ -14,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from harness import emit
+from lilliput.core.errors import OutOfResource
 from lilliput.engine import Engine
 from random_artifact import random_artifact
 
@@ -67,7 +70,7 @@ def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("artifact", type=Path, nargs="?", help="by default random weights of 110M")
-    parser.add_argument("--contexts", type=int, nargs="*", default=[128, 512, 2048, 8192, 32768])
+    parser.add_argument("--contexts", type=int, nargs="*", default=[128, 512, 2048, 8192, 16384, 32768])
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 2, 4, 8, 16])
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--threads", type=int, default=None)
@@ -81,7 +84,11 @@ def main() -> None:
         rng = np.random.default_rng(0)
         for context in options.contexts:
             prompt = rng.integers(0, engine.spec.vocab_size, context - 17)
-            done = engine.generate(prompt, max_new_tokens=17, bits=options.bits)
+            try:
+                done = engine.generate(prompt, max_new_tokens=17, bits=options.bits)
+            except OutOfResource as error:
+                print(f"{context} tokens with a {kv} cache left out: {error}", file=sys.stderr)
+                continue
             speeds = (len(done.tokens) - 1) / done.decode_s, len(prompt) / done.prefill_s
             size = engine.kv_bytes(context)
             emit("growth", **fields, context=context, kv_bytes=size, decode_per_s=speeds[0], prefill_per_s=speeds[1])

@@ -1,4 +1,5 @@
-"""matmul_nested_i8, one token: each variant and width from memory and from cache, against the raw read rate.
+"""matmul_nested_i8, one token: each variant and width, with even levels and with tables, from memory and from cache,
+against the raw read rate.
 
 From memory: copies of a matrix, together about 300 MB, one after the other; a round times a plain read of one and the
 same memory and then every variant, so that a ratio sees one state of the machine. One thread. The call itself costs a few microseconds.
@@ -6,13 +7,14 @@ same memory and then every variant, so that a ratio sees one state of the machin
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
 from harness import emit
 from lilliput.artifact.read import StoredLinear
 from lilliput.engine import native
-from lilliput.numerics.packing import fields_of
+from lilliput.numerics.packing import TABLE_BITS, fields_of, tile_table
 
 LADDER, GROUP, TOTAL, ROUNDS = (2, 3, 4, 8), 64, 300e6, 5
 
@@ -59,29 +61,34 @@ def main() -> None:
                 [p.reshape(-1).view(np.uint64) for n, p in enumerate(c.planes) if sum(c.fields[: n + 1]) <= bits]
                 for c in copies
             ]
-            names = native.variants("matmul_nested_i8")[1:]
+            kinds = {"even": copies}
+            if bits <= TABLE_BITS:
+                table = {bits: tile_table(np.sort(rng.integers(0, 128, (out, 1 << bits), np.uint8), axis=1))}
+                kinds["table"] = [replace(m, table=table) for m in copies]
+            names = [(name, kind) for name in native.variants("matmul_nested_i8")[1:] for kind in kinds]
             raw: list[float] = []
-            spent: dict[str, list[float]] = {name: [] for name in names}
+            spent: dict[tuple[str, str], list[float]] = {name: [] for name in names}
             for _ in range(ROUNDS):
                 raw.append(seconds(lambda read=read: [p.max() for planes in read for p in planes]))
                 for name in names:
                     spent[name].append(
                         seconds(
-                            lambda n=name, c=copies, b=bits, x=x: [
+                            lambda n=name[0], c=kinds[name[1]], b=bits, x=x: [
                                 native.matmul_nested_i8(m, b, x, variant=n) for m in c
                             ]
                         )
                     )
             for name in names:
-                small = copies[0]
+                small = kinds[name[1]][0]
                 hot = min(
-                    seconds(lambda n=name, m=small, b=bits, x=x: native.matmul_nested_i8(m, b, x, variant=n))
+                    seconds(lambda n=name[0], m=small, b=bits, x=x: native.matmul_nested_i8(m, b, x, variant=n))
                     for _ in range(30)
                 )
                 rate = used * count / np.median(spent[name]) / 1e9
                 share = float(np.median([r / s for r, s in zip(raw, spent[name], strict=True)]))
-                emit("matmul_nested_i8", variant=name, bits=bits, out=out, columns=columns, gb_per_s=rate, share_of_read=share,
-                     read_gb_per_s=used * count / np.median(raw) / 1e9, in_cache_gb_per_s=used / hot / 1e9)  # fmt: skip
+                emit("matmul_nested_i8", variant=name[0], levels=name[1], bits=bits, out=out, columns=columns, gb_per_s=rate, share_of_read=share,
+                     read_gb_per_s=used * count / np.median(raw) / 1e9, in_cache_gb_per_s=used / hot / 1e9,
+                     us=float(np.median(spent[name])) / count * 1e6, in_cache_us=hot * 1e6)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python benchmarks/make_llama.py OUT --shape 1.1b
 
-Shapes: 110m, 1.1b (TinyLlama's), 3b, 8b. bfloat16, shards of one block, a tokenizer of single bytes.
+Shapes: 110m, 1.1b (TinyLlama's), 3b and 8b (Llama 3's, the head not shared). bfloat16, shards of one block, a tokenizer of single bytes.
 """
 
 import argparse
@@ -17,8 +17,8 @@ from tokenizers.models import BPE
 SHAPES: dict[str, dict[str, int]] = {
     "110m": {"hidden": 768, "inter": 2048, "layers": 12, "heads": 12, "kv": 12, "vocab": 32000},
     "1.1b": {"hidden": 2048, "inter": 5632, "layers": 22, "heads": 32, "kv": 4, "vocab": 32000},
-    "3b": {"hidden": 3072, "inter": 8192, "layers": 28, "heads": 24, "kv": 8, "vocab": 32000},
-    "8b": {"hidden": 4096, "inter": 14336, "layers": 32, "heads": 32, "kv": 8, "vocab": 32000},
+    "3b": {"hidden": 3072, "inter": 8192, "layers": 28, "heads": 24, "kv": 8, "vocab": 128256},
+    "8b": {"hidden": 4096, "inter": 14336, "layers": 32, "heads": 32, "kv": 8, "vocab": 128256},
 }
 
 

@@ -87,7 +87,8 @@ HeldMatrix float_matrix(const std::string& name, const Bytes& data, const std::s
 
 HeldMatrix nested_matrix(const std::string& name, const std::vector<Bytes>& planes, const std::vector<int>& widths,
                          const std::vector<std::pair<int, Bytes>>& scales,
-                         const std::vector<std::pair<int, Bytes>>& zeros, int64_t out, int64_t columns, int64_t group) {
+                         const std::vector<std::pair<int, Bytes>>& zeros,
+                         const std::vector<std::pair<int, Bytes>>& tables, int64_t out, int64_t columns, int64_t group) {
   require(out > 0 && columns > 0 && group > 0, name + " has an empty shape");
   require(!planes.empty() && planes.size() == widths.size() && planes.size() <= 8, name + ": fields do not match");
   HeldMatrix h;
@@ -118,6 +119,12 @@ HeldMatrix nested_matrix(const std::string& name, const std::vector<Bytes>& plan
   };
   keep(scales, h.matrix.scale, ".scale");
   keep(zeros, h.matrix.zero, ".zero");
+  for (const auto& [bits, data] : tables) {
+    require(bits >= 1 && bits <= 4, name + ".table for a width outside 1..4");
+    require_size(data, row_tiles * kTileRows << bits, name + ".table");
+    h.matrix.table[bits] = data.data();
+    h.held.push_back(data);
+  }
   return h;
 }
 
@@ -190,8 +197,9 @@ class BoundModel {
 
   void add_nested(const std::string& name, const std::vector<Bytes>& planes, const std::vector<int>& widths,
                   const std::vector<std::pair<int, Bytes>>& scales, const std::vector<std::pair<int, Bytes>>& zeros,
-                  int64_t out, int64_t columns, int64_t group, const std::optional<Row>& bias) {
-    add(name, nested_matrix(name, planes, widths, scales, zeros, out, columns, group), bias);
+                  const std::vector<std::pair<int, Bytes>>& tables, int64_t out, int64_t columns, int64_t group,
+                  const std::optional<Row>& bias) {
+    add(name, nested_matrix(name, planes, widths, scales, zeros, tables, out, columns, group), bias);
   }
 
   void finish() { model_.finish(); }
@@ -249,20 +257,28 @@ class BoundModel {
 
 // The ops one by one, for tests and benchmarks.
 
-nb::object op_matmul_nested(const std::vector<Bytes>& planes, const std::vector<int>& widths, const Bytes& scale,
-                            const std::optional<Bytes>& zero, int64_t out, int64_t columns, int64_t group, const Table& x,
-                            const std::string& variant) {
+// A matrix of one width.
+HeldMatrix cut_matrix(const std::vector<Bytes>& planes, const std::vector<int>& widths, const Bytes& scale,
+                      const std::optional<Bytes>& zero, const std::optional<Bytes>& table, int64_t out, int64_t columns,
+                      int64_t group) {
   int bits = 0;
   for (const int width : widths) bits += width;
-  std::vector<std::pair<int, Bytes>> zeros;
+  std::vector<std::pair<int, Bytes>> zeros, tables;
   if (zero) zeros.emplace_back(bits, *zero);
-  const HeldMatrix h = nested_matrix("matrix", planes, widths, {{bits, scale}}, zeros, out, columns, group);
+  if (table) tables.emplace_back(bits, *table);
+  return nested_matrix("matrix", planes, widths, {{bits, scale}}, zeros, tables, out, columns, group);
+}
+
+nb::object op_matmul_nested(const std::vector<Bytes>& planes, const std::vector<int>& widths, const Bytes& scale,
+                            const std::optional<Bytes>& zero, const std::optional<Bytes>& table, int64_t out,
+                            int64_t columns, int64_t group, const Table& x, const std::string& variant) {
+  const HeldMatrix h = cut_matrix(planes, widths, scale, zero, table, out, columns, group);
   require(static_cast<int64_t>(x.shape(1)) == columns, "x has not as many columns as the matrix");
   float* y = nullptr;
   nb::object array = new_array({x.shape(0), static_cast<size_t>(out)}, &y);
   std::vector<float> scratch(kPanelFloats);
-  matmul_nested(variant)(h.matrix.at(bits), x.data(), static_cast<int64_t>(x.shape(0)), columns, y, out, 0,
-                         (out + kTileRows - 1) / kTileRows, scratch.data());
+  matmul_nested(variant)(h.matrix.at(h.matrix.fields.bits), x.data(), static_cast<int64_t>(x.shape(0)), columns, y, out,
+                         0, (out + kTileRows - 1) / kTileRows, scratch.data());
   return array;
 }
 
@@ -303,34 +319,27 @@ nb::tuple op_quantize_i8(const Table& x, int64_t group, const std::string& varia
 }
 
 nb::object op_matmul_nested_i8(const std::vector<Bytes>& planes, const std::vector<int>& widths, const Bytes& scale,
-                               const std::optional<Bytes>& zero, int64_t out, int64_t columns, int64_t group,
-                               const Table& x, const std::string& variant) {
-  int bits = 0;
-  for (const int width : widths) bits += width;
-  std::vector<std::pair<int, Bytes>> zeros;
-  if (zero) zeros.emplace_back(bits, *zero);
-  const HeldMatrix h = nested_matrix("matrix", planes, widths, {{bits, scale}}, zeros, out, columns, group);
+                               const std::optional<Bytes>& zero, const std::optional<Bytes>& table, int64_t out,
+                               int64_t columns, int64_t group, const Table& x, const std::string& variant) {
+  const HeldMatrix h = cut_matrix(planes, widths, scale, zero, table, out, columns, group);
   require(static_cast<int64_t>(x.shape(1)) == columns, "x has not as many columns as the matrix");
   require(std::min(group, columns) <= kWidestI8Group, "a group is too wide for sums of int32");
   const HeldInputs inputs = quantize_rows(x, group, "");
   float* y = nullptr;
   nb::object array = new_array({x.shape(0), static_cast<size_t>(out)}, &y);
   std::vector<uint8_t> scratch(static_cast<size_t>(matmul_nested_i8_scratch(columns)));
-  matmul_nested_i8(variant)(h.matrix.at(bits), inputs.view, static_cast<int64_t>(x.shape(0)), y, out, 0,
+  matmul_nested_i8(variant)(h.matrix.at(h.matrix.fields.bits), inputs.view, static_cast<int64_t>(x.shape(0)), y, out, 0,
                             (out + kTileRows - 1) / kTileRows, scratch.data());
   return array;
 }
 
 nb::object op_nested_rows(const std::vector<Bytes>& planes, const std::vector<int>& widths, const Bytes& scale,
-                          const std::optional<Bytes>& zero, int64_t out, int64_t columns, int64_t group) {
-  int bits = 0;
-  for (const int width : widths) bits += width;
-  std::vector<std::pair<int, Bytes>> zeros;
-  if (zero) zeros.emplace_back(bits, *zero);
-  const HeldMatrix h = nested_matrix("matrix", planes, widths, {{bits, scale}}, zeros, out, columns, group);
+                          const std::optional<Bytes>& zero, const std::optional<Bytes>& table, int64_t out,
+                          int64_t columns, int64_t group) {
+  const HeldMatrix h = cut_matrix(planes, widths, scale, zero, table, out, columns, group);
   float* y = nullptr;
   nb::object array = new_array({static_cast<size_t>(out), static_cast<size_t>(columns)}, &y);
-  for (int64_t row = 0; row < out; ++row) nested_row(h.matrix.at(bits), row, y + row * columns);
+  for (int64_t row = 0; row < out; ++row) nested_row(h.matrix.at(h.matrix.fields.bits), row, y + row * columns);
   return array;
 }
 
@@ -444,13 +453,13 @@ NB_MODULE(_native, m) {
 #endif
   nb::exception<NotANumber>(m, "NotANumber", PyExc_ValueError);
   m.def("variants", &variants, "op"_a);
-  m.def("matmul_nested", &op_matmul_nested, "planes"_a, "widths"_a, "scale"_a, "zero"_a.none(), "out"_a, "columns"_a,
-        "group"_a, "x"_a, "variant"_a);
-  m.def("matmul_nested_i8", &op_matmul_nested_i8, "planes"_a, "widths"_a, "scale"_a, "zero"_a.none(), "out"_a,
-        "columns"_a, "group"_a, "x"_a, "variant"_a);
+  m.def("matmul_nested", &op_matmul_nested, "planes"_a, "widths"_a, "scale"_a, "zero"_a.none(), "table"_a.none(),
+        "out"_a, "columns"_a, "group"_a, "x"_a, "variant"_a);
+  m.def("matmul_nested_i8", &op_matmul_nested_i8, "planes"_a, "widths"_a, "scale"_a, "zero"_a.none(),
+        "table"_a.none(), "out"_a, "columns"_a, "group"_a, "x"_a, "variant"_a);
   m.def("quantize_i8", &op_quantize_i8, "x"_a, "group"_a, "variant"_a);
-  m.def("nested_rows", &op_nested_rows, "planes"_a, "widths"_a, "scale"_a, "zero"_a.none(), "out"_a, "columns"_a,
-        "group"_a);
+  m.def("nested_rows", &op_nested_rows, "planes"_a, "widths"_a, "scale"_a, "zero"_a.none(), "table"_a.none(),
+        "out"_a, "columns"_a, "group"_a);
   m.def("matmul_float", &op_matmul_float, "data"_a, "dtype"_a, "out"_a, "x"_a, "variant"_a);
   m.def("attention", &op_attention, "q"_a, "keys"_a, "values"_a, "position"_a, "window"_a, "scale"_a, "softcap"_a,
         "int8_cache"_a, "share"_a, "variant"_a);
@@ -466,8 +475,8 @@ NB_MODULE(_native, m) {
       .def(nb::init<const nb::dict&, int, const std::string&, bool>(), "spec"_a, "threads"_a, "variant"_a, "int8"_a)
       .def("add_vector", &BoundModel::add_vector, "name"_a, "values"_a)
       .def("add_float", &BoundModel::add_float, "name"_a, "data"_a, "dtype"_a, "out"_a, "columns"_a, "bias"_a.none())
-      .def("add_nested", &BoundModel::add_nested, "name"_a, "planes"_a, "widths"_a, "scales"_a, "zeros"_a, "out"_a,
-           "columns"_a, "group"_a, "bias"_a.none())
+      .def("add_nested", &BoundModel::add_nested, "name"_a, "planes"_a, "widths"_a, "scales"_a, "zeros"_a, "tables"_a,
+           "out"_a, "columns"_a, "group"_a, "bias"_a.none())
       .def("finish", &BoundModel::finish)
       .def("cache_bytes", &BoundModel::cache_bytes, "positions"_a, "int8_cache"_a)
       .def_prop_ro("threads", &BoundModel::threads)

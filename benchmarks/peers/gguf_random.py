@@ -1,6 +1,7 @@
 """Write a GGUF of random weights and quantize it with llama.cpp's own quantizer. Runs in the peers' environment.
 
     python gguf_random.py '{"path": .., "shape": {..}, "kind": "f16" | "q8_0"}'         the source
+    python gguf_random.py '{"path": .., "shape": {..}, "kind": "q4_0"}'                 random codes, no source
     python gguf_random.py '{"path": .., "source": .., "kind": "q4_0", "threads": 2}'    one quantized from it
     python gguf_random.py '{"path": ..}'                                                nothing written
 
@@ -18,8 +19,9 @@ from typing import Any
 import gguf
 import numpy as np
 from gguf.quants import quantize
+from weights import BASE, EPS
 
-EPS, BASE, CONTEXT = 1e-5, 10000.0, 2048
+CONTEXT = 2048
 
 
 def matrices(shape: dict[str, int]) -> Iterator[tuple[str, tuple[int, int]]]:
@@ -52,7 +54,10 @@ def vocabulary(count: int) -> tuple[list[bytes], list[float], list[int]]:
 
 
 def write(path: Path, shape: dict[str, int], kind: str, seed: int = 0) -> None:
-    """Stream a random Llama into `path`: one matrix in memory at a time."""
+    """Stream a random Llama into `path`: one matrix in memory at a time.
+
+    q4_0 has random codes in the types that llama.cpp's quantizer picks at Q4_0, in no more time than the disk takes.
+    """
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("random")
     writer.add_context_length(CONTEXT)
@@ -65,8 +70,7 @@ def write(path: Path, shape: dict[str, int], kind: str, seed: int = 0) -> None:
     writer.add_rope_freq_base(BASE)
     writer.add_layer_norm_rms_eps(EPS)
     writer.add_vocab_size(shape["vocab"])
-    q8 = gguf.GGMLQuantizationType.Q8_0
-    writer.add_file_type(int(gguf.LlamaFileType.MOSTLY_Q8_0 if kind == "q8_0" else gguf.LlamaFileType.MOSTLY_F16))
+    writer.add_file_type(int(gguf.LlamaFileType[f"MOSTLY_{kind.upper()}"]))
     tokens, scores, types = vocabulary(shape["vocab"])
     writer.add_tokenizer_model("llama")
     writer.add_token_list(tokens)
@@ -75,12 +79,14 @@ def write(path: Path, shape: dict[str, int], kind: str, seed: int = 0) -> None:
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     for name, (out, columns) in matrices(shape):
-        if kind == "q8_0":  # the writer wants the shape in bytes and finds the weights by the type
-            width = columns // 32 * 34
-            writer.add_tensor_info(f"{name}.weight", (out, width), np.dtype(np.uint8), out * width, raw_dtype=q8)
-        else:
+        form = type_of(name, kind)
+        if form == gguf.GGMLQuantizationType.F16:
             size = 2 * out * columns
             writer.add_tensor_info(f"{name}.weight", (out, columns), np.dtype(np.float16), size)
+        else:  # the writer wants the shape in bytes and finds the weights by the type
+            each, size = gguf.GGML_QUANT_SIZES[form]
+            width = columns // each * size
+            writer.add_tensor_info(f"{name}.weight", (out, width), np.dtype(np.uint8), out * width, raw_dtype=form)
     for name in norms(shape):
         size = 4 * shape["hidden"]
         writer.add_tensor_info(f"{name}.weight", (shape["hidden"],), np.dtype(np.float32), size)
@@ -88,12 +94,39 @@ def write(path: Path, shape: dict[str, int], kind: str, seed: int = 0) -> None:
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     rng = np.random.default_rng(seed)
-    for _, size in matrices(shape):
-        values = rng.standard_normal(size, dtype=np.float32) * np.float32(size[1] ** -0.5)
-        writer.write_tensor_data(quantize(values, q8) if kind == "q8_0" else values.astype(np.float16))
+    for name, size in matrices(shape):
+        writer.write_tensor_data(stored(rng, *size, type_of(name, kind)))
     for _ in norms(shape):
         writer.write_tensor_data(np.ones(shape["hidden"], dtype=np.float32))
     writer.close()
+
+
+def type_of(name: str, kind: str) -> gguf.GGMLQuantizationType:
+    """What a matrix is stored as in a file of `kind` that this program writes."""
+    return gguf.GGMLQuantizationType["Q6_K" if (name, kind) == ("output", "q4_0") else kind.upper()]
+
+
+def stored(rng: np.random.Generator, out: int, columns: int, form: gguf.GGMLQuantizationType) -> np.ndarray:
+    """A matrix as the file holds it; it keeps the size of what it is given."""
+    if form in (gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.Q8_0):
+        values = rng.standard_normal((out, columns), dtype=np.float32) * np.float32(columns**-0.5)
+        return values.astype(np.float16) if form == gguf.GGMLQuantizationType.F16 else quantize(values, form)
+    each, size = gguf.GGML_QUANT_SIZES[form]
+    count = out * columns // each
+    found = np.frombuffer(rng.bytes(count * size), dtype=np.uint8).reshape(count, size).copy()
+    # a code is uniform, so its standard deviation is 2**bits / sqrt(12)
+    if form == gguf.GGMLQuantizationType.Q4_0:  # half the scale, then 32 codes
+        found[:, :2] = _halves(rng, count, (12 / columns) ** 0.5 / 16)
+    else:  # Q6_K: 192 bytes of codes, 16 scales of 8 bits, and the scale of those
+        found[:, 192:208] = rng.integers(24, 41, (count, 16), dtype=np.uint8)
+        found[:, 208:] = _halves(rng, count, (12 / columns) ** 0.5 / 64 / 32)
+    return found.reshape(out, -1)
+
+
+def _halves(rng: np.random.Generator, count: int, scale: float) -> np.ndarray:
+    """(count, 2) bytes of float16 scales, within a tenth of `scale`."""
+    scales = (rng.random(count, dtype=np.float32) * np.float32(0.2) + np.float32(0.9)) * np.float32(scale)
+    return scales.astype("<f2").view(np.uint8).reshape(count, 2)
 
 
 def convert(source: Path, path: Path, kind: str, threads: int) -> None:

@@ -10,9 +10,9 @@ LLAMA_CMAKE = (
     "-DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_SERVER=OFF"
 )
 """Compiled for this processor, as we are for every one; without the parts that nothing here uses."""
-WHEELS = {"onnxruntime": ["onnxruntime"], "openvino": ["openvino"]}
-IMPORTS = {"llama.cpp": ("llama_cpp", "gguf"), "onnxruntime": ("onnxruntime",), "openvino": ("openvino",)}
-DISTRIBUTIONS = ("llama-cpp-python", "gguf", "onnxruntime", "openvino", "numpy")
+WHEELS = {"onnxruntime": ["onnxruntime", "onnx"], "openvino": ["openvino"]}
+IMPORTS = {"llama.cpp": ("llama_cpp", "gguf"), "onnxruntime": ("onnxruntime", "onnx"), "openvino": ("openvino",)}
+DISTRIBUTIONS = ("llama-cpp-python", "gguf", "onnxruntime", "onnx", "openvino", "numpy")
 
 
 def prepare(env: Path, peers: list[str], jobs: int) -> tuple[Path, dict[str, str]]:

@@ -1,8 +1,11 @@
-"""The same shape for every engine: an artifact of random codes here, GGUFs through the peers' environment."""
+"""The same shape for every engine: an artifact of random codes here, the peers' models through their environment."""
 
 import json
 import shutil
 import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +22,14 @@ SHAPES: dict[str, dict[str, int]] = {  # those of make_llama.py, which needs tor
     "tiny": {"hidden": 256, "inter": 512, "layers": 2, "heads": 4, "kv": 2, "vocab": 1024},
     "110m": {"hidden": 768, "inter": 2048, "layers": 12, "heads": 12, "kv": 12, "vocab": 32000},
     "1.1b": {"hidden": 2048, "inter": 5632, "layers": 22, "heads": 32, "kv": 4, "vocab": 32000},
-    "3b": {"hidden": 3072, "inter": 8192, "layers": 28, "heads": 24, "kv": 8, "vocab": 32000},
-    "8b": {"hidden": 4096, "inter": 14336, "layers": 32, "heads": 32, "kv": 8, "vocab": 32000},
+    "3b": {"hidden": 3072, "inter": 8192, "layers": 28, "heads": 24, "kv": 8, "vocab": 128256},
+    "8b": {"hidden": 4096, "inter": 14336, "layers": 32, "heads": 32, "kv": 8, "vocab": 128256},
 }
 LADDER, GROUP, CONTEXT = (2, 3, 4, 8), 64, 2048
 LARGE = 2e9
-"""Weights above which GGUFs are quantized from q8_0 instead of f16, for half the disk."""
+"""Weights above which there is nothing of 8 bits, Q4_0 gets random codes, and other GGUFs come of q8_0 instead of f16."""
+WRITERS = {"onnxruntime": ("onnx_random.py", ".onnx"), "openvino": ("openvino_random.py", ".xml")}
+"""The peers whose models have random codes in blocks: the program that writes one, and how its name ends."""
 RESERVE = 4 << 30
 """Bytes of disk and memory left to others."""
 
@@ -83,10 +88,10 @@ def write_artifact(
 
     The tokenizer knows single bytes and no end of text, so an answer is as long as it was asked to be.
     """
-    plan, partial = plan_of(shape, bits, sym=sym), partial_of(folder)
-    shutil.rmtree(partial, ignore_errors=True)
+    plan, begun = plan_of(shape, bits, sym=sym), partial_of(folder)
+    shutil.rmtree(begun, ignore_errors=True)
     rng = np.random.default_rng(seed)
-    with ArtifactWriter.start(partial, plan) as writer:
+    with ArtifactWriter.start(begun, plan) as writer:
         for name, entry in plan.entries.items():
             widest = entry.bits[-1]
             codes = np.frombuffer(rng.bytes(entry.out * entry.columns), dtype=np.uint8) >> np.uint8(8 - widest)
@@ -101,8 +106,8 @@ def write_artifact(
             )
         for name, left in plan.floats.items():
             writer.put_float(name, np.ones(left.shape, dtype=np.float32))
-        _tokenizer().save(str(partial / "tokenizer.json"))
-        (partial / "config.json").write_text('{"model_type": "llama"}\n')
+        _tokenizer().save(str(begun / "tokenizer.json"))
+        (begun / "config.json").write_text('{"model_type": "llama"}\n')
         source = SourceInfo(
             name="random",
             sha256="0" * 64,
@@ -112,27 +117,45 @@ def write_artifact(
             size_bytes=4 * parameters(shape),
         )
         manifest = writer.finish(source=source, recipe=[{"random": {"bits": list(bits)}}], seed=seed)
-    publish(partial, folder)
+    publish(begun, folder)
     return manifest
 
 
-def reason_not_to(shape: dict[str, int], kinds: list[str], free: int | None, available: int | None) -> str | None:
+def reason_not_to(
+    shape: dict[str, int], kinds: Sequence[str], bits: Sequence[int], free: int | None, available: int | None
+) -> str | None:
     """Why a shape does not fit in `free` bytes of disk and `available` of memory, None for either: do not ask.
 
-    The GGUF that the others are quantized from is counted too.
+    kinds: what the peers run, of `_BYTES`; bits: the artifact's. The GGUF that others are quantized from is counted too.
     """
     count = parameters(shape)
-    source = 1.07 if count > LARGE else 2.0
-    disk = int(count * (source + sum(_BYTES[kind] for kind in kinds) + 1.6))
+    source = 0.0 if all(_direct(shape, kind) for kind in kinds) else 1.07 if count > LARGE else 2.0
+    artifact = bits[-1] / 8 + 4 * len(bits) / GROUP + 0.05
+    disk = int(count * (source + sum(_BYTES[kind] for kind in kinds) + artifact))
     if free is not None and disk + RESERVE > free:
         return f"it takes {disk / 1e9:.0f} GB of disk, {free / 1e9:.0f} GB are free, and 4 GB are to stay free"
-    run = int(count * (1.2 if kinds == ["q4_0"] else 2.2))  # llama.cpp keeps a repacked copy beside the mapped file
+    # every peer may keep a repacked copy beside the mapped file
+    run = int(count * max([2 * _BYTES[kind] for kind in kinds] + [artifact]))
     if available is not None and run + RESERVE > available:
         return f"it takes up to {run / 1e9:.0f} GB of memory, {available / 1e9:.0f} GB are free, and 4 GB are to stay"
     return None
 
 
-_BYTES = {"q8_0": 1.07, "q4_0": 0.6, "q3_k_m": 0.52, "q2_k": 0.45}
+_BYTES = {
+    "q8_0": 1.07,
+    "q4_0": 0.6,
+    "q3_k_m": 0.52,
+    "q2_k": 0.45,
+    "onnxruntime int8": 1.13,
+    "onnxruntime int4": 0.63,
+    "openvino int8": 1.02,
+    "openvino int4": 0.63,
+}
+"""Bytes of disk a weight takes, ends included."""
+
+
+def _direct(shape: dict[str, int], kind: str) -> bool:
+    return " " in kind or (kind == "q4_0" and parameters(shape) > LARGE)
 
 
 def write_gguf(python: Path, folder: Path, shape: dict[str, int], kinds: list[str], threads: int) -> dict[str, Any]:
@@ -140,34 +163,55 @@ def write_gguf(python: Path, folder: Path, shape: dict[str, int], kinds: list[st
 
     The source is f16, or q8_0 above two billion weights, and is deleted afterwards unless it is asked for itself.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    found: dict[str, Any] = {}
     source_kind = "q8_0" if parameters(shape) > LARGE else "f16"
     source = folder / f"{source_kind}.gguf"
+    found: dict[str, Any] = {}
+
+    def fresh(path: Path, kind: str) -> dict[str, Any]:
+        program = "gguf_random.py"
+        if _direct(shape, kind):
+            return _run(python, program, {"path": str(path), "shape": shape, "kind": kind})
+        if not source.exists():
+            part = source.with_suffix(".part")
+            _run(python, program, {"path": str(part), "shape": shape, "kind": source_kind})
+            part.rename(source)
+        job = {"path": str(path), "source": str(source), "kind": kind, "threads": threads}
+        return _run(python, program, job if kind != source_kind else {"path": str(path)})
+
     for kind in sorted(kinds, key=lambda k: k != source_kind):
-        path, notes = folder / f"{kind}.gguf", folder / f"{kind}.json"
-        if notes.exists() and path.exists():
-            found[kind] = json.loads(notes.read_text())
-            continue
-        try:
-            if not source.exists():
-                part = source.with_suffix(".part")
-                _gguf(python, {"path": str(part), "shape": shape, "kind": source_kind})
-                part.rename(source)
-            job = {"path": str(path), "source": str(source), "kind": kind, "threads": threads}
-            facts = _gguf(python, job if kind != source_kind else {"path": str(path)})
-        except RuntimeError as error:
-            found[kind] = {"error": str(error)}
-            continue
-        found[kind] = {"path": str(path), **facts}
-        notes.write_text(json.dumps(found[kind]) + "\n")
+        found[kind] = _once(folder / f"{kind}.gguf", partial(fresh, kind=kind))
     if source_kind not in kinds:
         source.unlink(missing_ok=True)
     return found
 
 
-def _gguf(python: Path, job: dict[str, Any]) -> dict[str, Any]:
-    done = subprocess.run([python, HERE / "gguf_random.py", json.dumps(job)], capture_output=True, text=True)
+def write_blocks(python: Path, peer: str, folder: Path, shape: dict[str, int], widths: Sequence[int]) -> dict[str, Any]:
+    """Write what is missing of a peer of `WRITERS` into `folder`; {"int4": as `write_gguf` says, ..}."""
+    program, ending = WRITERS[peer]
+
+    def fresh(path: Path, bits: int) -> dict[str, Any]:
+        return _run(python, program, {"path": str(path), "shape": shape, "bits": bits, "context": CONTEXT})
+
+    return {f"int{bits}": _once(folder / f"int{bits}{ending}", partial(fresh, bits=bits)) for bits in widths}
+
+
+def _once(path: Path, fresh: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    """The facts of the model at `path`, which `fresh` writes where no notes beside it say that it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    notes = path.with_suffix(".json")
+    if notes.exists() and path.exists():
+        return dict(json.loads(notes.read_text()))
+    print(f"writing {path}", file=sys.stderr)
+    try:
+        found = {"path": str(path), **fresh(path)}
+    except RuntimeError as error:
+        return {"error": str(error)}
+    notes.write_text(json.dumps(found) + "\n")
+    return found
+
+
+def _run(python: Path, program: str, job: dict[str, Any]) -> dict[str, Any]:
+    done = subprocess.run([python, HERE / program, json.dumps(job)], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError((done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1])
     return dict(json.loads(done.stdout.splitlines()[-1]))

@@ -33,6 +33,7 @@ NestedView Matrix::at(int bits) const {
     throw std::invalid_argument("a matrix is not stored at " + std::to_string(bits) + " bits");
   view.scale = scale[own];
   view.zero = zero[own];
+  view.table = table[own];
   return view;
 }
 
@@ -186,9 +187,10 @@ void Model::multiply(const std::vector<Job>& jobs, const float* x, int64_t token
         for (int64_t r = first; r < last; ++r) y[t * out + r] += m.bias[static_cast<size_t>(r)];
     }
   };
-  // Small shares, so that a thread that is stopped holds little, but worth the claiming.
-  const int64_t least = kWeights / (kTileRows * jobs[0].matrix->columns() * tokens);
-  pool_.run(tiles, std::max({int64_t{1}, least, tiles / (16 * pool_.threads())}), work);
+  // Small shares, so that a thread that is stopped holds little, but worth the claiming; of many tokens whole panels.
+  const int64_t least = kWeights / (kTileRows * jobs[0].matrix->columns() * tokens), threads = pool_.threads();
+  const int64_t panel = tokens > kMostI8Tokens ? std::min(kPanelTiles, tiles / (4 * threads)) : 1;
+  pool_.run(tiles, std::max({int64_t{1}, least, panel, tiles / (16 * threads)}), work);
 }
 
 void Model::normalize(const Norm& norm, const float* x, int64_t tokens, float* y) {
@@ -236,20 +238,17 @@ void Model::attend(const std::vector<Slice>& slices, int64_t layer, int64_t toke
     if (s.qk_norm) norm_(norm.view(s.qk_per_head ? index * dim : 0), head, dim, head);
     if (half) rotary_(&cos_[static_cast<size_t>(t * half)], &sin_[static_cast<size_t>(t * half)], half, head);
   };
-  pool_.run(tokens, std::max<int64_t>(1, kElements / (heads * dim)), [&](int64_t begin, int64_t end, int) {
-    for (int64_t t = begin; t < end; ++t) {
-      const auto [slice, i] = owner_[static_cast<size_t>(t)];
-      for (int64_t h = 0; h < heads; ++h) prepare(q_.data() + (t * heads + h) * dim, block.q_norm, h, t);
-      for (int64_t h = 0; h < kv_heads; ++h) {
-        float* key = k_.data() + (t * kv_heads + h) * dim;
-        prepare(key, block.k_norm, h, t);
-        slice->cache->put(layer, h, slice->cache->length() + i, key, v_.data() + (t * kv_heads + h) * dim);
-      }
-    }
-  });
+  const int64_t group = heads / kv_heads, ld = heads * dim;
+  const auto prepare_kv = [&](int64_t t, int64_t kv) {  // a key-value head of a token and the queries that share it
+    const auto [slice, i] = owner_[static_cast<size_t>(t)];
+    for (int64_t h = kv * group; h < (kv + 1) * group; ++h)
+      prepare(q_.data() + (t * heads + h) * dim, block.q_norm, h, t);
+    float* key = k_.data() + (t * kv_heads + kv) * dim;
+    prepare(key, block.k_norm, kv, t);
+    slice->cache->put(layer, kv, slice->cache->length() + i, key, v_.data() + (t * kv_heads + kv) * dim);
+  };
 
   // An item is a run of rows, rows being the queries of one slice that share a key-value head.
-  const int64_t group = heads / kv_heads, ld = heads * dim;
   int64_t most = kQueryRows;
   const auto runs = [&] {
     int64_t sum = 0;
@@ -264,6 +263,13 @@ void Model::attend(const std::vector<Slice>& slices, int64_t layer, int64_t toke
       shares_.push_back({&slice, t, row, std::min(row + most, slice.count * group)});
     t += slice.count;
   }
+  // Where an item is alone with its head and slice it prepares them itself, which saves a round.
+  const bool alone = shares_.size() == slices.size();
+  if (!alone) {
+    pool_.run(tokens * kv_heads, std::max<int64_t>(1, kElements / (group * dim)), [&](int64_t begin, int64_t end, int) {
+      for (int64_t n = begin; n < end; ++n) prepare_kv(n / kv_heads, n % kv_heads);
+    });
+  }
   const CacheShape shape = slices[0].cache->shape();
   const auto count = static_cast<int64_t>(shares_.size());
   pool_.run(kv_heads * count, 1, [&](int64_t begin, int64_t end, int worker) {
@@ -272,6 +278,8 @@ void Model::attend(const std::vector<Slice>& slices, int64_t layer, int64_t toke
       const Share& share = shares_[static_cast<size_t>(item % count)];
       const AttentionView view{share.slice->cache->pages(), shape.key_offset(layer, kv), shape.value_offset(layer, kv),
                                dim, shape.int8, s.attn_scale, s.attn_softcap, s.windows[static_cast<size_t>(layer)]};
+      if (alone)
+        for (int64_t n = 0; n < share.slice->count; ++n) prepare_kv(share.token + n, kv);
       const int64_t at = share.token * ld + kv * group * dim;
       attention_(view, {q_.data() + at, mixed_.data() + at, ld, group, share.slice->cache->length()}, share.begin,
                  share.end, scratch_[static_cast<size_t>(worker)].data());

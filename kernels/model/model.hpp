@@ -45,6 +45,7 @@ struct Matrix {
   NestedView fields{};  // all fields stored; `at` cuts it to a width
   const uint16_t* scale[9] = {};
   const uint16_t* zero[9] = {};
+  const uint8_t* table[9] = {};
   std::vector<float> bias;
 
   int64_t out() const { return nested ? fields.out : plain.out; }

@@ -18,7 +18,7 @@ uint32_t below(uint32_t n) { return static_cast<uint32_t>(source()) % n; }
 struct Case {
   std::vector<int> widths;
   int64_t out, columns, group, tokens;
-  bool zeros;
+  bool zeros, table;
 };
 
 int compare(const Case& c) {
@@ -40,6 +40,9 @@ int compare(const Case& c) {
   w.zero = c.zeros ? zero.data() : nullptr;
   w.out = c.out;
   w.columns = c.columns;
+  std::vector<uint8_t> table(static_cast<size_t>(row_tiles * 16) << w.bits);
+  for (auto& entry : table) entry = static_cast<uint8_t>(below(2) ? below(128) : 127);
+  w.table = c.table ? table.data() : nullptr;
   w.group = c.group;
 
   std::vector<float> x(static_cast<size_t>(c.tokens * c.columns));
@@ -71,8 +74,8 @@ int compare(const Case& c) {
     y.assign(wanted.size(), -1);
     matmul_nested_i8(name)(w, q, c.tokens, y.data(), c.out, 0, row_tiles, scratch.data());
     if (&y == &found && std::memcmp(wanted.data(), found.data(), wanted.size() * sizeof(float)) != 0) {
-      std::printf("matmul_nested_i8 %s differs: %d bits in %d fields, (%d, %d), groups of %d, %d tokens\n", name.c_str(),
-                  w.bits, w.fields, static_cast<int>(c.out), static_cast<int>(c.columns), static_cast<int>(c.group),
+      std::printf("matmul_nested_i8 %s differs: %d bits in %d fields%s, (%d, %d), groups of %d, %d tokens\n", name.c_str(),
+                  w.bits, w.fields, c.table ? " with a table" : "", static_cast<int>(c.out), static_cast<int>(c.columns), static_cast<int>(c.group),
                   static_cast<int>(c.tokens));
       ++failures;
     }
@@ -84,16 +87,20 @@ int compare(const Case& c) {
 
 int main() {
   const std::vector<std::vector<int>> cuts = {{2},    {2, 1},    {2, 1, 1}, {2, 1, 1, 4}, {4},          {4, 4},
-                                              {1},    {1, 1, 1}, {4, 1},    {4, 2},       {1, 1, 1, 1, 1, 1, 1, 1},
+                                              {1},    {1, 1, 1}, {1, 2}, {1, 2, 1}, {4, 1},    {4, 2},       {1, 1, 1, 1, 1, 1, 1, 1},
                                               {2, 4}, {4, 2, 1}, {1, 4, 2, 1}};
   int cases = 0;
   for (const auto& widths : cuts)
     for (const int64_t group : {16, 64, 1000})
       for (const int64_t tokens : {1, 3, 9})
-        for (const bool zeros : {false, true}) {
-          if (compare({widths, tokens == 1 ? 16 : 53, group == 1000 ? 97 : 200, group, tokens, zeros})) return 1;
-          ++cases;
-        }
+        for (const bool zeros : {false, true})
+          for (const bool table : {false, true}) {
+            int bits = 0;
+            for (const int width : widths) bits += width;
+            if (table && bits > 4) continue;
+            if (compare({widths, tokens == 1 ? 16 : 53, group == 1000 ? 97 : 200, group, tokens, zeros, table})) return 1;
+            ++cases;
+          }
   std::printf("%d cases:", cases);
   for (const char* op : {"quantize_i8", "matmul_nested_i8"})
     for (const auto& name : variants(op)) std::printf(" %s/%s", op, name.c_str());

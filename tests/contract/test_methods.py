@@ -9,11 +9,17 @@ import torch
 from torch import Tensor
 
 from lilliput.methods import METHODS
-from lilliput.methods.base import LayerMethod, Quantizer, Statistic, build
+from lilliput.methods.base import BlockMethod, BlockQuantizer, LayerMethod, Quantizer, Statistic, build
+from lilliput.numerics.grids import nearest
 from lilliput.numerics.nested import Quantized
+from support.blocks import calibration, followed_by, state, tiny_block
 
 ROOT = Path(__file__).parents[2]
 LAYER_METHODS = [name for name in METHODS if issubclass(METHODS.load(name), LayerMethod)]
+BLOCK_METHODS = [name for name in METHODS if issubclass(METHODS.load(name), BlockMethod)]
+BLOCK_QUANTIZERS = [name for name in METHODS if issubclass(METHODS.load(name), BlockQuantizer)]
+EXACT: dict[str, dict[str, object]] = {"awq": {"clip": False}}
+"""Options without which a block method changes the float output, by its own account."""
 
 
 def inputs(method: LayerMethod, seed: int = 0) -> tuple[Tensor, Tensor | None]:
@@ -21,6 +27,8 @@ def inputs(method: LayerMethod, seed: int = 0) -> tuple[Tensor, Tensor | None]:
     weight, x = torch.randn(32, 128, generator=generator), torch.randn(500, 128, generator=generator)
     if method.needs is Statistic.NONE:
         return weight, None
+    if method.needs is Statistic.FISHER:
+        return weight, torch.randn(32, 128, generator=generator).square()
     total = method.needs.accumulator(128)
     total.add(x)
     return weight, total.value()
@@ -95,7 +103,9 @@ def test_rows_alone_means_that_slices_give_the_same_answer(name: str) -> None:
     if not method.rows_alone:
         pytest.skip(f"{name} looks at all rows together, by its own account")
     weight, stat = inputs(method)
-    parts = torch.cat([matrix(method.solve(part, stat)) for part in weight.split(11)])
+    by_row = stat is not None and method.needs is Statistic.FISHER
+    stats = stat.split(11) if by_row and stat is not None else [stat] * 3
+    parts = torch.cat([matrix(method.solve(p, s)) for p, s in zip(weight.split(11), stats, strict=True)])
     assert torch.equal(parts, matrix(method.solve(weight, stat)))
 
 
@@ -113,3 +123,78 @@ def test_zero_constant_and_lonely_rows_do_no_harm(name: str) -> None:
     if isinstance(method, Quantizer):
         assert isinstance(made, Quantized)
         assert set(made.scale) == set(method.bits)
+
+
+def block_method(name: str, **options: object) -> BlockMethod:
+    method = build(name, options)
+    assert isinstance(method, BlockMethod)
+    return method
+
+
+@pytest.mark.parametrize("name", BLOCK_METHODS)
+@torch.no_grad()
+def test_a_block_method_leaves_the_float_output_as_it_was(name: str, tmp_path: Path) -> None:
+    block = tiny_block()
+    data, before, x = calibration(tmp_path, block), state(block), torch.randn(2, 16, 32)
+    expected = block(x)
+    block_method(name, **EXACT.get(name, {})).apply(block, data, followed_by(block))
+    assert any(not torch.equal(value, before[key]) for key, value in block.named_parameters())
+    assert (block(x) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", BLOCK_METHODS)
+def test_a_block_method_repeats_itself_and_leaves_the_text_alone(name: str, tmp_path: Path) -> None:
+    block, other = tiny_block(), tiny_block()
+    data = calibration(tmp_path, block)
+    files = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    notes = [block_method(name).apply(one, data, followed_by(one)) for one in (block, other)]
+    assert notes[0] == notes[1] != ""
+    assert all(torch.equal(a, b) for a, b in zip(block.parameters(), other.parameters(), strict=True))
+    assert all(path.read_bytes() == content for path, content in files.items())
+
+
+@pytest.mark.parametrize("name", BLOCK_METHODS)
+@pytest.mark.parametrize("why", ["excluded", "nothing is quantized"])
+def test_a_block_method_leaves_alone_what_it_should(name: str, why: str, tmp_path: Path) -> None:
+    block = tiny_block()
+    before = state(block)
+    method = block_method(name, exclude=["layers.0.*"] if why == "excluded" else [])
+    after = followed_by(block) if why == "excluded" else {}
+    assert method.apply(block, calibration(tmp_path, block), after) == ""
+    assert all(torch.equal(value, before[key]) for key, value in block.named_parameters())
+
+
+@pytest.mark.parametrize("name", BLOCK_QUANTIZERS)
+@pytest.mark.parametrize("bits", [(3,), (2, 3, 4, 8)])
+def test_a_block_quantizer_repeats_itself_and_is_no_worse_than_rounding(
+    name: str, bits: tuple[int, ...], tmp_path: Path
+) -> None:
+    def solve(data: object) -> dict[str, Quantized]:
+        block = tiny_block()
+        method = build(name, {"bits": list(bits), "group_size": 16})
+        assert isinstance(method, BlockQuantizer)
+        return method.solve_block(block, list(block.linears())[1:], data)[0]  # type: ignore[arg-type]
+
+    data = calibration(tmp_path, tiny_block(), drift=0.01)
+    files = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    first, second = solve(data), solve(data)
+    assert all(path.read_bytes() == content for path, content in files.items())
+    assert list(first) == list(tiny_block().linears())[1:]
+    for layer, made in first.items():
+        assert made.bits == bits
+        assert set(made.scale) == set(made.zero) == set(bits)
+        assert torch.equal(made.codes, second[layer].codes)
+        assert all(torch.equal(made.dequantize(b), second[layer].dequantize(b)) for b in bits)
+
+    def errors(coded: dict[str, Quantized]) -> float:
+        block, total = tiny_block(), 0.0
+        x, y = (of.take(range(of.samples)) for of in (data.inputs, data.targets) if of is not None)
+        for width in bits:
+            for layer, made in coded.items():
+                block.linears()[layer].weight.data = made.dequantize(width)
+            total += float((block(x) - y).square().mean().log())
+        return total
+
+    linears = tiny_block().linears()
+    plain = {n: nearest(linears[n].weight.detach(), bits, 16, False) for n in first}
+    assert errors(first) <= errors(plain) + 1e-6

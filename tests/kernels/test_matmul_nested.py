@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from lilliput.artifact.read import StoredLinear
 from lilliput.engine import native
 from support.stored import gamma, random_linear
 
@@ -9,8 +10,9 @@ SHAPES = [(1, 1), (16, 32), (17, 33), (5, 200), (50, 300), (33, 513)]  # around 
 
 
 @pytest.mark.parametrize("bits", LADDERS, ids=str)
-def test_rows_are_the_reference_bit_for_bit_at_every_width(bits: tuple[int, ...]) -> None:
-    linear = random_linear(np.random.default_rng(0), 37, 75, bits, 16)
+@pytest.mark.parametrize("tables", [(), (1, 2, 3, 4)])
+def test_rows_are_the_reference_bit_for_bit_at_every_width(bits: tuple[int, ...], tables: tuple[int, ...]) -> None:
+    linear = random_linear(np.random.default_rng(0), 37, 75, bits, 16, tables=tables)
     for width in bits:
         assert np.array_equal(native.nested_rows(linear, width), linear.dequantize(width))
 
@@ -31,9 +33,12 @@ def test_every_ladder_is_within_the_rounding_of_one_sum(bits: tuple[int, ...], v
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("group_size", [-1, 4, 7, 16, 32, 96, 128])
 @pytest.mark.parametrize("sym", [False, True])
-def test_odd_shapes_and_groups(shape: tuple[int, int], group_size: int, sym: bool, variant: str) -> None:
+@pytest.mark.parametrize("tables", [(), (3,)])
+def test_odd_shapes_and_groups(
+    shape: tuple[int, int], group_size: int, sym: bool, tables: tuple[int, ...], variant: str
+) -> None:
     rng = np.random.default_rng(2)
-    linear = random_linear(rng, *shape, (2, 3, 4), group_size, sym=sym)
+    linear = random_linear(rng, *shape, (2, 3, 4), group_size, sym=sym, tables=tables)
     x = rng.standard_normal((11, shape[1]), dtype=np.float32)
     weight = linear.dequantize(3).astype(np.float64)
     y = native.matmul_nested(linear, 3, x, variant=variant)
@@ -42,7 +47,11 @@ def test_odd_shapes_and_groups(shape: tuple[int, int], group_size: int, sym: boo
 
 def test_variants_and_blocks_of_tokens_agree_bit_for_bit() -> None:
     rng = np.random.default_rng(3)
-    linear = random_linear(rng, 50, 700, (2, 3, 4, 8), 128)
+    for tables in ((), (2, 3, 4)):
+        _agree(random_linear(rng, 50, 700, (2, 3, 4, 8), 128, tables=tables), rng)
+
+
+def _agree(linear: StoredLinear, rng: np.random.Generator) -> None:
     x = rng.standard_normal((19, 700), dtype=np.float32)
     for width in linear.bits:
         alone = np.concatenate([native.matmul_nested(linear, width, row[None], variant="reference") for row in x])

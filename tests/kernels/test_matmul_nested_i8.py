@@ -5,10 +5,19 @@ import pytest
 
 from lilliput.artifact.read import StoredLinear
 from lilliput.engine import native
-from lilliput.numerics.packing import fields_of, pack_fields, tile_groups, unpack_fields, untile_groups
+from lilliput.numerics.packing import (
+    fields_of,
+    pack_fields,
+    tile_groups,
+    tile_table,
+    unpack_fields,
+    untile_groups,
+    untile_table,
+)
 from support.stored import gamma, random_linear
 
 LADDERS = [(b,) for b in range(1, 9)] + [(2, 3, 4, 8), (1, 2, 3, 4, 5, 6, 7, 8), (3, 4), (2, 4, 6, 8), (1, 8), (2, 7)]
+WITH_TABLES = [(1,), (2,), (3,), (4,), (2, 3, 4, 8), (1, 2, 3, 4), (1, 3, 8)]
 VARIANTS = native.variants("matmul_nested_i8")
 
 
@@ -17,6 +26,9 @@ def exact(linear: StoredLinear, width: int, x: np.ndarray) -> tuple[np.ndarray, 
     q, xscale, _ = native.quantize_i8(x, linear.group_size)
     count = next(n for n in range(1, len(linear.fields) + 1) if sum(linear.fields[:n]) == width)
     codes = unpack_fields(linear.planes[:count], linear.fields[:count], linear.out, linear.columns).astype(np.int64)
+    top = (1 << width) - 1
+    if width in linear.table:
+        codes, top = np.take_along_axis(untile_table(linear.table[width], linear.out).astype(np.int64), codes, 1), 127
     scale = untile_groups(linear.scale[width], linear.out).astype(np.float64)
     zero = np.zeros_like(scale)
     if width in linear.zero:
@@ -25,7 +37,7 @@ def exact(linear: StoredLinear, width: int, x: np.ndarray) -> tuple[np.ndarray, 
     y, size = np.zeros((2, len(x), linear.out))
     for g, begin in enumerate(range(0, linear.columns, group)):
         part = q[:, begin : begin + group].astype(np.int64)
-        doubled = 2 * (part @ codes[:, begin : begin + group].T) - ((1 << width) - 1) * part.sum(1)[:, None]
+        doubled = 2 * (part @ codes[:, begin : begin + group].T) - top * part.sum(1)[:, None]
         shift = 2 * part.sum(1)[:, None] * zero[:, g]
         factor = scale[:, g] * xscale[:, g].astype(np.float64)[:, None] / 2
         y += factor * (doubled - shift)
@@ -35,10 +47,13 @@ def exact(linear: StoredLinear, width: int, x: np.ndarray) -> tuple[np.ndarray, 
 
 @pytest.mark.parametrize("group_size", [-1, 7, 16, 32, 64, 128])
 @pytest.mark.parametrize("sym", [False, True])
-def test_the_reference_is_the_formula_up_to_the_rounding_of_floats(group_size: int, sym: bool) -> None:
+@pytest.mark.parametrize("tables", [(), (1, 2, 3, 4)])
+def test_the_reference_is_the_formula_up_to_the_rounding_of_floats(
+    group_size: int, sym: bool, tables: tuple[int, ...]
+) -> None:
     rng = np.random.default_rng(0)
     for bits in LADDERS:
-        linear = random_linear(rng, 20, 150, bits, group_size, sym=sym)
+        linear = random_linear(rng, 20, 150, bits, group_size, sym=sym, tables=tables)
         x = rng.standard_normal((3, 150), dtype=np.float32)
         for width in bits:
             wanted, size = exact(linear, width, x)
@@ -59,10 +74,42 @@ def test_every_variant_is_the_reference_bit_for_bit(bits: tuple[int, ...], group
             assert np.array_equal(native.matmul_nested_i8(linear, width, x, variant=variant), wanted)
 
 
+@pytest.mark.parametrize("variant", VARIANTS[1:])
+@pytest.mark.parametrize("bits", WITH_TABLES, ids=str)
+@pytest.mark.parametrize("group_size", [-1, 16, 32, 64])
+def test_every_variant_looks_levels_up_as_the_reference_does(
+    bits: tuple[int, ...], group_size: int, variant: str
+) -> None:
+    rng = np.random.default_rng(5)
+    for out, columns, tokens in [(1, 1, 1), (17, 33, 2), (40, 200, 9), (16, 320, 5), (70, 97, 23)]:
+        linear = random_linear(rng, out, columns, bits, group_size, sym=out == 16, tables=(1, 2, 3, 4))
+        x = rng.standard_normal((tokens, columns), dtype=np.float32)
+        for width in bits:
+            wanted = native.matmul_nested_i8(linear, width, x, variant="reference")
+            assert np.array_equal(native.matmul_nested_i8(linear, width, x, variant=variant), wanted)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_any_number_of_tokens_gives_each_what_it_gets_alone(variant: str) -> None:
+@pytest.mark.parametrize("width", [1, 2, 3, 4])
+def test_even_tables_are_the_affine_grid(width: int, variant: str) -> None:
+    rng = np.random.default_rng(6)
+    affine = random_linear(rng, 37, 150, (width,), 32, sym=True)
+    entries = 63.5 + 7 * (np.arange(1 << width) - ((1 << width) - 1) / 2)  # whole numbers, 7 apart
+    table = {width: tile_table(np.tile(entries.astype(np.uint8), (37, 1)))}
+    assert np.array_equal(table[width][0, 0], entries)
+    affine.scale[width][:] = (affine.scale[width] * 64).astype(np.uint8).astype(np.float16) * 7  # so a 7th is float16
+    levels = replace(affine, scale={width: (affine.scale[width] / 7).astype(np.float16)}, table=table)
+    x = rng.standard_normal((11, 150), dtype=np.float32)
+    wanted = native.matmul_nested_i8(affine, width, x, variant=variant)
+    made = native.matmul_nested_i8(levels, width, x, variant=variant)
+    np.testing.assert_allclose(made, wanted, rtol=0, atol=1e-6 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("tables", [(), (2, 3, 4)])
+def test_any_number_of_tokens_gives_each_what_it_gets_alone(variant: str, tables: tuple[int, ...]) -> None:
     rng = np.random.default_rng(2)
-    linear = random_linear(rng, 83, 330, (2, 3, 4, 8), 64)
+    linear = random_linear(rng, 83, 330, (2, 3, 4, 8), 64, tables=tables)
     x = rng.standard_normal((40, 330), dtype=np.float32)
     for width in linear.bits:
         alone = np.concatenate([native.matmul_nested_i8(linear, width, row[None]) for row in x])
@@ -84,6 +131,20 @@ def test_nothing_saturates_at_the_extremes(code: int, sign: int, variant: str) -
             y = native.matmul_nested_i8(linear, width, np.full((9, 2048), sign * 127, np.float32), variant=variant)
             wanted = sign * 2048 * 127 * ((code >> (8 - width)) - ((1 << width) - 1) / 2)
             assert np.array_equal(y, np.full((9, 16), wanted, np.float32))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("entry", [0, 127])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_no_entry_saturates(entry: int, sign: int, variant: str) -> None:
+    rng = np.random.default_rng(7)
+    for bits in [(1,), (2, 3, 4, 8), (4,)]:
+        linear = random_linear(rng, 16, 2048, bits, -1, sym=True, tables=bits)
+        for width in (b for b in bits if b <= 4):
+            linear.scale[width] = tile_groups(np.ones((16, 1), np.float16))
+            linear.table[width] = tile_table(np.full((16, 1 << width), entry, np.uint8))
+            y = native.matmul_nested_i8(linear, width, np.full((9, 2048), sign * 127, np.float32), variant=variant)
+            assert np.array_equal(y, np.full((9, 16), sign * 2048 * 127 * (entry - 63.5), np.float32))
 
 
 def test_what_is_not_a_number_stays_so() -> None:

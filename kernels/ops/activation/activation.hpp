@@ -14,7 +14,10 @@ enum class Activation : int { silu, gelu, gelu_tanh, relu };
 
 // y[i] = act(x[i]) * up[i], or act(x[i]) when `up` is null. y may be x.
 typedef void ActivationOp(Activation kind, const float* x, const float* up, int64_t n, float* y);
-ActivationOp activation_reference;
+ActivationOp activation_reference, activation_avx2, activation_avx512;
+
+// The exact gelu, which is the C library's: one by one, for every variant. y may not be x.
+void gelu(const float* x, int64_t n, float* y);
 
 // x = cap * tanh(x / cap), in place.
 void softcap(float cap, float* x, int64_t n);

@@ -47,12 +47,21 @@ LILLIPUT_INLINE Grid grid_of(const NestedView& w, int64_t row_tile, int64_t grou
   return {widen_half(w.scale + at), w.zero ? widen_half(w.zero + at) : Floats{}};
 }
 
+// Entries of the tables of 16 rows, one a row. Byte by byte: this path is for checks, not for speed.
+LILLIPUT_INLINE Words look_up(const uint8_t* table, int bits, Words codes) {
+  uint32_t lane[kLanes];
+  std::memcpy(lane, &codes, sizeof lane);
+  for (int r = 0; r < kLanes; ++r) lane[r] = table[(r << bits) + static_cast<int>(lane[r])];
+  return load_words(lane);
+}
+
 // Calls use(k - begin, w[rows, k]) for k in [begin, end), ascending; begin is a multiple of 32.
 template <class Use>
 LILLIPUT_INLINE void each_column(const NestedView& w, int64_t row_tile, int64_t begin, int64_t end, Use use) {
   const int64_t groups = (w.columns + w.group - 1) / w.group;
   const int64_t input_tiles = (w.columns + kTileInputs - 1) / kTileInputs;
-  const float middle = static_cast<float>((1 << w.bits) - 1) / 2;
+  const float middle = w.table ? 63.5f : static_cast<float>((1 << w.bits) - 1) / 2;
+  const uint8_t* table = w.table ? w.table + (row_tile * kTileRows << w.bits) : nullptr;
   int64_t g = begin / w.group, next = (g + 1) * w.group;
   Grid grid = grid_of(w, row_tile, groups, g);
   Words codes[8];
@@ -67,8 +76,8 @@ LILLIPUT_INLINE void each_column(const NestedView& w, int64_t row_tile, int64_t 
           grid = grid_of(w, row_tile, groups, ++g);
           next += w.group;
         }
-        const Floats code = __builtin_convertvector((Ints)(word & 0xffu), Floats);
-        use(k - begin, grid.scale * ((code - middle) - grid.zero));
+        const Words level = table ? look_up(table, w.bits, word & 0xffu) : word & 0xffu;
+        use(k - begin, grid.scale * ((__builtin_convertvector((Ints)level, Floats) - middle) - grid.zero));
       }
     }
   }

@@ -1,6 +1,7 @@
 // y = x W^T for a matrix stored as nested bit fields (src/lilliput/numerics/packing.py draws the tiles).
 //
 //     w[n, k] = scale[n, g] * ((c[n, k] - (2^bits - 1) / 2) - zero[n, g]),  g = k / group, in float32
+//               scale[n, g] * ((table[n, c[n, k]] - 63.5) - zero[n, g]) with a table
 //     y[t, n] = ((0 + x[t, 0] w[n, 0]) + x[t, 1] w[n, 1]) + ..,             k ascending, in float32
 //
 // The order of the sum is part of the definition: it does not depend on how many tokens, tiles or threads there are.
@@ -24,6 +25,7 @@ struct NestedView {
   const uint16_t* zero;   // the same, or null
   int64_t out, columns;
   int64_t group;  // inputs a group; `columns` for one group a row
+  const uint8_t* table;  // (row tiles, 16, 2^bits) of 0..127, or null; then bits <= 4
 };
 
 // Rows [16 * tile_begin, min(16 * tile_end, out)) of y. x: (tokens, ldx); y: (tokens, ldy), both float32;
@@ -34,6 +36,9 @@ MatmulNested matmul_nested_reference, matmul_nested_avx2, matmul_nested_avx512;
 
 // The code c[row, k] of the width `w` is cut to.
 int nested_code(const NestedView& w, int64_t row, int64_t k);
+
+// The same, or the entry it has in the row's table.
+int nested_level(const NestedView& w, int64_t row, int64_t k);
 
 // One row of W into `to`, (columns,) float32: the formula above, weight by weight.
 void nested_row(const NestedView& w, int64_t row, float* to);

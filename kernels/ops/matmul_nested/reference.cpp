@@ -29,13 +29,18 @@ int nested_code(const NestedView& w, int64_t row, int64_t k) {
   return code;
 }
 
+int nested_level(const NestedView& w, int64_t row, int64_t k) {
+  const int code = nested_code(w, row, k);
+  return w.table ? w.table[(row << w.bits) + code] : code;
+}
+
 void nested_row(const NestedView& w, int64_t row, float* to) {
   const int64_t groups = (w.columns + w.group - 1) / w.group;
-  const float middle = static_cast<float>((1 << w.bits) - 1) / 2;
+  const float middle = w.table ? 63.5f : static_cast<float>((1 << w.bits) - 1) / 2;
   for (int64_t k = 0; k < w.columns; ++k) {
     const int64_t at = ((row / kTileRows) * groups + k / w.group) * kTileRows + row % kTileRows;
     const float zero = w.zero ? widen_half_1(w.zero[at]) : 0.0f;
-    to[k] = widen_half_1(w.scale[at]) * ((static_cast<float>(nested_code(w, row, k)) - middle) - zero);
+    to[k] = widen_half_1(w.scale[at]) * ((static_cast<float>(nested_level(w, row, k)) - middle) - zero);
   }
 }
 

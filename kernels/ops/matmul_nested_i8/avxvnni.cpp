@@ -5,17 +5,28 @@ namespace lilliput {
 namespace {
 
 struct AvxVnni : Ymm {
+  typedef Sums Partial;
   static constexpr bool kSplit = false;
 
+  LILLIPUT_INLINE Partial begin() { return none(); }
+  template <int T, int, int>
+  LILLIPUT_INLINE void steps(Partial p[T], const Bytes codes[8], const int8_t* const x[T], int64_t at) {
+    for (int t = 0; t < T; ++t) p[t] += dot(codes, x[t] + at);
+  }
+  template <int>
+  LILLIPUT_INLINE Sums widen(Sums sums, Partial p) { return sums + p; }
+
   // Two chains that begin at 0 each time, so that one tile does not wait for the one before.
-  template <bool>
-  LILLIPUT_INLINE Sums dot(Sums sums, const Bytes codes[8], const Bytes*, const int8_t* x) {
+  LILLIPUT_INLINE Sums dot(const Bytes codes[8], const int8_t* x) {
     Bytes a = _mm256_setzero_si256(), b = a;
     for (int j = 0; j < 8; j += 2) {
       a = _mm256_dpbusd_avx_epi32(a, codes[j], inputs(x + 4 * j));
       b = _mm256_dpbusd_avx_epi32(b, codes[j + 1], inputs(x + 4 * j + 4));
     }
-    return sums + ((Sums)a + (Sums)b);
+    return (Sums)a + (Sums)b;
+  }
+  LILLIPUT_INLINE Sums dot_entries(Sums sums, const Bytes entries[8], const int8_t* x) {
+    return sums + dot(entries, x);
   }
 };
 
@@ -23,7 +34,7 @@ struct AvxVnni : Ymm {
 
 void matmul_nested_i8_avxvnni(const NestedView& w, const QuantizedView& x, int64_t tokens, float* y, int64_t ldy,
                               int64_t tile_begin, int64_t tile_end, uint8_t* scratch) {
-  matmul_nested_i8_body<AvxVnni>(w, x, tokens, y, ldy, tile_begin, tile_end, scratch);
+  matmul_i8<AvxVnni>(w, x, tokens, y, ldy, tile_begin, tile_end, scratch);
 }
 
 }  // namespace lilliput

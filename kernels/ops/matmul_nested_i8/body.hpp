@@ -5,7 +5,10 @@
 //     I::kBlock                       tokens whose sums stay in registers
 //     I::kSplit                       codes beyond a nibble come as two nibbles, low and high
 //     I::kSigned                      8-bit codes come as c - 128
-//     I::dot(sums, low, high, x)      adds the products of 8 steps of codes and the 32 inputs at x to the sums
+//     I::Partial                      sums of products on the way to I::Sums: int16 where I splits, else I::Sums
+//     I::steps<T, E, J>(p, codes, x, at)  adds steps E, E + J, .. of 8 to the partial sums of T tokens, inputs at x[t] + at
+//     I::both_steps<T>(p, q, low, high, x, at)  the same of low and high nibbles at once, where I splits
+//     I::widen<F>(sums, p)            sums + F * p; F is 1 unless I splits
 //
 // Unpacking is written once for all of them. As in vec.hpp, everything has internal linkage and stays inline.
 #pragma once
@@ -162,6 +165,18 @@ LILLIPUT_INLINE void unpack(const NestedView& w, int64_t tile, int part, typenam
   }
 }
 
+// A 2-bit field with every odd step times four, which saves its shift.
+template <class I>
+LILLIPUT_INLINE void unpack_quads(const NestedView& w, int64_t tile, int part, typename I::Bytes codes[8]) {
+  for (int n = 0; n < 2; ++n) {
+    const auto v = I::load(w.planes[0] + tile * 128 + 64 * n + 4 * I::kRows * part), u = I::template right<4>(v);
+    codes[4 * n] = I::both(v, I::splat(0x03));
+    codes[4 * n + 1] = I::both(v, I::splat(0x0c));
+    codes[4 * n + 2] = I::both(u, I::splat(0x03));
+    codes[4 * n + 3] = I::both(u, I::splat(0x0c));
+  }
+}
+
 template <class I, Cut C>
 constexpr bool has_high = I::kSplit && (C == Cut::f2114 || C == Cut::f44 || C == Cut::any);
 
@@ -178,10 +193,15 @@ struct Packed {
       for (int n = 0; n < width_in<C>(w, f); ++n) __builtin_prefetch(bytes + 64 * n);
     }
   }
-  inline __attribute__((always_inline)) void codes(int64_t tile, int part, typename I::Bytes low[8], typename I::Bytes high[8]) const {
+  inline __attribute__((always_inline)) void codes(int64_t tile, int part, typename I::Bytes low[8],
+                                                   typename I::Bytes high[8]) const {
     unpack<I, C>(w, first + tile, part, low, high);
   }
+  inline __attribute__((always_inline)) void quads(int64_t tile, int part, typename I::Bytes codes[8]) const {
+    unpack_quads<I>(w, first + tile, part, codes);
+  }
   static constexpr int64_t kAhead = 16;
+  static constexpr bool kPacked = true;
 };
 
 // Codes unpacked beforehand: for each tile eight lines of low parts, then eight of high ones if there are any.
@@ -205,37 +225,87 @@ struct Panel {
       }
     }
   }
-  inline __attribute__((always_inline)) void codes(int64_t tile, int part, typename I::Bytes low[8], typename I::Bytes high[8]) const {
-    const uint8_t* from = data + tile * kTile + 4 * I::kRows * part;
-    for (int j = 0; j < 8; ++j) low[j] = I::load(from + 64 * j);
-    if constexpr (has_high<I, C>)
-      for (int j = 0; j < 8; ++j) high[j] = I::load(from + 512 + 64 * j);
+  inline __attribute__((always_inline)) void lines(int64_t tile, int part, int from, typename I::Bytes to[8]) const {
+    for (int j = 0; j < 8; ++j) to[j] = I::load(data + tile * kTile + from + 64 * j + 4 * I::kRows * part);
   }
+  static constexpr bool kPacked = false;
 };
 
-// One row of tiles against `count` of `T` tokens; the places beyond `count` compute the first token once more.
+// What a group of a token adds apart from its products, (tokens of a block, groups) each.
+struct Terms {
+  int32_t* middle;  // (2^bits - 1) sum; -sum where codes come lowered by 128
+  float* twice;     // 2 sum
+  float* half;      // scale / 2
+};
+
+template <class I>
+LILLIPUT_INLINE void fill_terms(const NestedView& w, const QuantizedView& x, int64_t first_token, int64_t count,
+                                const Terms& to) {
+  const int32_t middle = I::kSigned && w.bits == 8 ? -1 : (1 << w.bits) - 1;
+  const int64_t at = first_token * x.groups, size = count * x.groups;
+  for (int64_t n = 0; n < size; ++n) to.middle[n] = middle * x.sum[at + n];
+  for (int64_t n = 0; n < size; ++n) to.twice[n] = static_cast<float>(2 * x.sum[at + n]);
+  for (int64_t n = 0; n < size; ++n) to.half[n] = x.scale[at + n] * 0.5f;
+}
+
+// Everything is doubled, which costs nothing where widening multiplies and for codes that are doubled already.
+template <class I, Cut C>
+constexpr int twice = I::kSplit && C != Cut::f21 ? 2 : 1;
+
+// The products of `Tiles` tiles added to the sums. Partial sums in int16 hold those of two tiles of 2-bit codes.
+template <class I, Cut C, int T, int Tiles, class Source>
+LILLIPUT_INLINE void add_tiles(const Source& source, int64_t tile, int part, const int8_t* const codes[T],
+                               typename I::Sums sums[T]) {
+  using B = typename I::Bytes;
+  using P = typename I::Partial;
+  B low[8], high[8];
+  P p[T], q[T];
+  for (int t = 0; t < T; ++t) p[t] = q[t] = I::begin();
+  for (int n = 0; n < Tiles; ++n) {
+    const int64_t at = (tile + n) * kTileInputs;
+    if constexpr (I::kSplit && C == Cut::f2 && T == 1 && Source::kPacked) {
+      source.quads(tile + n, part, low);
+      I::template steps<T, 0, 2>(p, low, codes, at);
+      I::template steps<T, 1, 2>(q, low, codes, at);
+    } else {
+      if constexpr (Source::kPacked)
+        source.codes(tile + n, part, low, high);
+      else
+        source.lines(tile + n, part, 0, low);
+      if constexpr (has_high<I, C>) {
+        if constexpr (!Source::kPacked) source.lines(tile + n, part, 512, high);
+        I::template both_steps<T>(p, q, low, high, codes, at);
+      } else {
+        I::template steps<T, 0, 1>(p, low, codes, at);
+      }
+    }
+  }
+  for (int t = 0; t < T; ++t) {
+    sums[t] = I::template widen<twice<I, C>>(sums[t], p[t]);
+    if constexpr (has_high<I, C>) sums[t] = I::template widen<32>(sums[t], q[t]);
+    if constexpr (I::kSplit && C == Cut::f2 && T == 1 && Source::kPacked)
+      sums[t] = sums[t] + (I::template widen<2>(I::none(), q[t]) >> 2);
+  }
+}
+
+// One row of tiles against `count` of `T` tokens; the places beyond `count` compute the first token once more. `terms`
+// begins at the first token.
 template <class I, Cut C, int T, class Source>
 LILLIPUT_INLINE void multiply_tokens(const NestedView& w, int64_t row_tile, const Source& source, const QuantizedView& x,
-                                     int64_t first_token, int count, float* y, int64_t ldy) {
+                                     const Terms& terms, int64_t first_token, int count, float* y, int64_t ldy) {
   using F = typename I::Floats;
   constexpr int kParts = kTileRows / I::kRows;
+  constexpr int kRun = I::kSplit && C == Cut::f2 ? 2 : 1;
   const int64_t input_tiles = x.stride / kTileInputs, group_tiles = (w.group + kTileInputs - 1) / kTileInputs;
   const int64_t rest = w.out - row_tile * kTileRows, rows = rest < kTileRows ? rest : kTileRows;
   const int8_t* codes[T];
-  const float* scale[T];
-  const int32_t* sum[T];
+  int64_t place[T];
   for (int t = 0; t < T; ++t) {
-    const int64_t token = first_token + (t < count ? t : 0);
-    codes[t] = x.codes + token * x.stride;
-    scale[t] = x.scale + token * x.groups;
-    sum[t] = x.sum + token * x.groups;
+    const int64_t token = t < count ? t : 0;
+    codes[t] = x.codes + (first_token + token) * x.stride;
+    place[t] = token * x.groups;
   }
-  // 2 d - (2^bits - 1) sum, from d, 2 d or d - 128 sum
-  const bool lowered = I::kSigned && w.bits == 8;
-  const int32_t middle = lowered ? -1 : (1 << w.bits) - 1;
-  F result[kParts][T];
-  for (int part = 0; part < kParts; ++part)
-    for (int t = 0; t < T; ++t) result[part][t] = I::zero();
+  alignas(64) float result[T * kTileRows] = {};
   const uint16_t* wscale = w.scale + row_tile * x.groups * kTileRows;
   const uint16_t* wzero = w.zero ? w.zero + row_tile * x.groups * kTileRows : nullptr;
   for (int64_t g = 0, tile = 0; g < x.groups; ++g) {
@@ -243,70 +313,76 @@ LILLIPUT_INLINE void multiply_tokens(const NestedView& w, int64_t row_tile, cons
     typename I::Sums dots[kParts][T];
     for (int part = 0; part < kParts; ++part)
       for (int t = 0; t < T; ++t) dots[part][t] = I::none();
-    for (; tile < end; ++tile) {
-      source.fetch(tile);
+    for (; tile < end; tile += kRun) {
+      for (int n = 0; n < kRun; ++n) source.fetch(tile + n);
       for (int part = 0; part < kParts; ++part) {
-        typename I::Bytes low[8], high[8];
-        source.codes(tile, part, low, high);
-        for (int t = 0; t < T; ++t)
-          dots[part][t] = I::template dot<has_high<I, C>>(dots[part][t], low, high, codes[t] + tile * kTileInputs);
+        if (kRun == 2 && tile + 1 < end)
+          add_tiles<I, C, T, kRun>(source, tile, part, codes, dots[part]);
+        else
+          add_tiles<I, C, T, 1>(source, tile, part, codes, dots[part]);
       }
     }
+    tile = end;
     for (int part = 0; part < kParts; ++part) {
       const F ws = I::halves(wscale + g * kTileRows + part * I::kRows);
+      const F wz = wzero ? I::halves(wzero + g * kTileRows + part * I::kRows) : I::zero();
       for (int t = 0; t < T; ++t) {
-        const auto d = C == Cut::f21 ? dots[part][t] : dots[part][t] + dots[part][t];
-        F e = I::to_floats(d - I::spread_sum(middle * sum[t][g]));
-        if (wzero)
-          e = e - I::halves(wzero + g * kTileRows + part * I::kRows) * I::spread(static_cast<float>(2 * sum[t][g]));
-        result[part][t] = result[part][t] + (ws * I::spread(scale[t][g] * 0.5f)) * e;
+        const auto d = I::kSplit || C == Cut::f21 ? dots[part][t] : dots[part][t] + dots[part][t];
+        F e = I::to_floats(d - I::spread_sum(terms.middle[place[t] + g]));
+        if (wzero) e = e - wz * I::spread(terms.twice[place[t] + g]);
+        float* to = result + t * kTileRows + part * I::kRows;
+        I::store(to, I::load_floats(to) + (ws * I::spread(terms.half[place[t] + g])) * e);
       }
     }
+    if (T > 1) asm volatile("" : : "r"(result) : "memory");  // kept in memory: registers are for the partial sums
   }
   for (int t = 0; t < count; ++t) {
-    float lane[kTileRows];
-    for (int part = 0; part < kParts; ++part) I::store(lane + part * I::kRows, result[part][t]);
     float* to = y + (first_token + t) * ldy + row_tile * kTileRows;
     if (rows == kTileRows)
-      std::memcpy(to, lane, sizeof lane);
+      std::memcpy(to, result + t * kTileRows, kTileRows * sizeof(float));
     else
-      for (int64_t r = 0; r < rows; ++r) to[r] = lane[r];
+      for (int64_t r = 0; r < rows; ++r) to[r] = result[t * kTileRows + r];
   }
 }
 
 template <class I, Cut C, class Source>
 static __attribute__((noinline)) void multiply_one(const NestedView& w, int64_t row_tile, const Source& source,
-                                                   const QuantizedView& x, int64_t t, float* y, int64_t ldy) {
-  multiply_tokens<I, C, 1>(w, row_tile, source, x, t, 1, y, ldy);
+                                                   const QuantizedView& x, const Terms& terms, int64_t t, float* y,
+                                                   int64_t ldy) {
+  multiply_tokens<I, C, 1>(w, row_tile, source, x, terms, t, 1, y, ldy);
 }
 
 template <class I, Cut C, class Source>
 static __attribute__((noinline)) void multiply_some(const NestedView& w, int64_t row_tile, const Source& source,
-                                                    const QuantizedView& x, int64_t t, int count, float* y,
-                                                    int64_t ldy) {
+                                                    const QuantizedView& x, const Terms& terms, int64_t t, int count,
+                                                    float* y, int64_t ldy) {
   if (count <= 2)
-    multiply_tokens<I, C, 2>(w, row_tile, source, x, t, count, y, ldy);
+    multiply_tokens<I, C, 2>(w, row_tile, source, x, terms, t, count, y, ldy);
   else if (count <= 4)
-    multiply_tokens<I, C, 4>(w, row_tile, source, x, t, count, y, ldy);
+    multiply_tokens<I, C, 4>(w, row_tile, source, x, terms, t, count, y, ldy);
   else
-    multiply_tokens<I, C, I::kBlock>(w, row_tile, source, x, t, count, y, ldy);
+    multiply_tokens<I, C, I::kBlock>(w, row_tile, source, x, terms, t, count, y, ldy);
 }
 
 template <class I, Cut C>
 LILLIPUT_INLINE void multiply_cut(const NestedView& w, const QuantizedView& x, int64_t tokens, float* y, int64_t ldy,
                                   int64_t tile_begin, int64_t tile_end, uint8_t* scratch) {
-  const int64_t input_tiles = x.stride / kTileInputs;
+  const int64_t input_tiles = x.stride / kTileInputs, most_terms = kMostI8Tokens * x.groups;
+  uint8_t* data = scratch + (64 - reinterpret_cast<uintptr_t>(scratch) % 64) % 64;
+  auto* floats = reinterpret_cast<float*>(data);
+  const Terms terms{reinterpret_cast<int32_t*>(data), floats + most_terms, floats + 2 * most_terms};
   if (tokens <= I::kBlock) {  // the codes are used at once: no panel
+    fill_terms<I>(w, x, 0, tokens, terms);
     for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
       const Packed<I, C> source{w, tile * input_tiles};
       if (tokens == 1)
-        multiply_one<I, C>(w, tile, source, x, 0, y, ldy);
+        multiply_one<I, C>(w, tile, source, x, terms, 0, y, ldy);
       else
-        multiply_some<I, C>(w, tile, source, x, 0, static_cast<int>(tokens), y, ldy);
+        multiply_some<I, C>(w, tile, source, x, terms, 0, static_cast<int>(tokens), y, ldy);
     }
     return;
   }
-  uint8_t* data = scratch + (64 - reinterpret_cast<uintptr_t>(scratch) % 64) % 64;
+  data += terms_bytes(w.columns);
   const int64_t most = panel_tiles(w.columns);
   for (int64_t begin = tile_begin; begin < tile_end; begin += most) {
     const int64_t count = tile_end - begin < most ? tile_end - begin : most;
@@ -314,7 +390,8 @@ LILLIPUT_INLINE void multiply_cut(const NestedView& w, const QuantizedView& x, i
     for (int64_t n = 0; n < count; ++n) panel(n).fill(w, (begin + n) * input_tiles, input_tiles);
     for (int64_t t = 0; t < tokens; t += I::kBlock) {
       const int block = tokens - t < I::kBlock ? static_cast<int>(tokens - t) : I::kBlock;
-      for (int64_t n = 0; n < count; ++n) multiply_some<I, C>(w, begin + n, panel(n), x, t, block, y, ldy);
+      fill_terms<I>(w, x, t, block, terms);
+      for (int64_t n = 0; n < count; ++n) multiply_some<I, C>(w, begin + n, panel(n), x, terms, t, block, y, ldy);
     }
   }
 }

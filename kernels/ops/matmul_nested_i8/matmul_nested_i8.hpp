@@ -2,6 +2,9 @@
 //
 //     d[t, n, g] = sum over the group of c[n, k] q[t, k]                          int32, exact
 //     i[t, n, g] = 2 d - (2^bits - 1) sum[t, g]                                   int32, exact
+//
+// (with a table: table[n, c[n, k]] in the place of c, and 127 in the place of 2^bits - 1)
+//
 //     e[t, n, g] = float(i) - zero[n, g] float(2 sum[t, g])                       e = float(i) without zeros
 //     y[t, n]    = ((0 + (scale[n, 0] (xscale[t, 0] / 2)) e[t, n, 0]) + (scale[n, 1] ..) ..      g ascending, float32
 //
@@ -18,6 +21,7 @@ namespace lilliput {
 constexpr int64_t kWidestI8Group = 65536;
 constexpr int64_t kPanelBytes = 256 * 1024;  // codes unpacked at once for several tokens: part of an L2 cache
 constexpr int64_t kPanelTiles = 4;           // row tiles a panel at most
+constexpr int64_t kMostI8Tokens = 8;         // tokens multiplied at once at most
 
 // The functions here are static for the reason given in vec.hpp.
 
@@ -32,9 +36,15 @@ static constexpr int64_t panel_tiles(int64_t columns) {
   return kPanelBytes / tile < 1 ? 1 : kPanelBytes / tile > kPanelTiles ? kPanelTiles : kPanelBytes / tile;
 }
 
+// Bytes of three numbers for each token of a block and each group; a group that the variants take has 32 inputs or all.
+static constexpr int64_t terms_bytes(int64_t columns) {
+  const int64_t groups = quantized_stride(columns) / kTileInputs;
+  return (3 * 4 * kMostI8Tokens * groups + 63) / 64 * 64;
+}
+
 // Bytes of scratch for `columns` inputs, 64 of them to align it.
 static constexpr int64_t matmul_nested_i8_scratch(int64_t columns) {
-  return panel_tiles(columns) * 2 * kTileRows * quantized_stride(columns) + 64;
+  return panel_tiles(columns) * 2 * kTileRows * quantized_stride(columns) + terms_bytes(columns) + 64;
 }
 
 // Rows [16 * tile_begin, min(16 * tile_end, out)) of y. x: `tokens` tokens; y: (tokens, ldy) float32;

@@ -2,7 +2,7 @@
 // 7 bits are valid int8; those of 8 go in as c - 128.
 #include <arm_neon.h>
 
-#include "ops/matmul_nested_i8/body.hpp"
+#include "ops/matmul_nested_i8/levels.hpp"
 
 namespace lilliput {
 namespace {
@@ -26,16 +26,33 @@ struct Neon {
   template <int N>
   LILLIPUT_INLINE Bytes left(Bytes v) { return vshlq_n_u8(v, N); }
 
+  template <int Each>
+  LILLIPUT_INLINE Bytes look_up(Bytes codes, Bytes rows, const Bytes* table) {
+    const Bytes at = vorrq_u8(codes, rows);
+    if constexpr (Each == 4) return vqtbl1q_u8(table[0], at);
+    if constexpr (Each == 2) return vqtbl2q_u8(uint8x16x2_t{{table[0], table[1]}}, at);
+    if constexpr (Each == 1) return vqtbl4q_u8(uint8x16x4_t{{table[0], table[1], table[2], table[3]}}, at);
+  }
+
   LILLIPUT_INLINE Sums none() { return vdupq_n_s32(0); }
   LILLIPUT_INLINE Floats zero() { return vdupq_n_f32(0); }
   LILLIPUT_INLINE Sums spread_sum(int32_t v) { return vdupq_n_s32(v); }
   LILLIPUT_INLINE Floats spread(float v) { return vdupq_n_f32(v); }
   LILLIPUT_INLINE Floats to_floats(Sums v) { return vcvtq_f32_s32(v); }
   LILLIPUT_INLINE Floats halves(const uint16_t* from) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from))); }
+  LILLIPUT_INLINE Floats load_floats(const float* from) { return vld1q_f32(from); }
   LILLIPUT_INLINE void store(float* to, Floats v) { vst1q_f32(to, v); }
 
-  template <bool>
-  LILLIPUT_INLINE Sums dot(Sums sums, const Bytes codes[8], const Bytes*, const int8_t* x) {
+  typedef Sums Partial;
+  LILLIPUT_INLINE Partial begin() { return none(); }
+  template <int T, int, int>
+  LILLIPUT_INLINE void steps(Partial p[T], const Bytes codes[8], const int8_t* const x[T], int64_t at) {
+    for (int t = 0; t < T; ++t) p[t] = dot(p[t], codes, x[t] + at);
+  }
+  template <int>
+  LILLIPUT_INLINE Sums widen(Sums sums, Partial p) { return sums + p; }
+
+  LILLIPUT_INLINE Sums dot(Sums sums, const Bytes codes[8], const int8_t* x) {
     const int8x16_t x0 = vld1q_s8(x), x1 = vld1q_s8(x + 16);
     const auto c = [codes](int j) { return vreinterpretq_s8_u8(codes[j]); };
     sums = vdotq_laneq_s32(sums, c(0), x0, 0);
@@ -47,13 +64,16 @@ struct Neon {
     sums = vdotq_laneq_s32(sums, c(6), x1, 2);
     return vdotq_laneq_s32(sums, c(7), x1, 3);
   }
+  LILLIPUT_INLINE Sums dot_entries(Sums sums, const Bytes entries[8], const int8_t* x) {
+    return dot(sums, entries, x);
+  }
 };
 
 }  // namespace
 
 void matmul_nested_i8_neon(const NestedView& w, const QuantizedView& x, int64_t tokens, float* y, int64_t ldy,
                            int64_t tile_begin, int64_t tile_end, uint8_t* scratch) {
-  matmul_nested_i8_body<Neon>(w, x, tokens, y, ldy, tile_begin, tile_end, scratch);
+  matmul_i8<Neon>(w, x, tokens, y, ldy, tile_begin, tile_end, scratch);
 }
 
 }  // namespace lilliput

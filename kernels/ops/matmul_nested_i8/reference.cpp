@@ -7,7 +7,7 @@ namespace lilliput {
 void matmul_nested_i8_reference(const NestedView& w, const QuantizedView& x, int64_t tokens, float* y, int64_t ldy,
                                 int64_t tile_begin, int64_t tile_end, uint8_t*) {
   const int64_t last = tile_end * kTileRows < w.out ? tile_end * kTileRows : w.out;
-  const int32_t middle = (1 << w.bits) - 1;  // doubled
+  const int32_t middle = w.table ? 127 : (1 << w.bits) - 1;  // doubled
   for (int64_t n = tile_begin * kTileRows; n < last; ++n) {
     for (int64_t t = 0; t < tokens; ++t) y[t * ldy + n] = 0;
     for (int64_t g = 0; g < x.groups; ++g) {
@@ -16,7 +16,7 @@ void matmul_nested_i8_reference(const NestedView& w, const QuantizedView& x, int
       const float scale = widen_half_1(w.scale[at]);
       for (int64_t t = 0; t < tokens; ++t) {
         int32_t dot = 0;
-        for (int64_t k = begin; k < end; ++k) dot += nested_code(w, n, k) * x.codes[t * x.stride + k];
+        for (int64_t k = begin; k < end; ++k) dot += nested_level(w, n, k) * x.codes[t * x.stride + k];
         const int32_t sum = x.sum[t * x.groups + g];
         float e = static_cast<float>(static_cast<int32_t>(2u * static_cast<uint32_t>(dot) -
                                                           static_cast<uint32_t>(middle) * static_cast<uint32_t>(sum)));

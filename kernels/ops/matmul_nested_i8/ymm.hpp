@@ -1,9 +1,9 @@
-// matmul_nested_i8 in 256-bit registers: what AVX2 and F16C have; `dot` is the variant's own.
+// matmul_nested_i8 in 256-bit registers: what AVX2 and F16C have; `steps` and `widen` are the variant's own.
 #pragma once
 
 #include <immintrin.h>
 
-#include "ops/matmul_nested_i8/body.hpp"
+#include "ops/matmul_nested_i8/levels.hpp"
 
 namespace lilliput {
 namespace {
@@ -36,6 +36,31 @@ struct Ymm {
     return _mm256_set1_epi32(four);
   }
 
+  // A dword is a row.
+  template <int Each>
+  LILLIPUT_INLINE Bytes look_up(Bytes codes, Bytes rows, const Bytes* table) {
+    if constexpr (Each == 1) {
+      const Bytes a = _mm256_shuffle_epi8(table[0], codes), b = _mm256_shuffle_epi8(table[1], codes);
+      const Bytes c = _mm256_shuffle_epi8(table[2], codes), d = _mm256_shuffle_epi8(table[3], codes);
+      return _mm256_blend_epi32(_mm256_blend_epi32(a, b, 0x22), _mm256_blend_epi32(c, d, 0x88), 0xcc);
+    }
+    const Bytes at = _mm256_or_si256(codes, rows), a = _mm256_shuffle_epi8(table[0], at);
+    if constexpr (Each == 4) return a;
+    return _mm256_blend_epi32(a, _mm256_shuffle_epi8(table[4 / Each - 1], at), 0xcc);
+  }
+
+  // Two products fill an int16 all but: 2 * 127 * 127 = 32258. So each pair is widened by itself.
+  LILLIPUT_INLINE Sums dot_entries(Sums sums, const Bytes entries[8], const int8_t* x) {
+    Sums more{};
+    for (int j = 0; j < 8; j += 2) {
+      const Bytes a = _mm256_maddubs_epi16(entries[j], inputs(x + 4 * j));
+      const Bytes b = _mm256_maddubs_epi16(entries[j + 1], inputs(x + 4 * j + 4));
+      sums += (Sums)_mm256_madd_epi16(a, _mm256_set1_epi16(1));
+      more += (Sums)_mm256_madd_epi16(b, _mm256_set1_epi16(1));
+    }
+    return sums + more;
+  }
+
   LILLIPUT_INLINE Sums none() { return Sums{}; }
   LILLIPUT_INLINE Floats zero() { return Floats{}; }
   LILLIPUT_INLINE Sums spread_sum(int32_t v) { return (Sums)_mm256_set1_epi32(v); }
@@ -43,6 +68,11 @@ struct Ymm {
   LILLIPUT_INLINE Floats to_floats(Sums v) { return __builtin_convertvector(v, Floats); }
   LILLIPUT_INLINE Floats halves(const uint16_t* from) {
     return (Floats)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  }
+  LILLIPUT_INLINE Floats load_floats(const float* from) {
+    Floats v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
   }
   LILLIPUT_INLINE void store(float* to, Floats v) { std::memcpy(to, &v, sizeof v); }
 };

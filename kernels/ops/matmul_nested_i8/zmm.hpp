@@ -1,9 +1,9 @@
-// matmul_nested_i8 in 512-bit registers: what AVX-512 BW has; `dot` is the variant's own.
+// matmul_nested_i8 in 512-bit registers: what AVX-512 BW has; `steps` and `widen` are the variant's own.
 #pragma once
 
 #include <immintrin.h>
 
-#include "ops/matmul_nested_i8/body.hpp"
+#include "ops/matmul_nested_i8/levels.hpp"
 
 namespace lilliput {
 namespace {
@@ -32,6 +32,32 @@ struct Zmm {
     return _mm512_set1_epi32(four);
   }
 
+  // Four bits of a mask are a row.
+  template <int Each>
+  LILLIPUT_INLINE Bytes look_up(Bytes codes, Bytes rows, const Bytes* table) {
+    if constexpr (Each == 1) {
+      Bytes v = _mm512_shuffle_epi8(table[0], codes);
+      v = _mm512_mask_shuffle_epi8(v, 0x00f000f000f000f0u, table[1], codes);
+      v = _mm512_mask_shuffle_epi8(v, 0x0f000f000f000f00u, table[2], codes);
+      return _mm512_mask_shuffle_epi8(v, 0xf000f000f000f000u, table[3], codes);
+    }
+    const Bytes at = _mm512_or_si512(codes, rows), v = _mm512_shuffle_epi8(table[0], at);
+    if constexpr (Each == 4) return v;
+    return _mm512_mask_shuffle_epi8(v, 0xff00ff00ff00ff00u, table[4 / Each - 1], at);
+  }
+
+  // Two products fill an int16 all but: 2 * 127 * 127 = 32258. So each pair is widened by itself.
+  LILLIPUT_INLINE Sums dot_entries(Sums sums, const Bytes entries[8], const int8_t* x) {
+    Sums more{};
+    for (int j = 0; j < 8; j += 2) {
+      const Bytes a = _mm512_maddubs_epi16(entries[j], inputs(x + 4 * j));
+      const Bytes b = _mm512_maddubs_epi16(entries[j + 1], inputs(x + 4 * j + 4));
+      sums += (Sums)_mm512_madd_epi16(a, _mm512_set1_epi16(1));
+      more += (Sums)_mm512_madd_epi16(b, _mm512_set1_epi16(1));
+    }
+    return sums + more;
+  }
+
   LILLIPUT_INLINE Sums none() { return Sums{}; }
   LILLIPUT_INLINE Floats zero() { return Floats{}; }
   LILLIPUT_INLINE Sums spread_sum(int32_t v) { return (Sums)_mm512_set1_epi32(v); }
@@ -39,6 +65,11 @@ struct Zmm {
   LILLIPUT_INLINE Floats to_floats(Sums v) { return __builtin_convertvector(v, Floats); }
   LILLIPUT_INLINE Floats halves(const uint16_t* from) {
     return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  }
+  LILLIPUT_INLINE Floats load_floats(const float* from) {
+    Floats v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
   }
   LILLIPUT_INLINE void store(float* to, Floats v) { lilliput::store(to, v); }
 };

@@ -8,6 +8,22 @@ namespace lilliput {
 namespace {
 
 typedef int8_t Bytes16 __attribute__((vector_size(16)));
+typedef int32_t Ints8 __attribute__((vector_size(32)));
+typedef int32_t Ints4 __attribute__((vector_size(16)));
+
+// Sixteen whole numbers to one by `fold(a, b)` of halves; their order is no matter.
+template <class Fold>
+LILLIPUT_INLINE int32_t folded(Ints v, Fold fold) {
+  Ints8 half[2];
+  std::memcpy(half, &v, sizeof half);
+  half[0] = fold(half[0], half[1]);
+  Ints4 quarter[2];
+  std::memcpy(quarter, half, sizeof quarter);
+  int32_t lane[4];
+  quarter[0] = fold(quarter[0], quarter[1]);
+  std::memcpy(lane, quarter, sizeof lane);
+  return fold(fold(lane[0], lane[1]), fold(lane[2], lane[3]));
+}
 
 // Sixteen inputs from `from`, or the `left` that there are and zeros.
 LILLIPUT_INLINE Floats load_some(const float* from, int64_t left) {
@@ -26,9 +42,7 @@ LILLIPUT_INLINE void quantize_i8_body(const float* x, int64_t columns, int64_t g
       const Ints bits = (Ints)(as_words(load_some(x + k, end - k)) & 0x7fffffffu);
       most = bits > most ? bits : most;
     }
-    int32_t lane[kLanes], top = 0;
-    std::memcpy(lane, &most, sizeof lane);
-    for (int i = 0; i < kLanes; ++i) top = lane[i] > top ? lane[i] : top;
+    const int32_t top = folded(most, [](auto a, auto b) __attribute__((always_inline)) { return a > b ? a : b; });
     float largest;
     std::memcpy(&largest, &top, sizeof top);
     float s = largest / 127.0f;
@@ -54,10 +68,7 @@ LILLIPUT_INLINE void quantize_i8_body(const float* x, int64_t columns, int64_t g
         for (int64_t i = 0; i < end - k; ++i) codes[k + i] = part[i];
       }
     }
-    std::memcpy(lane, &total_codes, sizeof lane);
-    int32_t all = 0;
-    for (int i = 0; i < kLanes; ++i) all += lane[i];
-    sum[g] = all;
+    sum[g] = folded(total_codes, [](auto a, auto b) __attribute__((always_inline)) { return a + b; });
   }
   for (int64_t k = columns; k < quantized_stride(columns); ++k) codes[k] = 0;
 }

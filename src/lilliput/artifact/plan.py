@@ -1,9 +1,10 @@
 """Which tensor stands in which file, known before the first weight is read: sizes for the user, offsets for the writer."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from typing import Any
 
 from lilliput.artifact.container import PAGE, Layout, Planned, Slot
@@ -44,20 +45,9 @@ class Plan:
         files: dict[str, list[Planned]] = {name: [] for name in (FLOAT_FILE, *map(rung_file, self.bits))}
         files[FLOAT_FILE] += [Planned(name, entry.dtype, entry.shape) for name, entry in self.floats.items()]
         for name, entry in self.entries.items():
-            tiles = padded(entry.out, ROWS) // ROWS
             rung = {own: next(b for b in self.bits if entry.width_at(b) >= own) for own in entry.bits}
-            below = 0
-            for index, width in enumerate(entry.fields):
-                below += width
-                needed = next(own for own in entry.bits if own >= below)
-                shape = field_shape(entry.out, entry.columns, width)
-                files[rung_file(rung[needed])].append(Planned(f"{name}.plane.{index}", "U8", shape, PAGE))
-                if below in entry.bits:
-                    for kind in entry.grids(below):
-                        grid = Planned(f"{name}.{kind}.{below}", "F16", (tiles, entry.groups, ROWS))
-                        if kind == "table":
-                            grid = Planned(f"{name}.{kind}.{below}", "U8", (tiles, ROWS, 1 << below))
-                        files[rung_file(rung[below])].append(grid)
+            for own, tensor in pieces(name, entry):
+                files[rung_file(rung[own])].append(tensor)
         return files
 
     @cached_property
@@ -105,6 +95,29 @@ class Plan:
         weight_map = {name: file for name, (file, _) in sorted(self.home.items())}
         data: dict[str, Any] = {"metadata": {"total_size": sum(_bytes(self.slot(name)) for name in weight_map)}}
         return (json.dumps(data | {"weight_map": weight_map}, indent=2) + "\n").encode()
+
+
+def pieces(name: str, entry: QuantEntry) -> Iterator[tuple[int, Planned]]:
+    """Yield the tensors of one quantized matrix in order, each with the narrowest width of its ladder that reads it."""
+    tiles = padded(entry.out, ROWS) // ROWS
+    below = 0
+    for index, width in enumerate(entry.fields):
+        below += width
+        needed = next(own for own in entry.bits if own >= below)
+        shape = field_shape(entry.out, entry.columns, width)
+        yield needed, Planned(f"{name}.plane.{index}", "U8", shape, PAGE)
+        if below in entry.bits:
+            for kind in entry.grids(below):
+                grid = Planned(f"{name}.{kind}.{below}", "F16", (tiles, entry.groups, ROWS))
+                if kind == "table":
+                    grid = Planned(f"{name}.{kind}.{below}", "U8", (tiles, ROWS, 1 << below))
+                yield below, grid
+
+
+def stored_bytes(entry: QuantEntry) -> int:
+    """Bytes of the tensors of one quantized matrix: fields with their padding, scales, zeros and tables."""
+    size = {"U8": 1, "F16": 2}
+    return sum(size[tensor.dtype] * prod(tensor.shape) for _, tensor in pieces("", entry))
 
 
 def _bytes(slot: Slot) -> int:

@@ -189,8 +189,9 @@ class Model:
     def _add_nested(self, name: str, m: StoredLinear, bias: F32 | None) -> None:
         scales = [(bits, _bytes(values)) for bits, values in m.scale.items()]
         zeros = [(bits, _bytes(values)) for bits, values in m.zero.items()]
+        tables = [(bits, _bytes(values)) for bits, values in m.table.items()]
         planes = [_bytes(plane) for plane in m.planes]
-        self._core.add_nested(name, planes, list(m.fields), scales, zeros, m.out, m.columns, _group(m), bias)
+        self._core.add_nested(name, planes, list(m.fields), scales, zeros, tables, m.out, m.columns, _group(m), bias)
 
     @property
     def threads(self) -> int:
@@ -246,9 +247,9 @@ def _nested(m: StoredLinear, bits: int) -> tuple[Any, ...]:
     """The arguments that stand for a matrix cut to the width it runs at when `bits` are asked for."""
     bits = m.width_at(bits)
     count = next(n for n in range(1, len(m.fields) + 1) if sum(m.fields[:n]) == bits)
-    zero = _bytes(m.zero[bits]) if bits in m.zero else None
+    zero, table = (_bytes(grid[bits]) if bits in grid else None for grid in (m.zero, m.table))
     planes = [_bytes(plane) for plane in m.planes[:count]]
-    return planes, list(m.fields[:count]), _bytes(m.scale[bits]), zero, m.out, m.columns, _group(m)
+    return planes, list(m.fields[:count]), _bytes(m.scale[bits]), zero, table, m.out, m.columns, _group(m)
 
 
 def _bytes(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:

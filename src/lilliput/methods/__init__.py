@@ -4,7 +4,13 @@ from lilliput.core.registry import Registry
 
 METHODS = Registry(
     "method",
+    any_precision="lilliput.methods.quantize.any_precision:AnyPrecision",
+    awq="lilliput.methods.quantize.awq:AWQ",
+    gptq="lilliput.methods.quantize.gptq:GPTQ",
+    leanquant="lilliput.methods.quantize.leanquant:LeanQuant",
+    omniquant="lilliput.methods.quantize.omniquant:OmniQuant",
     rtn="lilliput.methods.quantize.rtn:RTN",
+    smoothquant="lilliput.methods.quantize.smoothquant:SmoothQuant",
     tune="lilliput.methods.quantize.tune:Tune",
     wanda="lilliput.methods.prune.wanda:Wanda",
 )

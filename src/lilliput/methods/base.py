@@ -9,7 +9,7 @@ must survive is in what they return.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from enum import Enum
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, ClassVar, Self, get_type_hints
@@ -41,9 +41,16 @@ class Statistic(Enum):
     """(in,) float32, L2 norm of every input feature."""
     GRAM = "gram"
     """(in, in) float32, the sum of x x^T."""
+    FISHER = "fisher"
+    """(out, in) float32, for every weight the sum over rows of text of its squared gradient; see `fisher.py`."""
+
+    @property
+    def streamed(self) -> bool:
+        """Whether it is gathered from a layer's inputs as they pass; what is not comes from the whole model, before."""
+        return self in (Statistic.INPUT_NORM, Statistic.GRAM)
 
     def accumulator(self, columns: int) -> Accumulator:
-        """Return a fresh accumulator for a layer with that many inputs."""
+        """Return a fresh accumulator for a layer with that many inputs; only for what is `streamed`."""
         makers: dict[Statistic, Callable[[int], Accumulator]] = {
             Statistic.INPUT_NORM: InputNorm,
             Statistic.GRAM: Gram,
@@ -67,7 +74,7 @@ class Method:
 
     def options(self) -> dict[str, Any]:
         """The configuration as plain data, tuples as lists: `build(name, options)` gives an equal method."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        return {key: _plain(value) for key, value in asdict(self).items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +112,8 @@ class LayerMethod(Method, ABC):
     def solve(self, weight: Tensor, stat: Tensor | None) -> Tensor | Quantized:
         """Return what should stand in the weight's place.
 
-        weight: (out, in) float32, finite; left as it was. stat: what `needs` names, None for Statistic.NONE and for
-        the embedding, which has no inputs. Returns (out, in) in the weight's dtype, or codes.
+        weight: (out, in) float32, finite; left as it was. stat: what `needs` names, None for Statistic.NONE and, where
+        it is streamed, for the embedding, which has no inputs. Returns (out, in) in the weight's dtype, or codes.
         """
 
 
@@ -117,7 +124,8 @@ class Quantizer(LayerMethod):
     bits: widths the result serves, ascending within 2..8. group_size: inputs that share a scale, -1 for a whole row.
     sym: no zero point. ragged: let the last group of a row be shorter; without it a group size that does not divide
     is refused. end_bits: the widths of the embedding and the head, which lose more than the blocks do; empty for the
-    same as `bits`.
+    same as `bits`. layer_bits: ladders of single layers by a pattern of their name, the first that matches counts; the
+    artifact still serves `bits`, each layer at its narrowest width of at least that, or else its widest.
     """
 
     bits: tuple[int, ...] = (2, 3, 4, 8)
@@ -125,11 +133,13 @@ class Quantizer(LayerMethod):
     sym: bool = False
     ragged: bool = False
     end_bits: tuple[int, ...] = ()
+    layer_bits: dict[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
     embeddings: bool = True
     head: bool = True
 
     def __post_init__(self) -> None:
-        for key, ladder in (("bits", self.bits), ("end_bits", self.end_bits or self.bits)):
+        own = ((f"layer_bits.{pattern}", ladder) for pattern, ladder in self.layer_bits.items())
+        for key, ladder in (("bits", self.bits), ("end_bits", self.end_bits or self.bits), *own):
             if not ladder or list(ladder) != sorted(set(ladder)) or not 2 <= ladder[0] <= ladder[-1] <= 8:
                 what = f"{key} is {list(ladder)}, not an ascending list within 2..8"
                 raise ConfigError(what, where=f"{self.name}.{key}", fix="Give widths such as [4] or [2, 3, 4, 8]")
@@ -144,9 +154,10 @@ class Quantizer(LayerMethod):
         return ()
 
     def at(self, name: str) -> Self:
-        """The configuration for the layer of that name: the ends may have widths of their own."""
-        at_end = name in ("embed_tokens", "embed_patches", "lm_head")
-        return replace(self, bits=self.end_bits, end_bits=()) if at_end and self.end_bits else self
+        """The configuration for the layer of that name: the ends, and layers named, may have widths of their own."""
+        at_end = self.end_bits if name in ("embed_tokens", "embed_patches", "lm_head") else ()
+        own = next((ladder for pattern, ladder in self.layer_bits.items() if fnmatchcase(name, pattern)), at_end)
+        return replace(self, bits=own, end_bits=(), layer_bits={}) if own else replace(self, layer_bits={})
 
     def check(self, name: str, out: int, columns: int) -> None:
         """Refuse a group size that does not divide the inputs, unless the last group may be shorter."""
@@ -204,8 +215,11 @@ class BlockQuantizer(Quantizer, ABC):
         return True
 
     @abstractmethod
-    def solve_block(self, block: "Block", names: Sequence[str], data: BlockData) -> dict[str, Quantized]:
-        """Return codes for the layers named. May change the block's other tensors, such as norms, in place."""
+    def solve_block(self, block: "Block", names: Sequence[str], data: BlockData) -> tuple[dict[str, Quantized], str]:
+        """Return codes for the layers named, and a note for the record or "".
+
+        May change the block's other tensors, such as norms, in place; and the layers' weights, to what the codes mean.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,12 +274,28 @@ def build(name: str, options: Mapping[str, Any]) -> Method:
             raise ConfigError(f"there is no option {key!r}", where=name, fix=fix)
         try:
             reader = TypeAdapter(hints[key], config=ConfigDict(strict=True))
-            given[key] = reader.validate_python(tuple(value) if isinstance(value, list) else value)
+            given[key] = reader.validate_python(_frozen(value))
         except ValidationError as error:
             what = f"{key} is {value!r}: {error.errors()[0]['msg'][0].lower()}{error.errors()[0]['msg'][1:]}"
-            fix = f"Write it as in {key}: {getattr(cls, key)!r}".replace("(", "[").replace(",)", "]").replace(")", "]")
+            fix = (
+                f"Write it as in {key}: {getattr(cls, key, {})!r}".replace("(", "[")
+                .replace(",)", "]")
+                .replace(")", "]")
+            )
             raise ConfigError(what, where=name, fix=fix) from None
     return cls(**given)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _frozen(one) for key, one in value.items()}
+    return tuple(value) if isinstance(value, list) else value
 
 
 def build_stage(stage: "Stage") -> Method:

@@ -64,6 +64,10 @@ class Journal:
         os.replace(fresh, self._file)
         sync(self._folder)
 
+    def forget(self) -> None:
+        """Drop the saved state."""
+        self._file.unlink(missing_ok=True)
+
     def activations(self, step: int, shape: tuple[int, int, int], of: str = "hidden") -> "Activations":
         """The calibration activations as they are after `step` finished steps; two generations are kept in turns.
 

@@ -40,13 +40,14 @@ def safer(
     errors = output_errors(weight, solved, gram)
     plain = nearest(weight, method.bits, method.group_size, method.sym)
     rival = output_errors(weight, plain, gram)
-    if not all(map(math.isfinite, errors.values())) or _mean_log(errors) > _mean_log(rival):
+    if not all(map(math.isfinite, errors.values())) or mean_log(errors) > mean_log(rival):
         told = ", ".join(f"{b} bits {errors[b]:.3g} against {rival[b]:.3g}" for b in method.bits)
         return plain, rival, f"{method.name} was worse than rounding to nearest ({told}), which was taken"
     return solved, errors, ""
 
 
-def _mean_log(errors: Mapping[int, float]) -> float:
+def mean_log(errors: Mapping[int, float]) -> float:
+    """Mean of the logarithms: the score of a ladder, in which no width outweighs the others."""
     return sum(math.log(max(e, 1e-30)) for e in errors.values()) / len(errors)
 
 

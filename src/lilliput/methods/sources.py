@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lilliput.core.errors import InputCorrupt
 from lilliput.core.spec import AnySpec, EncoderSpec, ModelSpec
-from lilliput.models import Block, Checkpoint, Decoder, Encoder, load_block, load_encoder_block
+from lilliput.models import Block, Checkpoint, Decoder, Encoder, load_block, load_decoder, load_encoder_block
 
 Frame = Decoder | Encoder
 _ENDS = ("embed_tokens.weight", "embed_patches.weight", "lm_head.weight")
@@ -25,6 +25,9 @@ class Source(Protocol):
 
     def frame(self) -> Frame:
         """Return the model without blocks, the matrices of its embedding and its head left on the meta device."""
+
+    def whole(self) -> Decoder:
+        """Return all of it in float32, the caller's to change."""
 
     def read(self, name: str) -> Tensor:
         """Return one tensor by its canonical name, in the dtype it is stored in."""
@@ -60,6 +63,10 @@ class CheckpointSource:
         small = [n for n in self._names if not n.startswith("layers.") and n not in _ENDS]
         frame.load_state_dict({n: self.read(n).float() for n in small}, strict=False, assign=True)
         return frame
+
+    def whole(self) -> Decoder:
+        """Return all of it in float32."""
+        return load_decoder(self._checkpoint)
 
     def read(self, name: str) -> Tensor:
         """Return one tensor."""
@@ -99,6 +106,10 @@ class DecoderSource:
         small = {n: v.float().clone() for n, v in self._state.items() if not n.startswith("layers.") and n not in _ENDS}
         frame.load_state_dict(small, strict=False, assign=True)
         return frame
+
+    def whole(self) -> Decoder:
+        """Return a copy of all of it in float32."""
+        return deepcopy(self._decoder).float()
 
     def read(self, name: str) -> Tensor:
         """Return one tensor."""

@@ -11,8 +11,7 @@ some short texts or pictures, and the vectors it makes of them stand in the plac
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -27,13 +26,14 @@ from lilliput.core.spec import EncoderSpec, ModelSpec
 from lilliput.data.images import Pictures
 from lilliput.data.streams import Batches
 from lilliput.methods.base import BlockData, BlockMethod, BlockQuantizer, LayerMethod, Quantizer, Statistic
+from lilliput.methods.calibration import watching
+from lilliput.methods.fisher import Fisher
 from lilliput.methods.journal import Activations, Journal, State
 from lilliput.methods.safety import remark, safer
 from lilliput.methods.sources import Frame, Source
 from lilliput.models.decoder import Block, Decoder
 from lilliput.models.encoder import Encoder
 from lilliput.numerics.nested import Quantized
-from lilliput.numerics.statistics import Accumulator
 
 Solved = Tensor | Quantized
 FLOAT = "float"
@@ -57,8 +57,8 @@ class Job:
     methods: for every layer to treat, its methods in order; a layer not named stays as it is. blocks: what changes each
     block before its layers are solved. widths: those the result
     serves, ascending; empty when nothing is quantized. probe: (1, length) int64, for an encoder what it takes: (texts,
-    length) int64 or (pictures, patches, columns) float32. slice_rows: rows of a tall matrix
-    solved at a time, which bounds memory.
+    length) int64 or (pictures, patches, columns) float32. slice_rows: rows of a tall matrix solved at a time, which
+    bounds memory. fisher: what methods that need Statistic.FISHER are given.
     """
 
     methods: Mapping[str, Sequence[LayerMethod]]
@@ -67,6 +67,7 @@ class Job:
     calibration: Batches | Pictures | None = None
     slice_rows: int = 1 << 16
     blocks: Sequence[BlockMethod] = ()
+    fisher: Fisher | None = None
 
     @property
     def rungs(self) -> tuple[int, ...]:
@@ -163,12 +164,16 @@ class Sweep:
         solved: dict[str, Solved] = dict(original)
         for round_ in range(max((len(self.job.methods.get(n, ())) for n in linears), default=0)):
             todo = {n: self.job.methods[n][round_] for n in linears if len(self.job.methods.get(n, ())) > round_}
-            stats = self._gather(state, block, {n: m.needs for n, m in todo.items() if m.needs is not Statistic.NONE})
+            stats = self._gather(state, block, {n: m.needs for n, m in todo.items() if m.needs.streamed})
+            stats |= {n: (self._fisher(n), "") for n, m in todo.items() if m.needs is Statistic.FISHER}
             for names in _together(todo):
                 method = todo[names[0]]
                 if isinstance(method, BlockQuantizer):
                     assert data is not None, "planning refuses a recipe that lacks its calibration text"
-                    solved |= method.solve_block(block, names, data)
+                    made_here, note = method.solve_block(block, names, data)
+                    solved |= made_here
+                    for name in names if note else ():
+                        notes.setdefault(name, []).append(note)
                     continue
                 (name,) = names
                 weight = solved[name]
@@ -269,13 +274,13 @@ class Sweep:
         return {name: (value, remark(name, value, sums[name])) for name, value in values.items()}
 
     def _head_needs(self) -> bool:
-        return any(m.needs is not Statistic.NONE for m in self.job.methods.get("lm_head", ()))
+        return any(m.needs.streamed for m in self.job.methods.get("lm_head", ()))
 
     def _head_statistic(self, frame: Decoder, state: State) -> tuple[Tensor | None, str]:
         if not self._head_needs():
             return None, ""
         assert self.job.calibration is not None, "planning refuses a recipe that lacks its calibration text"
-        needs = {m.needs for m in self.job.methods["lm_head"]} - {Statistic.NONE}
+        needs = {m.needs for m in self.job.methods["lm_head"] if m.needs.streamed}
         assert len(needs) == 1, "planning refuses methods that want different statistics of the head"
         gathered = needs.pop().accumulator(self.spec.hidden_size)
         for batch in self._activations(state.step).batches(self.job.calibration.batch_size):
@@ -291,10 +296,15 @@ class Sweep:
             part: Solved = weight[start : start + rows]
             for method in methods:
                 assert isinstance(part, Tensor), "a layer is quantized last"
-                part = method.solve(part.to(torch.float32), stat)
+                own = self._fisher(name, slice(start, start + rows)) if method.needs is Statistic.FISHER else stat
+                part = method.solve(part.to(torch.float32), own)
             parts.append(part.to(weight.dtype) if isinstance(part, Tensor) else part)
         coded = [part for part in parts if isinstance(part, Quantized)]
         return Quantized.stack(coded) if coded else torch.cat([p for p in parts if isinstance(p, Tensor)])
+
+    def _fisher(self, name: str, rows: slice = slice(None)) -> Tensor:
+        assert self.job.fisher is not None, "gathered before a sweep whose methods need it"
+        return self.job.fisher.value(name, rows)
 
     def _put(
         self,
@@ -404,18 +414,3 @@ def noise_ratio_db(original: Tensor, solved: Solved, rung: int, rows: int) -> fl
     if not noise or not signal:
         return 999.0 if not noise else -999.0
     return float(f"{10 * math.log10(signal / noise):.4g}")
-
-
-@contextmanager
-def watching(linears: Mapping[str, nn.Linear], sums: Mapping[str, Accumulator]) -> Iterator[None]:
-    """Feed the inputs of the layers named in `sums` to their accumulators while the context lasts."""
-
-    def hook(total: Accumulator) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _module, inputs: total.add(inputs[0].flatten(0, -2))
-
-    handles = [linears[name].register_forward_pre_hook(hook(total)) for name, total in sums.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

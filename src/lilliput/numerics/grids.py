@@ -43,10 +43,18 @@ def minmax_grid(weight: Tensor, bits: int, group_size: int, sym: bool) -> tuple[
     full, mask = grouped(weight, group_size)
     if sym:
         reach = full.abs().amax(-1)
-        scale = reach * (2 / (2**bits - 1))
-        return half_scale(scale), None
+        return span_grid(-reach, reach, bits, sym)
     low = full.masked_fill(~mask, torch.inf).amin(-1)
-    high = full.masked_fill(~mask, -torch.inf).amax(-1)
+    return span_grid(low, full.masked_fill(~mask, -torch.inf).amax(-1), bits, sym)
+
+
+def span_grid(low: Tensor, high: Tensor, bits: int, sym: bool) -> tuple[Tensor, Tensor | None]:
+    """Levels from `low` to `high`, each (out, groups) float32: (scale, zero) as `minmax_grid` returns them.
+
+    sym: -low equals high. Raises ConfigError when a scale is beyond float16.
+    """
+    if sym:
+        return half_scale(high * (2 / (2**bits - 1))), None
     middle = (high + low) / 2
     flat = high == low
     # Equal weights span nothing. Steps of twice their size put a level, half a step from the middle, on their value.
@@ -87,19 +95,23 @@ def encode(weight: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_
 class Refit:
     """Least-squares grids for given codes of one matrix; what all widths share is computed once.
 
-    weight: (out, in) float32. importance: (in,) weights of the squared errors, or None for equal ones; where all of a
-    group's are zero they count as equal.
+    weight: (out, in) float32. importance: weights of the squared errors, (in,) for all rows or (out, in), or None for
+    equal ones; where all of a group's are zero they count as equal.
     """
 
     def __init__(self, weight: Tensor, group_size: int, importance: Tensor | None = None) -> None:
         w, mask = grouped(weight, group_size)
         share = mask.to(torch.float32)
         if importance is not None:
-            own = share * grouped(importance[None].to(torch.float32), group_size)[0][0]
+            given = importance.to(torch.float32)
+            own = share * (
+                grouped(given[None], group_size)[0][0] if given.dim() == 1 else grouped(given, group_size)[0]
+            )
             share = torch.where(own.sum(-1, keepdim=True) > 0, own, share)
         self._share = share / share.sum(-1, keepdim=True)
+        self._axes = "gs" if self._share.dim() == 2 else "ogs"
         self._group_size = group_size
-        self._mean = torch.einsum("ogs,gs->og", w, self._share)
+        self._mean = torch.einsum(f"ogs,{self._axes}->og", w, self._share)
         # Centred before it meets the codes: a group far from zero would lose its shape to rounding in sums of w * x.
         self._centred = (w - self._mean[..., None]).mul_(self._share)
 
@@ -109,10 +121,10 @@ class Refit:
         Groups whose codes are all one level get a grid with that level on their mean.
         """
         x = grouped(codes.to(torch.float32).sub_((2**bits - 1) / 2), self._group_size)[0]
-        mean_x = torch.einsum("ogs,gs->og", x, self._share)
+        mean_x = torch.einsum(f"ogs,{self._axes}->og", x, self._share)
         x = x.sub_(mean_x[..., None])
         product = torch.einsum("ogs,ogs->og", self._centred, x)
-        variance = torch.einsum("ogs,gs->og", x.square_(), self._share)
+        variance = torch.einsum(f"ogs,{self._axes}->og", x.square_(), self._share)
         if sym:  # the plain moments from the centred ones
             moment, square = product + self._mean * mean_x, variance + mean_x.square()
             return half_scale((moment / square.clamp_min(1e-30)).clamp_min(0)), None

@@ -35,6 +35,23 @@ class InputNorm:
         return self._sum.sqrt().to(torch.float32)
 
 
+class InputPeak:
+    """Largest size of every input feature over all tokens: (in,) float32."""
+
+    def __init__(self, columns: int) -> None:
+        self._peak = torch.zeros(columns)
+        self.tokens = 0
+
+    def add(self, inputs: Tensor) -> None:
+        """inputs: (tokens, in), any float dtype."""
+        self._peak = torch.maximum(self._peak, inputs.to(torch.float32).abs().amax(0))
+        self.tokens += inputs.shape[0]
+
+    def value(self) -> Tensor:
+        """Return (in,) float32."""
+        return self._peak
+
+
 class Gram:
     """X^T X over all tokens, X (tokens, in): (in, in) float32. Divided by nothing: see `tokens` for a mean."""
 

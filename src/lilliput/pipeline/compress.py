@@ -31,7 +31,7 @@ from lilliput.artifact.schema import (
     version_of,
 )
 from lilliput.artifact.write import ArtifactWriter, amend, check_output, partial_of, publish
-from lilliput.core.errors import ConfigError, Interrupted, OutOfResource, QualityFailed
+from lilliput.core.errors import ConfigError, Interrupted, OutOfResource, QualityFailed, Unsupported
 from lilliput.core.progress import Progress, Silent
 from lilliput.core.recipe import Recipe, load_recipe
 from lilliput.core.spec import EncoderSpec, ModelSpec, PatchInputs
@@ -39,16 +39,19 @@ from lilliput.data.documents import read_documents
 from lilliput.data.images import Pictures, draw_pictures, find_pictures, probe_pictures
 from lilliput.data.streams import Batches, batches, padded, sentences
 from lilliput.data.tokenizer import Tokenizer
-from lilliput.methods.base import Method, ModelMethod
+from lilliput.methods.base import BlockQuantizer, Method, ModelMethod
+from lilliput.methods.fisher import gather_for
 from lilliput.methods.journal import Journal, State, steps_done
 from lilliput.methods.sources import CheckpointSource, DecoderSource, Source
 from lilliput.methods.sweep import FLOAT, Job, Outcome, Sweep
 from lilliput.models import Checkpoint
 from lilliput.numerics.nested import Quantized
+from lilliput.pipeline.budget import Target, allocate, check_target, largest
 from lilliput.pipeline.card import model_card
 from lilliput.pipeline.gate import UNQUANTIZED, judge, measure, measure_vectors
 from lilliput.pipeline.plan import Budget, Work, budget, plan_work
 from lilliput.pipeline.report import CompressReport, WidthRow
+from lilliput.pipeline.sensitivity import SLICE, Sensitivities
 from lilliput.pipeline.train import run_model_methods
 from lilliput.pipeline.tune import amended, run_tuners
 from lilliput.pipeline.workspace import Workspace
@@ -70,6 +73,7 @@ class Options:
     resume: bool
     overwrite: bool
     gate: bool
+    target: Target | None
 
 
 def compress(
@@ -79,6 +83,8 @@ def compress(
     recipe: str | Path | Recipe | Sequence[dict[str, Any]] = "nested",
     bits: Sequence[int] | None = None,
     group_size: int | None = None,
+    target_bits: float | None = None,
+    target_size: int | None = None,
     calibration: Sequence[str | Path] = (),
     field: str | None = None,
     join: bool = True,
@@ -97,6 +103,9 @@ def compress(
 
     model: a Hugging Face folder or hub id. out: the artifact, absent, empty, or with `overwrite` an artifact to be
     replaced. recipe: see `core.recipe.load_recipe`; bits and group_size change every stage that has them.
+    target_bits, target_size: give every layer the width of its ladder that keeps the loss least while the artifact
+    stays inside so many bits a quantized weight, scales and tables counted, or so many bytes of tensor files; it then
+    serves one width. Needs calibration text, see docs/budgets.md.
     calibration: text files or a hub dataset for recipes that need one; `samples` rows of `length` tokens are drawn
     from it with `seed`, documents joined end to end or, without `join`, each row from one document; `field` names the
     text in JSONL or Parquet rows. max_ram: bytes of memory to stay below. resume: go on from an interrupted run of the same
@@ -111,8 +120,9 @@ def compress(
     """
     if not 0 <= seed < 1 << 63:
         raise ConfigError(f"seed is {seed}", where="seed", fix="Give a whole number from 0 to 2**63 - 1")
+    target = Target.of(target_bits, target_size)
     options = Options(
-        tuple(map(str, calibration)), field, join, samples, length, seed, max_ram, resume, overwrite, gate
+        tuple(map(str, calibration)), field, join, samples, length, seed, max_ram, resume, overwrite, gate, target
     )
     out, progress = Path(out), progress or Silent()
     parsed = load_recipe(recipe).override(bits=None if bits is None else list(bits), group_size=group_size)
@@ -122,10 +132,19 @@ def compress(
     workspace = Workspace(out)
     workspace.check()
     work = plan_work(checkpoint, parsed)
-    whole = bool(work.tuners) or any(isinstance(method, ModelMethod) for run in work.runs for method in run)
+    if target and not isinstance(checkpoint.spec, ModelSpec):
+        what = (
+            f"a budget weighs what a model loses in predicting tokens, which a {checkpoint.family} encoder does not do"
+        )
+        raise Unsupported(what, where="target", fix="Give --bits instead")
+    if target:
+        work = replace(work, needs_calibration=True)
+        check_target(work, target)
+    whole = bool(target or work.tuners) or any(isinstance(method, ModelMethod) for run in work.runs for method in run)
     spent = budget(checkpoint, work, max_ram=max_ram, length=length, whole=whole)
     if work.needs_calibration and not calibration and not dry_run:
-        what = f"it has a method that learns from {told_as(checkpoint)}, and none is given"
+        learns = "widths are chosen by what the model loses on a" if target else "it has a method that learns from"
+        what = f"{learns} {told_as(checkpoint)}, and none is given"
         raise ConfigError(what, where=f"recipe {parsed.name}", fix="Give --calibration FILE")
     report = plan_report(model, checkpoint, parsed, work, spent, options)
     if dry_run:
@@ -156,16 +175,30 @@ def check_space(workspace: Workspace, report: CompressReport) -> None:
 
 
 def plan_report(
-    model: str | Path, checkpoint: Checkpoint, recipe: Recipe, work: Work, spent: Budget, options: Options
+    model: str | Path,
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    work: Work,
+    spent: Budget,
+    options: Options,
+    allocated: bool = False,
 ) -> CompressReport:
-    """Everything a dry run can tell."""
+    """Everything a dry run can tell. allocated: widths were chosen for the budget, if there is one."""
     plan = work.plan
     rows = [
         WidthRow(bits=b, size_bytes=plan.bytes_at(b), bits_per_weight=round(plan.bits_per_weight(b), 4))
         for b in plan.bits
     ]
     tokens = options.samples * options.length if work.needs_calibration else 0
-    warnings = list(checkpoint.notes)
+    work_bytes = 2 * 4 * tokens * checkpoint.spec.hidden_size
+    work_bytes += 2 * 4 * checkpoint.parameters if work.sensitive else 0  # the sums, and those that replace them
+    if options.target:
+        assert isinstance(checkpoint.spec, ModelSpec), "refused for encoders"
+        work_bytes += 4 * (SLICE + options.length) * checkpoint.spec.vocab_size
+    size_bytes, warnings = plan.total_bytes(), list(checkpoint.notes)
+    if options.target and not allocated:
+        size_bytes, rows = largest(work, options.target), []
+        warnings.append("no weight was read, so no width is chosen yet; the size is the most it may be")
     if options.calibration and not work.needs_calibration:
         warnings.append(f"the recipe learns nothing from {told_as(checkpoint)}; the calibration files are not used")
     return CompressReport(
@@ -173,11 +206,11 @@ def plan_report(
         source=str(model),
         recipe=[{k: dict(v) for k, v in stage.items()} for stage in recipe.data()],
         source_bytes=checkpoint.nbytes,
-        size_bytes=plan.total_bytes(),
-        rows=rows or [WidthRow(bits=UNQUANTIZED, size_bytes=plan.total_bytes())],
+        size_bytes=size_bytes,
+        rows=rows or [WidthRow(bits=UNQUANTIZED, size_bytes=size_bytes)] * (not options.target),
         layers=work.layers,
         expected_ram_bytes=spent.ram_bytes,
-        work_bytes=2 * 4 * tokens * checkpoint.spec.hidden_size,
+        work_bytes=work_bytes,
         warnings=warnings,
     )
 
@@ -217,6 +250,8 @@ class Run:
         key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
         with self.workspace:
             resumed = self.workspace.claim(key, parts, resume=self.options.resume)
+            if self.options.target:
+                report = self._allocate(data, torch.from_numpy(probe), report)
             outcome = self._sweep(key, torch.from_numpy(probe), data, tools, told)
             logits = {name: value.numpy() for name, value in outcome.logits.items()}
             self.progress.say("opening the artifact and comparing it with the original")
@@ -305,6 +340,7 @@ class Run:
             "model": self.checkpoint.fingerprint(),
             "part of the model": self.checkpoint.family,
             "recipe": self.recipe.data(),
+            "budget": None if self.options.target is None else self.options.target.text,
             "calibration text": None if data is None else data.sha256,
             "seed": self.options.seed,
             "version of lilliput, torch or numpy": {**tools, "schema": SCHEMA_VERSION},
@@ -313,6 +349,23 @@ class Run:
         }
 
     # ---- the work
+
+    def _allocate(self, data: Batches | Pictures | None, probe: Tensor, report: CompressReport) -> CompressReport:
+        """Choose every layer's width for the budget; from here on the recipe is one that names them."""
+        target = self.options.target
+        assert isinstance(data, Batches), "seen to before any work"
+        assert target is not None, "called with a target"
+        source, _ = self._source(data, probe)
+        notes = self.notes / "budget"
+        notes.mkdir(exist_ok=True)
+        fisher = gather_for(source, self.work.methods, data, self.notes / "fisher.safetensors", self.progress)
+        losses = Sensitivities(source, self.work.methods, data.rows, fisher, notes, self.progress).measure()
+        self.recipe, frontier = allocate(self.recipe, self.work, target, losses)
+        self.work = replace(plan_work(self.checkpoint, self.recipe), needs_calibration=True)
+        planned = plan_report(
+            report.source, self.checkpoint, self.recipe, self.work, self.spent, self.options, allocated=True
+        )
+        return planned.model_copy(update={"frontier": frontier})
 
     def _sweep(
         self, key: str, probe: Tensor, data: Batches | Pictures | None, tools: dict[str, str], told: DataInfo | None
@@ -323,7 +376,10 @@ class Run:
             return Outcome(state.streams, state.records)
         source, reference = self._source(data, probe)
         work, slice_rows = self.work, self.spent.slice_rows
-        job = Job(work.methods, work.plan.bits, probe, data if self._gathers() else None, slice_rows, work.blocks)
+        texts = data if isinstance(data, Batches) else None  # planning refuses what needs a Fisher for pictures
+        fisher = gather_for(source, work.methods, texts, self.notes / "fisher.safetensors", self.progress)
+        streamed = data if self._streams() else None
+        job = Job(work.methods, work.plan.bits, probe, streamed, slice_rows, work.blocks, fisher)
         records: list[dict[str, Any]] = []
         if work.tuners:
             assert isinstance(data, Batches), "a Tuner needs text, which planning has seen to"
@@ -353,9 +409,10 @@ class Run:
             )
         return outcome
 
-    def _gathers(self) -> bool:
+    def _streams(self) -> bool:
+        """Whether the calibration text has to be followed through the blocks."""
         chains = (m for chain in self.work.methods.values() for m in chain)
-        return any(m.reads_text for m in (*self.work.blocks, *chains))
+        return bool(self.work.blocks) or any(m.needs.streamed or isinstance(m, BlockQuantizer) for m in chains)
 
     def _source(self, data: Batches | Pictures | None, probe: Tensor) -> tuple[Source, Tensor | None]:
         """Where the final sweep reads, and the original's probe logits when that is no longer the original."""

@@ -32,7 +32,9 @@ COPIES = 6
 
 @dataclass(frozen=True)
 class Work:
-    """runs: the recipe's methods, neighbours of one kind together; the last run is of those of a sweep, maybe empty.
+    """What is to be done.
+
+    runs: the recipe's methods, neighbours of one kind together; the last run is of those of a sweep, maybe empty.
 
     blocks, methods: for the last run, what changes every block, and every layer's methods with its own widths.
     tuners: what comes after it. plan: the artifact to be.
@@ -46,6 +48,11 @@ class Work:
     layers: list[LayerPlan]
     needs_calibration: bool
 
+    @property
+    def sensitive(self) -> bool:
+        """Whether a method needs the sensitivity of every weight, which takes the whole model in memory."""
+        return any(isinstance(m, LayerMethod) and m.needs is Statistic.FISHER for m in joined.from_iterable(self.runs))
+
 
 def plan_work(checkpoint: Checkpoint, recipe: Recipe) -> Work:
     """Decide what happens to every tensor. Raises ConfigError for what cannot be, naming the layer."""
@@ -54,32 +61,33 @@ def plan_work(checkpoint: Checkpoint, recipe: Recipe) -> Work:
     for method in (m for run in runs for m in run if isinstance(m, Tuner)):
         raise ConfigError(f"{method.name} is not the last stage", f"recipe {recipe.name}", "Put it at the end")
     if isinstance(checkpoint.spec, EncoderSpec):
-        for trains in (m for m in (*tuners, *joined.from_iterable(runs)) if isinstance(m, ModelMethod | Tuner)):
-            what = f"{trains.name} trains a model that predicts tokens, and a {checkpoint.family} encoder does not"
+        for method in (*tuners, *joined.from_iterable(runs)):
+            sensitive = isinstance(method, LayerMethod) and method.needs is Statistic.FISHER
+            if not sensitive and not isinstance(method, ModelMethod | Tuner):
+                continue
+            what = f"{method.name} learns from predicting tokens, which a {checkpoint.family} encoder does not do"
             raise Unsupported(what, where=f"recipe {recipe.name}", fix="Use methods of layers and blocks")
     if not runs or _kind(runs[-1][0]) is ModelMethod:
         runs.append([])
     blocks, final = in_sweep(runs[-1])
+    for layer_method in final if blocks else ():
+        if layer_method.needs is Statistic.FISHER:
+            what = f"{layer_method.name} needs the sensitivity of weights that {blocks[-1].name} changes before it"
+            raise ConfigError(what, where=f"recipe {recipe.name}", fix="Leave one of the two out")
     if tuners and not any(isinstance(m, Quantizer) for m in final):
         what = f"{tuners[0].name} improves codes, and no stage before it makes any"
         raise ConfigError(what, where=f"recipe {recipe.name}", fix="Put a quantizer such as rtn before it")
     matrices = checkpoint.spec.matrices()
     wide = assign(final, matrices)
     ladders = [quantizer.bits for methods in wide.values() if (quantizer := last_quantizer(methods))]
-    inner = [m.bits for n, ms in wide.items() if n.startswith("layers.") and (m := last_quantizer(ms))]
+    blocks_only = [name for name in matrices if name.startswith("layers.")]
+    inner = [m.bits for m in final if isinstance(m, Quantizer) and any(map(m.covers, blocks_only))]
     widths = tuple(sorted({b for ladder in inner or ladders for b in ladder}))
     methods = {name: narrow(chain, widths) for name, chain in wide.items()}
     entries, floats = {}, {}
     for name, (out, columns) in matrices.items():
         if quantizer := last_quantizer(methods.get(name, ())):
-            entries[name] = QuantEntry(
-                out=out,
-                columns=columns,
-                bits=quantizer.bits,
-                group_size=quantizer.group_size,
-                sym=quantizer.sym,
-                tables=quantizer.tables,
-            )
+            entries[name] = entry_of((out, columns), quantizer)
     for name in checkpoint.names():
         if name.removesuffix(".weight") not in entries:
             info = checkpoint.info(name)
@@ -87,6 +95,18 @@ def plan_work(checkpoint: Checkpoint, recipe: Recipe) -> Work:
     layers = [describe(name, shape, methods.get(name, ()), checkpoint) for name, shape in matrices.items()]
     needs = any(m.reads_text for m in (*joined.from_iterable(runs), *tuners))
     return Work(runs, blocks, methods, tuners, Plan(checkpoint.spec, entries, floats, widths), layers, needs)
+
+
+def entry_of(shape: tuple[int, int], quantizer: Quantizer) -> QuantEntry:
+    """How a matrix of that shape, (out, in), is stored when that quantizer has solved it."""
+    return QuantEntry(
+        out=shape[0],
+        columns=shape[1],
+        bits=quantizer.bits,
+        group_size=quantizer.group_size,
+        sym=quantizer.sym,
+        tables=quantizer.tables,
+    )
 
 
 def _kind(method: Method) -> type[Method]:
@@ -113,7 +133,7 @@ def assign(methods: Sequence[LayerMethod], matrices: Mapping[str, tuple[int, int
             if isinstance(method, Quantizer) and index + 1 < len(chain):
                 what = f"{method.name} is followed by {chain[index + 1].name}"
                 raise ConfigError(what, where=name, fix="Quantize last, or exclude this layer from one of them")
-        if len({method.needs for method in chain} - {Statistic.NONE}) > 1 and name == "lm_head":
+        if len({method.needs for method in chain if method.needs.streamed}) > 1 and name == "lm_head":
             what = "its methods want different statistics"
             raise ConfigError(what, where=name, fix="Exclude lm_head from one of them")
         if chain:
@@ -167,7 +187,9 @@ def budget(checkpoint: Checkpoint, work: Work, *, max_ram: int | None, length: i
     ends = out * columns * (raw + 2)
     gram = sum(4 * columns**2 for _, columns in spec.linears(0).values()) if work.needs_calibration else 0
     row = 4 * length * (6 * spec.hidden_size + 3 * spec.intermediate_size + spec.num_heads * length)
-    fixed = INTERPRETER_BYTES + (4 * checkpoint.parameters if whole else 0)
+    fixed = INTERPRETER_BYTES + (4 * checkpoint.parameters if whole or work.sensitive else 0)
+    if work.sensitive:  # the sums beside the model, and one row through all of it with what its gradient needs
+        fixed += 4 * checkpoint.parameters + spec.num_layers * row + 3 * 4 * length * spec.vocab_size
 
     def peak(slice_rows: int, batch: int) -> int:
         ends_now = ends + 8 * 4 * min(slice_rows, out) * columns

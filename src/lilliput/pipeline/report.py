@@ -29,6 +29,20 @@ class LayerPlan(BaseModel):
     bits: tuple[int, ...] = ()
 
 
+class BudgetRow(BaseModel):
+    """One point of the frontier: the least loss predicted for its size.
+
+    size_bytes: of all tensor files. predicted_kl: mean nats a token, the sum of what each layer loses alone.
+    uniform: the width all layers have, for a row that is there to compare with. chosen: what was made.
+    """
+
+    bits_per_weight: float
+    size_bytes: int
+    predicted_kl: float
+    uniform: int | None = None
+    chosen: bool = False
+
+
 class CompressReport(BaseModel):
     """path: the artifact, None after a dry run. resumed: work of an earlier run was used. warnings: one line each.
 
@@ -44,5 +58,7 @@ class CompressReport(BaseModel):
     layers: list[LayerPlan]
     expected_ram_bytes: int
     work_bytes: int
+    frontier: list[BudgetRow] = []
+    """By size, when widths were chosen for a budget."""
     resumed: bool = False
     warnings: list[str] = []

@@ -14,6 +14,7 @@ from torch import Tensor
 from lilliput.core.progress import Progress
 from lilliput.data.streams import Batches
 from lilliput.methods.base import Method, ModelMethod
+from lilliput.methods.fisher import gather_for
 from lilliput.methods.journal import Journal, sync
 from lilliput.methods.sources import DecoderSource
 from lilliput.methods.sweep import Job, Sweep, at_width
@@ -74,8 +75,10 @@ def _sweep_in_memory(
     blocks, methods = in_sweep(run)
     chosen = assign(methods, checkpoint.spec.matrices())
     source = DecoderSource(decoder, made_by="an earlier stage")
-    job = Job(chosen, (), probe, data, blocks=blocks)
-    Sweep(source, _Into(decoder), job, Journal(folder / "between"), progress).run()
+    journal = Journal(folder / "between")
+    fisher = gather_for(source, chosen, data, folder / "between" / "fisher.safetensors", progress)
+    job = Job(chosen, (), probe, data, blocks=blocks, fisher=fisher)
+    Sweep(source, _Into(decoder), job, journal, progress).run()
 
 
 class _Into:

@@ -4,8 +4,9 @@
     artifact/  what will be published; its writer's journal names the run it belongs to
     work/      what a resumed run reads: run.json, the sweep's journal, activations
 
-The writer's journal is the one truth about what can be resumed. It is written before anything else and goes away when
-the artifact is published, so whatever stands here without it, or under another run's key, is left over.
+The writer's journal is the one truth about how much of the artifact is there. It goes away when the artifact is
+published. Before it is there, while whole-model stages run and sensitivities are gathered, run.json names the run
+whose work this is. Whatever stands here under another run's key is left over.
 """
 
 import fcntl
@@ -18,7 +19,7 @@ from typing import Any, Self
 
 from lilliput.artifact.write import JOURNAL_FILE, partial_of
 from lilliput.core.errors import ConfigError
-from lilliput.methods.journal import sync
+from lilliput.methods.journal import Journal, sync
 
 _PARTS = {"owner", "artifact", "work"}
 _OWNER = b"lilliput compress works here; delete the folder only when no run does\n"
@@ -79,19 +80,23 @@ class Workspace:
             changed = ", ".join(self._changed(parts)) or "origin"
             what = f"holds unfinished work with another {changed}"
             raise ConfigError(what, where=str(self.root), fix="Repeat that run, or give --no-resume to discard it")
-        same = found == key and resume
+        same = resume and key == (found or self._noted())
         if not same:
             self.discard()
+        elif found is None:  # no tensor is in place, so no sweep that wrote some has begun
+            Journal(self.work).forget()
+            Journal(self.work / "outcome").forget()
         self.artifact.mkdir(exist_ok=True)
         self.work.mkdir(exist_ok=True)
         fresh = self.work / "run.new"
-        fresh.write_text(json.dumps(parts, indent=1) + "\n", "utf-8")
+        fresh.write_text(json.dumps(parts | {"key": key}, indent=1) + "\n", "utf-8")
         sync(fresh)
         fresh.replace(self.work / "run.json")
         return same
 
     def discard(self) -> None:
         """Throw away what an earlier run left."""
+        (self.work / "run.json").unlink(missing_ok=True)  # first: what is half gone is nobody's work
         for folder in (self.work, self.artifact):
             if folder.exists():
                 shutil.rmtree(folder)
@@ -110,6 +115,14 @@ class Workspace:
         with journal.open("rb") as file:
             first = file.readline(4096)
         return first.rstrip(b"\n").decode("utf-8", "replace") if first.endswith(b"\n") else None
+
+    def _noted(self) -> str | None:
+        """The run that run.json belongs to, or None where there is none."""
+        try:
+            key = json.loads((self.work / "run.json").read_text("utf-8"))["key"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return key if isinstance(key, str) else None
 
     def _changed(self, parts: dict[str, Any]) -> list[str]:
         try:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lilliput.apps.cli.options import common, max_ram, widths
+from lilliput.apps.cli.options import byte_size, common, max_ram, widths
 from lilliput.apps.cli.output import Output, table
 from lilliput.measure.memory import format_bytes
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 COLUMNS = {"bits": "bits", "size": "size", "bits_per_weight": "bits a weight"}
 OF_DECODERS = {"kl": "KL", "top1_agreement": "top-1 agreement"}
 OF_ENCODERS = {"cosine": "cosine", "error": "relative error"}
+FRONTIER = {"bits_per_weight": "bits a weight", "size": "size", "predicted_kl": "predicted KL", "note": ""}
 
 
 @common
@@ -28,6 +29,18 @@ OF_ENCODERS = {"cosine": "cosine", "error": "relative error"}
 )
 @widths("Widths to serve, ascending; by default the recipe's.")
 @click.option("--group-size", type=click.IntRange(min=-1), help="Weights that share a scale; -1 for a whole row.")
+@click.option(
+    "--target-bits",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="N",
+    help="Choose every layer's width so that a quantized weight takes at most N bits, scales counted.",
+)
+@click.option(
+    "--target-size",
+    callback=byte_size,
+    metavar="SIZE",
+    help="Choose every layer's width so that the tensor files take at most this: 1.1GB, 600MiB, or bytes.",
+)
 @click.option(
     "--calibration",
     multiple=True,
@@ -58,6 +71,8 @@ def command(
     recipe: str,
     bits: list[int] | None,
     group_size: int | None,
+    target_bits: float | None,
+    target_size: int | None,
     calibration: tuple[str, ...],
     field: str | None,
     join: bool,
@@ -79,6 +94,7 @@ def command(
     JSON: {"path": the artifact, or null after --dry-run, "source", "recipe": [...], "source_bytes", "size_bytes",
            "rows": [{"bits", "size_bytes", "bits_per_weight", "kl", "top1_agreement", "cosine", "error"}],
            "layers": [{"name", "shape", "method", "bits"}], "expected_ram_bytes", "work_bytes", "resumed": bool,
+           "frontier": [{"bits_per_weight", "size_bytes", "predicted_kl", "uniform", "chosen": bool}],
            "warnings": [text]}
     """
     if group_size == 0:
@@ -92,6 +108,8 @@ def command(
             recipe=recipe,
             bits=bits,
             group_size=group_size,
+            target_bits=target_bits,
+            target_size=target_size,
             calibration=calibration,
             field=field,
             join=join,
@@ -117,4 +135,16 @@ def _text(report: "CompressReport") -> str:
     rows = [row.model_dump() | {"size": format_bytes(row.size_bytes)} for row in report.rows]
     memory = "" if report.path else f"\nexpected memory: {format_bytes(report.expected_ram_bytes)}"
     measured = OF_ENCODERS if any(row.cosine is not None for row in report.rows) else OF_DECODERS
-    return f"{first}{memory}\n\n{table(rows, COLUMNS | measured)}"
+    parts = [first + memory, *([table(rows, COLUMNS | measured)] if rows else []), *_frontier(report)]
+    return "\n\n".join(parts)
+
+
+def _frontier(report: "CompressReport") -> list[str]:
+    """The least loss predicted at each size, and what one width for all layers would do; nothing without a target."""
+    rows = [
+        row.model_dump()
+        | {"size": format_bytes(row.size_bytes)}
+        | {"note": "chosen" if row.chosen else f"all {row.uniform} bits" if row.uniform else ""}
+        for row in report.frontier
+    ]
+    return [table(rows, FRONTIER)] if rows else []

@@ -11,7 +11,8 @@ from lilliput.measure.memory import parse_size
 F = TypeVar("F", bound=Callable[..., Any] | click.Command)
 
 
-def _bytes(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+def byte_size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    """Read "8GiB" as bytes; the callback of an option."""
     return None if value is None else parse_size(value)
 
 
@@ -25,7 +26,7 @@ def _widths(ctx: click.Context, param: click.Parameter, values: tuple[str, ...])
 def max_ram(command: F) -> F:
     """`--max-ram`, a size in bytes."""
     text = "Refuse to start when more memory than this would be needed: 8GiB, 500MB, or bytes."
-    return click.option("--max-ram", callback=_bytes, metavar="SIZE", help=text)(command)
+    return click.option("--max-ram", callback=byte_size, metavar="SIZE", help=text)(command)
 
 
 def widths(help: str) -> Callable[[F], F]:

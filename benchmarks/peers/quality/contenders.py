@@ -1,0 +1,68 @@
+"""Who is compared: a line for each contender. Another recipe of ours, or another setting of a peer's, is one more line."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+OURS = "lilliput"
+ALL = {4: {}, 3: {}, 2: {}}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to make a model of each width.
+
+    peer: whose environment it runs in. worker: the program. options: given to it at every width, then those of the
+    width; a width that is not in `widths` the peer does not have. learns: from text, so that seeds matter.
+    """
+
+    peer: str
+    worker: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    widths: Mapping[int, Mapping[str, Any]] = field(default_factory=lambda: ALL)
+    learns: bool = True
+
+
+def ours(*stages: Mapping[str, Any], learns: bool = True, shared: bool = False) -> Contender:
+    """A recipe of ours, "$bits" and "$group_size" standing for the numbers; shared: one artifact serves all widths."""
+    return Contender(OURS, "run_lilliput.py", {"recipe": list(stages), "shared": shared}, learns=learns)
+
+
+BLOCKS = {"group_size": "$group_size", "ragged": True, "embeddings": False, "head": False}
+"""Only the matrices of the blocks, at the group size all are given."""
+
+
+def gguf(importance: bool, **ftypes: str) -> Contender:
+    """Types of llama.cpp by width, given as b4="Q4_K_M"."""
+    widths = {int(key[1:]): {"ftype": ftype} for key, ftype in ftypes.items()}
+    return Contender("llama.cpp", "run_llama_cpp_quant.py", {"importance": importance}, widths, learns=importance)
+
+
+CONTENDERS: dict[str, Contender] = {
+    "lilliput rtn": ours({"rtn": {"bits": ["$bits"], **BLOCKS}}, learns=False),
+    "lilliput rtn nested": ours({"rtn": {"bits": [2, 3, 4, 8], **BLOCKS}}, learns=False, shared=True),
+    "lilliput gptq": ours({"gptq": {"bits": ["$bits"], **BLOCKS}}),
+    "lilliput gptq nested": ours({"gptq": {"bits": [2, 3, 4, 8], **BLOCKS}}, shared=True),
+    "lilliput leanquant": ours({"leanquant": {"bits": ["$bits"], **BLOCKS}}),
+    "lilliput leanquant tables": ours(
+        {"leanquant": {"bits": ["$bits"], **BLOCKS, "group_size": -1, "nonuniform": True}}
+    ),
+    "lilliput any_precision": ours({"any_precision": {"bits": [2, 3, 4], **BLOCKS}}, shared=True),
+    "lilliput awq": ours({"awq": {}}, {"rtn": {"bits": ["$bits"], **BLOCKS}}),
+    "lilliput omniquant": ours({"omniquant": {"bits": ["$bits"], **BLOCKS}}),
+    "lilliput tuned": ours({"gptq": {"bits": ["$bits"], **BLOCKS}}, {"tune": {}}),
+    "lilliput tuned nested": ours({"gptq": {"bits": [2, 3, 4], **BLOCKS}}, {"tune": {}}, shared=True),
+    "llm-compressor rtn": Contender("llm-compressor", "run_llm_compressor.py", {"method": "rtn"}, learns=False),
+    "llm-compressor gptq": Contender("llm-compressor", "run_llm_compressor.py", {"method": "gptq"}),
+    "llm-compressor awq": Contender("llm-compressor", "run_llm_compressor.py", {"method": "awq"}),
+    "gptqmodel gptq": Contender("gptqmodel", "run_gptqmodel.py", {"sym": True}),
+    "gptqmodel gptq asym": Contender("gptqmodel", "run_gptqmodel.py", {"sym": False}),
+    "auto-round": Contender("auto-round", "run_auto_round.py", {"sym": False}),
+    "auto-round sym": Contender("auto-round", "run_auto_round.py", {"sym": True}),
+    "hqq": Contender("hqq", "run_hqq.py", {"axis": 1}, learns=False),
+    "llama.cpp k": gguf(False, b4="Q4_K_M", b3="Q3_K_M", b2="Q2_K"),
+    "llama.cpp k imatrix": gguf(True, b4="Q4_K_M", b3="Q3_K_M", b2="Q2_K"),
+    "llama.cpp ks imatrix": gguf(True, b4="Q4_K_S", b3="Q3_K_S", b2="Q2_K_S"),
+    "llama.cpp iq imatrix": gguf(True, b4="IQ4_XS", b3="IQ3_XXS", b2="IQ2_XS"),
+    "quanto": Contender("quanto", "run_quanto.py", widths={4: {}, 2: {}}, learns=False),
+}

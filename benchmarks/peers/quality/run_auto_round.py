@@ -1,0 +1,44 @@
+"""Worker of auto-round: SignRound, with its defaults but the grid. options: {"sym": no zero point}."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from auto_round import AutoRound
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from worker import calibration, main, stored, tensors
+
+
+def quantize(job: dict[str, Any]) -> tuple[Any, Any]:
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float16)
+    rows = torch.from_numpy(calibration(job))
+    tuner = AutoRound(
+        model,
+        AutoTokenizer.from_pretrained(job["model"]),
+        bits=job["bits"],
+        group_size=job["group_size"],
+        sym=job["options"]["sym"],
+        dataset=list(rows.split(8)),
+        nsamples=len(rows),
+        seqlen=rows.shape[1],
+        seed=job["seed"],
+        device_map="cpu",
+        enable_torch_compile=False,
+    )
+    quantized, _ = tuner.quantize()
+    return tuner, quantized
+
+
+def dump(job: dict[str, Any], state: tuple[Any, Any]) -> tuple[Mapping[str, Any], dict[str, int]]:
+    tuner, model = state
+    weights = tensors(model)  # quantized and dequantized where they stand, before they are packed
+    out = Path(job["out"]) / "auto_round"
+    tuner.save_quantized(str(out), format="auto_round", inplace=True)
+    packed = next(path.parent for path in sorted(out.rglob("*.safetensors")))
+    names = {name for name in weights if name.endswith(".weight")}
+    return {name: weights[name] for name in names}, stored(packed)
+
+
+if __name__ == "__main__":
+    main(quantize, dump, ("auto-round",))

@@ -1,0 +1,81 @@
+"""The calibration text at one block, as methods that treat a whole block read it."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from lilliput.methods.base import BlockData
+from lilliput.models.decoder import Block
+from lilliput.numerics.statistics import Accumulator, InputPeak
+
+
+def evenly(count: int, wanted: int) -> list[int]:
+    """Up to `wanted` of the numbers 0 .. count - 1, spread evenly."""
+    wanted = min(count, wanted)
+    return [i * count // wanted for i in range(wanted)]
+
+
+def sample(data: BlockData, samples: int, length: int) -> Tensor:
+    """Some rows of what comes into the block, cut short: (up to samples, up to length, hidden) float32."""
+    return data.inputs.take(evenly(data.inputs.samples, samples))[:, :length].contiguous()
+
+
+def linear(block: Block, name: str) -> nn.Linear:
+    """The linear layer of that name within the block, such as "attn.q_proj"."""
+    found = block.get_submodule(name)
+    assert isinstance(found, nn.Linear), name
+    return found
+
+
+def inputs_of(block: Block, names: Iterable[str], rows: Tensor) -> dict[str, Tensor]:
+    """What the linear layers named within the block read when `rows`, (samples, length, hidden), run through it.
+
+    Returns (samples, length, in) float32 each.
+    """
+    linears = {name: linear(block, name) for name in names}
+    sums = {name: _Keep() for name in linears}
+    with torch.no_grad(), watching(linears, sums):
+        block(rows)
+    return {name: one.value().unflatten(0, rows.shape[:2]) for name, one in sums.items()}
+
+
+def peaks_of(block: Block, names: Iterable[str], data: BlockData) -> dict[str, Tensor]:
+    """Largest size of every input of the layers named within the block, over the whole calibration text: (in,)."""
+    linears = {name: linear(block, name) for name in names}
+    sums = {name: InputPeak(one.in_features) for name, one in linears.items()}
+    with torch.no_grad(), watching(linears, sums):
+        for batch in data.inputs.batches(data.batch):
+            block(batch)
+    return {name: one.value() for name, one in sums.items()}
+
+
+class _Keep:
+    """An Accumulator that keeps everything; for samples only."""
+
+    def __init__(self) -> None:
+        self._parts: list[Tensor] = []
+        self.tokens = 0
+
+    def add(self, inputs: Tensor) -> None:
+        self._parts.append(inputs)
+        self.tokens += len(inputs)
+
+    def value(self) -> Tensor:
+        return torch.cat(self._parts)
+
+
+@contextmanager
+def watching(linears: Mapping[str, nn.Linear], sums: Mapping[str, Accumulator]) -> Iterator[None]:
+    """Feed the inputs of the layers named in `sums` to their accumulators while the context lasts."""
+
+    def hook(total: Accumulator) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _module, inputs: total.add(inputs[0].flatten(0, -2))
+
+    handles = [linears[name].register_forward_pre_hook(hook(total)) for name, total in sums.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

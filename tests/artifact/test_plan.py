@@ -1,0 +1,42 @@
+"""What the widths cost, as docs/artifact.md has it."""
+
+import pytest
+
+from lilliput.artifact.plan import Plan
+from lilliput.artifact.schema import rung_file
+from support.small_artifact import llama_spec, small_plan
+
+SPEC = llama_spec(layers=1, hidden=4096, heads=32, kv_heads=8, inter=14336)
+
+
+def rungs(plan: Plan, kind: str = "") -> list[float]:
+    """Bits a weight of the tensors of that kind in each rung file."""
+    weights = sum(entry.out * entry.columns for entry in plan.entries.values())
+    slots = [[plan.slot(t.name) for t in plan.tensors[rung_file(b)] if kind in t.name] for b in plan.bits]
+    return [8 * sum(slot.end - slot.begin for slot in file) / weights for file in slots]
+
+
+@pytest.mark.parametrize(
+    ("group_size", "read", "added"),
+    [(64, [2.5, 3.5, 4.5, 8.5], [2.5, 1.5, 1.5, 4.5]), (128, [2.25, 3.25, 4.25, 8.25], [2.25, 1.25, 1.25, 4.25])],
+)
+def test_the_bits_of_a_weight_are_those_of_the_documentation(
+    group_size: int, read: list[float], added: list[float]
+) -> None:
+    plan = small_plan(SPEC, group_size=group_size)
+    assert [plan.bits_per_weight(b) for b in plan.bits] == read
+    assert rungs(plan) == added
+    looked = small_plan(SPEC, group_size=group_size, tables=(2, 3, 4))
+    assert [round(more, 3) for more in rungs(looked, ".table.")] == [0.006, 0.013, 0.025, 0]
+    assert rungs(looked) == pytest.approx([a + t for a, t in zip(added, rungs(looked, ".table."), strict=True)])
+    for b, more in zip(plan.bits, rungs(looked, ".table."), strict=True):
+        assert looked.bits_per_weight(b) == pytest.approx(plan.bits_per_weight(b) + more)
+
+
+def test_a_table_costs_its_bytes_over_the_columns() -> None:
+    wide = {"layers.0.mlp.down_proj": 14336, "layers.0.attn.q_proj": 4096}
+    plan = small_plan(SPEC, tables=(2, 3, 4))
+    for name, columns in wide.items():
+        for b in (2, 3, 4):
+            slot, entry = plan.slot(f"{name}.table.{b}"), plan.entries[name]
+            assert 8 * (slot.end - slot.begin) / (entry.out * entry.columns) == 8 * 2**b / columns

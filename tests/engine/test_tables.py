@@ -1,0 +1,91 @@
+"""Artifacts with tables of levels from the file to the logits: torch, NumPy and the engine read the same weights."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lilliput.artifact.read import Artifact
+from lilliput.engine import Engine, Sampling, load, native
+from lilliput.models.decoder import Decoder
+from lilliput.numerics.divergence import divergence
+from lilliput.numerics.nested import Quantized
+from support.small_artifact import llama_spec, random_linear, random_tables, small_plan, write_small_artifact
+
+SPEC = llama_spec()
+# the embedding is the head too, and has tables at its own widths
+PLANS = {
+    "groups": small_plan(SPEC, (2, 3, 4, 8), tables=(2, 3, 4), ladders={"embed_tokens": (4, 8)}),
+    "rows": small_plan(SPEC, (2, 3, 4, 8), tables=(2, 3, 4), ladders={"embed_tokens": (3, 8)}, group_size=-1),
+    "symmetric, some": small_plan(SPEC, (2, 3, 4, 8), tables=(3,), ladders={"embed_tokens": (3,)}, sym=True),
+}
+TOKENS = [int(t) for t in np.random.default_rng(0).integers(0, 261, 41)]
+
+
+@pytest.fixture(scope="module", params=list(PLANS))
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tables") / "a.lilliput"
+    write_small_artifact(path, plan=PLANS[request.param])
+    return path
+
+
+def torch_logits(artifact: Artifact, bits: int) -> np.ndarray:
+    """What the decoder in torch answers with the weights that torch reads from the codes."""
+    rng = np.random.default_rng(0)  # as `fill` drew them
+    state = {}
+    for name, entry in artifact.manifest.entries.items():
+        codes, scale, zero = random_linear(entry, rng)
+        table = random_tables(entry, rng)
+        parts = [{b: torch.from_numpy(v) for b, v in grid.items()} for grid in (scale, zero, table)]
+        grid = Quantized(torch.from_numpy(codes), entry.bits, entry.group_size, *parts)
+        state[f"{name}.weight"] = grid.dequantize(entry.width_at(bits))
+        assert np.array_equal(artifact.dequantize(name, bits), state[f"{name}.weight"].numpy())
+    state |= {name: torch.from_numpy(artifact.dequantize(name)) for name in artifact.manifest.floats}
+    decoder = Decoder(SPEC, state.keys())
+    decoder.load_state_dict(state)
+    with torch.no_grad():
+        return decoder(torch.tensor([TOKENS]))[0].numpy()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_engine_answers_as_torch_does(folder: Path, bits: int) -> None:
+    with Artifact.open(folder) as artifact:
+        expected = torch_logits(artifact, bits)
+    exact = Engine(folder, activations="float").logits(TOKENS, bits=bits)
+    np.testing.assert_allclose(exact, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+    rounded = Engine(folder).logits(TOKENS, bits=bits)
+    kl, _ = divergence(exact, rounded)
+    assert 0 < kl.mean() < 0.02
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_threads_variants_and_batches_give_the_same_bits(folder: Path, bits: int) -> None:
+    with Artifact.open(folder) as artifact:
+        manifest = artifact.manifest
+        floats = {name: artifact.tensor(name) for name in manifest.floats}
+        linears = {name: artifact.linear(name) for name in manifest.entries}
+
+    def model(threads: int, variant: str) -> native.Model:
+        return native.Model(SPEC, floats, linears, threads=threads, variant=variant, activations="int8")
+
+    wanted = model(1, "reference").logits(TOKENS, bits)
+    for variant in native.variants("matmul_nested"):
+        assert np.array_equal(model(2, variant).logits(TOKENS, bits), wanted)
+    engine = load(folder, threads=2)
+    prompts = [TOKENS[:7], TOKENS[3:30], TOKENS[20:21]]
+    options = {"max_new_tokens": 12, "bits": bits, "sampling": Sampling()}
+    together = [made.tokens for made in engine.generate_batch(prompts, **options)]
+    assert together == [engine.generate(prompt, **options).tokens for prompt in prompts]
+
+
+def test_tables_count_among_the_bytes_a_token_reads(tmp_path: Path) -> None:
+    plans = [small_plan(SPEC, (2, 8), tables=tables) for tables in ((), (2,))]
+    for name, plan in zip("ab", plans, strict=True):
+        write_small_artifact(tmp_path / name, plan=plan)
+    plain, looked = Engine(tmp_path / "a"), Engine(tmp_path / "b")
+    tables = sum(entry.out * 4 for entry in plans[0].entries.values())  # every `out` here is a multiple of 16
+    weights = sum(entry.out * entry.columns for entry in plans[0].entries.values())
+    assert looked.weight_bytes(2) - plain.weight_bytes(2) == tables
+    assert looked.weight_bytes(8) == plain.weight_bytes(8)
+    assert plans[1].bits_per_weight(2) - plans[0].bits_per_weight(2) == pytest.approx(8 * tables / weights)

@@ -8,8 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lilliput.artifact import schema
-from lilliput.artifact.schema import Manifest, QuantEntry, load_manifest, seal
+from lilliput.artifact.schema import (
+    EmbeddingQuality,
+    FloatEntry,
+    Manifest,
+    QuantEntry,
+    inconsistencies,
+    load_manifest,
+    seal,
+)
 from lilliput.core.errors import InputCorrupt, LilliputError, Unsupported
+from lilliput.core.spec import EncoderSpec, Norm, TokenInputs
 from support.small_artifact import llama_spec, small_plan, write_small_artifact
 
 
@@ -167,14 +176,14 @@ def test_a_newer_major_is_refused_by_name(manifest: Manifest) -> None:
 
 
 def test_a_newer_minor_may_say_more_but_not_mean_more(manifest: Manifest) -> None:
-    assert schema.SCHEMA_VERSION == "1.1"  # with the next minor, raise the numbers below
+    assert schema.SCHEMA_VERSION == "1.2"  # with the next minor, raise the numbers below
     newer = manifest.model_copy(update={"schema_version": "1.7"})
     for path in ("carbon_footprint", "source/licence", "files/config.json/mime"):
         read = load_manifest(changed(newer, path, "x"), "m")
         assert read.entries == manifest.entries
         assert read.schema_version == "1.7"
-    for path in ("spec/sinks", "entries/layers.0.attn.q_proj/codebook"):
-        with pytest.raises(Unsupported, match=r"schema 1\.7 says .*Extra inputs.*Update lilliput, this one knows 1\.1"):
+    for path in ("spec/sinks", "spec/kind", "entries/layers.0.attn.q_proj/codebook"):
+        with pytest.raises(Unsupported, match=r"schema 1\.7 says .*Extra inputs.*Update lilliput, this one knows 1\.2"):
             load_manifest(changed(newer, path, "x"), "m")
     with pytest.raises(Unsupported, match=r"schema 1\.7 says spec\.activation"):
         load_manifest(changed(newer, "spec/activation", "mish"), "m")
@@ -205,3 +214,41 @@ def test_tables_raise_the_version_only_where_there_are_some(manifest: Manifest, 
     said = json.loads(seal(written))["entries"]
     assert said["layers.0.attn.q_proj"]["tables"] == [2, 4]
     assert "tables" not in said["embed_tokens"]
+
+
+def encoder() -> tuple[EncoderSpec, dict[str, FloatEntry]]:
+    """One post-norm layer, and every tensor it needs, in float."""
+    spec = EncoderSpec(
+        kind="encoder", family="bert", inputs=TokenInputs(vocab_size=20, types=2), hidden_size=8, num_layers=1,
+        num_heads=2, intermediate_size=12, context=16, norm=Norm(kind="layer", eps=1e-12), activation="gelu",
+        norm_first=False, embed_norm=True, final_norm=False, pooling="mean",
+    )  # fmt: skip
+    shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": shape for name, shape in spec.matrices().items()}
+    shapes |= {"embed_positions.weight": (16, 8), "embed_types.weight": (2, 8), "embed_norm.weight": (8,)}
+    shapes |= {f"layers.0.{part}_post_norm.{kind}": (8,) for part in ("attn", "mlp") for kind in ("weight", "bias")}
+    return spec, {name: FloatEntry(dtype="F32", shape=shape) for name, shape in shapes.items()}
+
+
+def test_an_encoder_is_whole_or_refused() -> None:
+    spec, floats = encoder()
+    assert list(inconsistencies(spec, {}, floats, ())) == []
+    for absent in ("embed_types.weight", "layers.0.mlp_post_norm.weight", "layers.0.attn.v_proj.weight"):
+        left = {name: entry for name, entry in floats.items() if name != absent}
+        assert any(absent.removesuffix(".weight") in problem for problem in inconsistencies(spec, {}, left, ()))
+    strange = floats | {"lm_head.weight": FloatEntry(dtype="F32", shape=(20, 8))}
+    assert list(inconsistencies(spec, {}, strange, ())) == ["lm_head.weight is stored but the spec has no such tensor"]
+    wrong = floats | {"embed_norm.weight": FloatEntry(dtype="F32", shape=(9,))}
+    assert list(inconsistencies(spec, {}, wrong, ())) == ["embed_norm.weight is (9,) but the spec says (8,)"]
+    many = spec.model_copy(update={"num_layers": 10**9})
+    assert list(inconsistencies(many, {}, floats, ())) == [
+        f"spec has {10**9} layers but there are {len(floats)} tensors"
+    ]
+
+
+def test_both_kinds_of_quality_read_back_and_newer_ones_may_say_more(manifest: Manifest) -> None:
+    told = {"bits": 4, "inputs": 9, "cosine": 0.9, "cosine_min": 0.8, "error": 0.3, "inputs_are": "sentences"}
+    newer = manifest.model_copy(update={"schema_version": "1.7"})
+    read = load_manifest(changed(newer, "quality", [told | {"spread": 1.0}]), "m")
+    assert read.quality == (EmbeddingQuality(**told),)  # type: ignore[arg-type]
+    with pytest.raises(InputCorrupt, match=r"quality\.0\.cosine_min"):
+        load_manifest(changed(manifest, "quality", [{k: v for k, v in told.items() if k != "cosine_min"}]), "m")

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lilliput.core.errors import ConfigError, InputCorrupt
+from lilliput.core.spec import PADDING
 from lilliput.data.documents import read_documents
-from lilliput.data.streams import Batches, batches, order, windows
+from lilliput.data.streams import Batches, batches, order, sentences, windows
 from lilliput.data.tokenizer import Tokenizer
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared/data"
@@ -140,3 +141,21 @@ def test_the_windows_of_the_reference_texts_count_as_published() -> None:
     stories = [s for s in read_documents(SHARED / "tinystories/stories_a.jsonl") if len(tokenizer.encode(s)) <= 512]
     found = windows(stories, tokenizer, length=512)
     assert (len(found), sum(len(w) - 1 for w in found)) == (490, 172_592)
+
+
+class Spelled:
+    """Characters as ids, 1 in front and 2 behind."""
+
+    def whole(self, text: str, limit: int) -> list[int]:
+        return [*[1, *map(ord, text)][: limit - 1], 2]
+
+
+def test_an_encoder_is_given_lines_with_padding_behind_the_short_ones() -> None:
+    drawn = sentences(["ab\n\nabcdefgh", "x"], Spelled(), length=6, samples=3, seed=1)
+    rows = sorted(row[row != PADDING].tolist() for row in drawn.rows)
+    assert rows == sorted([[1, 97, 98, 2], [1, 97, 98, 99, 100, 2], [1, 120, 2]])
+    assert drawn.rows.shape == (3, 6)
+    assert all((row[list(row).index(2) + 1 :] == PADDING).all() for row in drawn.rows)
+    assert drawn.tokens == 13
+    with pytest.raises(ValueError, match=r"3 lines are fewer than the 4 asked for"):
+        sentences(["ab\n\nabcdefgh", "x"], Spelled(), length=6, samples=4)

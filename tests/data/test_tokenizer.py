@@ -218,6 +218,16 @@ def test_a_rendered_bos_is_not_doubled(save: Save) -> None:
     assert ids.count(tokenizer.bos_id or -1) == 1
 
 
+@pytest.mark.parametrize("template", [["<s>", "$A", "</s>"], ["<s>", "$A"], ["$A", "</s>"]])
+def test_a_text_for_an_encoder_has_what_the_model_puts_around_it_and_loses_its_own_end(
+    save: Save, template: list[str]
+) -> None:
+    tokenizer = Tokenizer.open(save(template=template))
+    core = tokenizers.Tokenizer.from_file(str(tokenizer._folder / "tokenizer.json"))
+    assert tokenizer.whole("the oak", 99) == core.encode("the oak").ids
+    assert tokenizer.whole("the oak", 4) == core.encode("the oak"[: {3: 4, 2: 5}[len(template)]]).ids
+
+
 def test_data_needs_no_torch() -> None:
     code = "import sys, lilliput.data.tokenizer, lilliput.data.streams, lilliput.data.documents; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -45,7 +45,7 @@ def test_nothing_that_grants_trust_passes() -> None:
         "tokenizer_class": "Evil",
     }
     found = filter_config(LLAMA | bad, where="config.json")
-    assert found == LLAMA | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+    assert found == LLAMA | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "text_config": {}}
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from lilliput.models import Block, Checkpoint, load_block
+from lilliput.models import Block, Checkpoint, load_block, load_encoder_block
 from lilliput.models.pairs import pairs
+from support.encoders import write_encoder
 from support.families import FAMILIES, write_checkpoint
 
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -95,3 +96,21 @@ def test_a_scale_that_is_no_positive_number_is_refused(bad: float, tmp_path: Pat
     with pytest.raises(ValueError, match=r"^scale \(64,\) is not 64 positive numbers$"):
         pair.fold(block, scale)
     assert torch.equal(block.attn_norm.weight, before)
+
+
+@pytest.mark.parametrize(
+    ("family", "tower", "kinds"),
+    [("bert", None, ["query_key", "value"]), ("clip", "text", ["norm", "query_key", "value", "norm"])],
+)
+@torch.no_grad()
+def test_norms_of_an_encoder_are_folded_only_where_they_come_first(
+    family: str, tower: str | None, kinds: list[str], tmp_path: Path
+) -> None:
+    write_encoder(tmp_path, family)
+    block = load_encoder_block(Checkpoint.open(tmp_path, tower=tower), 1)
+    hidden = X * (torch.arange(19) < 11)[:, None]  # the rest is padding
+    expected = block(hidden)
+    assert [pair.kind for pair in pairs(block)] == kinds
+    for pair in pairs(block):
+        pair.fold(block, factors(pair.width))
+        assert (block(hidden) - expected).abs().max() <= 1e-5 * expected.abs().max(), pair.divided

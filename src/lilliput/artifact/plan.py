@@ -10,7 +10,7 @@ from typing import Any
 from lilliput.artifact.container import PAGE, Layout, Planned, Slot
 from lilliput.artifact.schema import FLOAT_FILE, FloatEntry, Manifest, QuantEntry, inconsistencies, rung_file
 from lilliput.core.errors import ConfigError
-from lilliput.core.spec import ModelSpec
+from lilliput.core.spec import AnySpec
 from lilliput.numerics.packing import ROWS, field_shape, padded
 
 _METADATA = {"format": "lilliput"}
@@ -25,7 +25,7 @@ class Plan:
     narrowest width of at least b, or else its widest, and its fields stand in the file of the first b that needs them.
     """
 
-    spec: ModelSpec
+    spec: AnySpec
     entries: Mapping[str, QuantEntry]
     floats: Mapping[str, FloatEntry]
     bits: tuple[int, ...]

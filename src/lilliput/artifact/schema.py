@@ -16,19 +16,21 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
     JsonValue,
     StringConstraints,
+    Tag,
     ValidationError,
     model_validator,
 )
 
 from lilliput.artifact import strict_json
 from lilliput.core.errors import InputCorrupt, Unsupported
-from lilliput.core.spec import ModelSpec
+from lilliput.core.spec import AnySpec, EncoderSpec, ModelSpec, PatchInputs
 from lilliput.numerics.packing import TABLE_BITS, fields_of, serving_width
 
-SCHEMA_VERSION = "1.1"
+SCHEMA_VERSION = "1.2"
 MANIFEST_FILE = "manifest.json"
 INDEX_FILE = "model.safetensors.index.json"
 FLOAT_FILE = "float.safetensors"
@@ -173,6 +175,33 @@ class QualityEntry(_Frozen):
     text: str
 
 
+class EmbeddingQuality(_Frozen):
+    """What one width of an encoder does to `inputs` texts or pictures, against the source model (1.2).
+
+    cosine, cosine_min: mean and least cosine between the two embeddings. error: ||e - e_source|| / ||e_source||, the
+    mean, which unlike a cosine sees a wrong scale. inputs_are: in words.
+    """
+
+    bits: int = Field(ge=1, le=32)
+    inputs: Count
+    cosine: Finite
+    cosine_min: Finite
+    error: Finite
+    inputs_are: str
+
+
+def _measured(value: Any) -> str:
+    told = value.keys() if isinstance(value, dict) else vars(value)
+    return "vectors" if "cosine" in told else "logits"
+
+
+Quality = Annotated[
+    Annotated[QualityEntry, Tag("logits")] | Annotated[EmbeddingQuality, Tag("vectors")], Discriminator(_measured)
+]
+_TAGS = ("decoder", "encoder", "logits", "vectors")
+"""What pydantic puts into the path of an error where a union was decided."""
+
+
 class LayerRecord(_Frozen):
     """What a method did to one layer. Keys are widths; error: of the layer's output, relative; sqnr_db: of its weights."""
 
@@ -190,7 +219,7 @@ class Manifest(_Frozen):
     lilliput_version: str
     bits: Ladder
     """Widths the artifact serves; empty when nothing is quantized."""
-    spec: ModelSpec
+    spec: AnySpec
     source: SourceInfo
     recipe: JsonValue
     """The stages as run."""
@@ -198,7 +227,7 @@ class Manifest(_Frozen):
     data: DataInfo | None = None
     tools: dict[str, str] = {}
     """Versions of what computed the numbers."""
-    quality: tuple[QualityEntry, ...] = ()
+    quality: tuple[Quality, ...] = ()
     layers: tuple[LayerRecord, ...] = ()
     entries: dict[TensorName, QuantEntry]
     """Quantized matrices by module, "layers.0.attn.q_proj", "embed_tokens", "lm_head"."""
@@ -220,21 +249,22 @@ class Manifest(_Frozen):
 
 
 def inconsistencies(
-    spec: ModelSpec, entries: Mapping[str, QuantEntry], floats: Mapping[str, FloatEntry], bits: tuple[int, ...]
+    spec: AnySpec, entries: Mapping[str, QuantEntry], floats: Mapping[str, FloatEntry], bits: tuple[int, ...]
 ) -> Iterator[str]:
-    """Yield what keeps these tensors from being the decoder that `spec` describes, one line each."""
-    if len(spec.windows) != spec.num_layers:  # first: it bounds the loops below by the size of the manifest
-        yield f"spec has {spec.num_layers} layers but {len(spec.windows)} windows"
-        return
-    if spec.rotary is not None and len(spec.rotary.inv_freq) != spec.rotary.dim // 2:
-        yield f"spec.rotary has {len(spec.rotary.inv_freq)} frequencies for {spec.rotary.dim} channels"
+    """Yield what keeps these tensors from being the model that `spec` describes, one line each."""
+    if isinstance(spec, EncoderSpec):
+        if spec.num_layers > len(entries) + len(floats):  # first, as below
+            yield f"spec has {spec.num_layers} layers but there are {len(entries) + len(floats)} tensors"
+            return
+    else:
+        if len(spec.windows) != spec.num_layers:  # first: it bounds the loops below by the size of the manifest
+            yield f"spec has {spec.num_layers} layers but {len(spec.windows)} windows"
+            return
+        if spec.rotary is not None and len(spec.rotary.inv_freq) != spec.rotary.dim // 2:
+            yield f"spec.rotary has {len(spec.rotary.inv_freq)} frequencies for {spec.rotary.dim} channels"
     if bool(entries) != bool(bits):
         yield f"the widths are {list(bits)} but {len(entries)} matrices are quantized"
-    matrices = {"embed_tokens": (spec.vocab_size, spec.hidden_size)}
-    if not spec.tied_head:
-        matrices["lm_head"] = (spec.vocab_size, spec.hidden_size)
-    for layer in range(spec.num_layers):
-        matrices |= spec.linears(layer)
+    matrices = spec.matrices()
     for name, shape in matrices.items():
         entry, left = entries.get(name), floats.get(f"{name}.weight")
         if (entry is None) == (left is None):
@@ -245,17 +275,20 @@ def inconsistencies(
             yield f"{name} is {found} but the spec says {shape}"
     for name in entries.keys() - matrices.keys():
         yield f"{name} is quantized but the spec has no such matrix"
-    if spec.tied_head and "lm_head.weight" in floats:
+    if isinstance(spec, ModelSpec) and spec.tied_head and "lm_head.weight" in floats:
         yield "lm_head.weight is stored although the head is tied"
     for name, entry in entries.items():
         unused = _unused(entry.bits, bits)
         if bits and unused:
             yield f"{name} has the width {unused[0]}, which no width of {list(bits)} uses"
-    yield from _misshapen(spec, floats, matrices)
+    misshapen = _misshapen(spec, floats, matrices) if isinstance(spec, ModelSpec) else _unlike(spec, floats, matrices)
+    yield from misshapen
 
 
-def version_of(entries: Mapping[str, QuantEntry]) -> str:
-    """Return the oldest schema version that has all that these entries say."""
+def version_of(spec: AnySpec, entries: Mapping[str, QuantEntry]) -> str:
+    """Return the oldest schema version that has all that the spec and these entries say."""
+    if isinstance(spec, EncoderSpec):
+        return "1.2"
     return "1.1" if any(entry.tables for entry in entries.values()) else "1.0"
 
 
@@ -288,6 +321,33 @@ def _misshapen(
                 yield f"{name} is {entry.shape} but the spec needs at least {(rows, spec.hidden_size)}"
         if expected is not None and entry.shape != expected:
             yield f"{name} is {entry.shape} but the spec says {expected}"
+
+
+def _unlike(
+    spec: EncoderSpec, floats: Mapping[str, FloatEntry], matrices: Mapping[str, tuple[int, int]]
+) -> Iterator[str]:
+    """Yield what an encoder's float tensors lack, have too much of, or have in another shape."""
+    hidden = (spec.hidden_size,)
+    wanted: dict[str, tuple[int, ...]] = {"embed_positions.weight": (spec.context, spec.hidden_size)}
+    if isinstance(spec.inputs, PatchInputs):
+        wanted["embed_class.weight"] = hidden
+    elif spec.inputs.types:
+        wanted["embed_types.weight"] = (spec.inputs.types, spec.hidden_size)
+    own = ("attn_norm", "mlp_norm") if spec.norm_first else ("attn_post_norm", "mlp_post_norm")
+    norms = [f"layers.{layer}.{norm}" for layer in range(spec.num_layers) for norm in own]
+    norms += ["embed_norm"] * spec.embed_norm + ["final_norm"] * spec.final_norm
+    wanted |= {f"{norm}.weight": hidden for norm in norms}
+    optional: dict[str, tuple[int, ...]] = {f"{norm}.bias": hidden for norm in norms}
+    optional |= {f"{name}.bias": shape[:1] for name, shape in matrices.items()}
+    optional |= {f"{name}.weight": shape for name, shape in matrices.items()}
+    for name in wanted.keys() - floats.keys():
+        yield f"{name} is not stored"
+    for name, entry in floats.items():
+        shape = wanted.get(name) or optional.get(name)
+        if shape is None:
+            yield f"{name} is stored but the spec has no such tensor"
+        elif entry.shape != shape:
+            yield f"{name} is {entry.shape} but the spec says {shape}"
 
 
 def seal(manifest: Manifest) -> bytes:
@@ -339,7 +399,7 @@ def load_manifest(raw: bytes, where: str) -> Manifest:
 def _known(data: dict[str, Any], error: ValidationError) -> dict[str, Any]:
     """Copy of `data` without the unknown fields that a newer minor may add."""
     for problem in error.errors():
-        path = problem["loc"]
+        path = _path(problem["loc"])
         if problem["type"] == "extra_forbidden" and path[0] not in ("spec", "entries", "floats"):
             parent: Any = data
             for step in path[:-1]:
@@ -350,4 +410,9 @@ def _known(data: dict[str, Any], error: ValidationError) -> dict[str, Any]:
 
 def _first(error: ValidationError) -> str:
     problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    return f"{'.'.join(str(step)[:80] for step in problem['loc']) or 'manifest'}: {problem['msg']}"
+    return f"{'.'.join(str(step)[:80] for step in _path(problem['loc'])) or 'manifest'}: {problem['msg']}"
+
+
+def _path(loc: tuple[int | str, ...]) -> list[int | str]:
+    tagged = {"spec": 1, "quality": 2}.get(str(loc[0])) if loc else None
+    return [step for at, step in enumerate(loc) if at != tagged or step not in _TAGS]

@@ -26,6 +26,7 @@ from lilliput.artifact.schema import (
     MANIFEST_FILE,
     MANIFEST_LIMIT,
     DataInfo,
+    EmbeddingQuality,
     FileEntry,
     LayerRecord,
     Manifest,
@@ -158,7 +159,7 @@ class ArtifactWriter:
         seed: int,
         data: DataInfo | None = None,
         tools: Mapping[str, str] | None = None,
-        quality: Sequence[QualityEntry] = (),
+        quality: Sequence[QualityEntry | EmbeddingQuality] = (),
         layers: Sequence[LayerRecord] = (),
     ) -> Manifest:
         """Write the index and, last, the manifest; the writer is closed then.
@@ -174,7 +175,7 @@ class ArtifactWriter:
             file.close()
         _write_whole(self.folder / INDEX_FILE, self.plan.index_json())
         manifest = Manifest(
-            schema_version=version_of(self.plan.entries),
+            schema_version=version_of(self.plan.spec, self.plan.entries),
             lilliput_version=_VERSION,
             bits=self.plan.bits,
             spec=self.plan.spec,
@@ -223,7 +224,10 @@ class ArtifactWriter:
 
 
 def amend(
-    folder: Path, *, quality: Sequence[QualityEntry] | None = None, layers: Sequence[LayerRecord] | None = None
+    folder: Path,
+    *,
+    quality: Sequence[QualityEntry | EmbeddingQuality] | None = None,
+    layers: Sequence[LayerRecord] | None = None,
 ) -> Manifest:
     """Replace the measurements in a finished folder's manifest, and take in side files changed or added since.
 

@@ -7,13 +7,14 @@ same batches on every machine and with every version of NumPy.
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from lilliput.core.errors import ConfigError, InputCorrupt
+from lilliput.core.spec import PADDING
 
 I32 = npt.NDArray[np.int32]
 
@@ -104,6 +105,36 @@ def batches(
     return Batches(table[order(rows, seed)[:samples]], batch_size)
 
 
+class Wholes(Protocol):
+    """The part of `Tokenizer` that `sentences` uses."""
+
+    def whole(self, text: str, limit: int) -> list[int]: ...
+
+
+def sentences(
+    documents: Iterable[str], tokenizer: Wholes, *, length: int, samples: int, batch_size: int = 1, seed: int = 0
+) -> "Batches":
+    """Draw `samples` rows for an encoder: each one line of a document, with the tokens the model has around a text.
+
+    Lines are cut to `length` tokens; shorter ones have PADDING behind them, up to the longest drawn.
+    Raises ConfigError where there are fewer lines.
+    """
+    lines = [line for text in documents for line in text.splitlines() if line.strip()]
+    if len(lines) < samples:
+        what = f"{len(lines)} lines are fewer than the {samples} asked for"
+        raise ConfigError(what, where="calibration text", fix="Give more text or lower --samples")
+    chosen = [lines[at] for at in order(len(lines), seed)[:samples]]
+    return Batches(padded([tokenizer.whole(line, length) for line in chosen]).astype(np.int32), batch_size)
+
+
+def padded(rows: Sequence[Sequence[int]]) -> npt.NDArray[np.int64]:
+    """Return (rows, length of the longest) int64, PADDING behind the shorter ones."""
+    table = np.full((len(rows), max(map(len, rows), default=0)), PADDING, dtype=np.int64)
+    for at, row in enumerate(rows):
+        table[at, : len(row)] = row
+    return table
+
+
 class Batches:
     """Rows of tokens in batches; iterate as often as you like, the order stays.
 
@@ -124,8 +155,8 @@ class Batches:
 
     @property
     def tokens(self) -> int:
-        """Tokens in all rows."""
-        return int(self.rows.size)
+        """Tokens in all rows, padding not among them."""
+        return int((self.rows != PADDING).sum())
 
     @property
     def sha256(self) -> str:

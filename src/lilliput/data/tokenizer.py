@@ -45,6 +45,7 @@ class Tokenizer:
         self._special = {i for i, token in core.get_added_tokens_decoder().items() if token.special}
         self.vocab_size = max(core.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.bos_id = self._bos()
+        self._back = self._behind()
         self.eos_ids = self._eos()
 
     @classmethod
@@ -90,6 +91,14 @@ class Tokenizer:
         if bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
             ids.insert(0, self.bos_id)
         return ids
+
+    def whole(self, text: str, limit: int) -> list[int]:
+        """Return the ids of `text` for an encoder: what the model puts in front and behind included, at most `limit`.
+
+        A longer text loses its end, never what stands behind it. Raises as `encode` does.
+        """
+        ids = self.encode(text)
+        return ids[: max(0, limit - len(self._back))] + list(self._back)
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Return the text of `ids`; ids above the vocabulary stand for nothing.
@@ -164,6 +173,12 @@ class Tokenizer:
             return [i for i in full[:1] if i == declared]
         starts = (s for s in range(len(full)) if full[s : s + len(plain)] == plain)
         return list(full[: next(starts, 0)])
+
+    def _behind(self) -> tuple[int, ...]:
+        """What the post-processor adds behind a text."""
+        plain, full = (self._core.encode("a", add_special_tokens=special).ids for special in (False, True))
+        starts = (s for s in range(len(full)) if full[s : s + len(plain)] == plain)
+        return tuple(full[next(starts, len(full)) + len(plain) :]) if plain else ()
 
     def _eos(self) -> tuple[int, ...]:
         given = self._config["_generation"].get("eos_token_id")

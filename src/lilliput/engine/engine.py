@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lilliput.artifact.read import Artifact
-from lilliput.core.errors import ConfigError, OutOfResource
+from lilliput.core.errors import ConfigError, OutOfResource, Unsupported
 from lilliput.core.spec import ModelSpec
 from lilliput.data.tokenizer import Tokenizer
 from lilliput.engine.machine import available_bytes, usable_cores
@@ -83,7 +83,11 @@ class Engine:
         """
         if not isinstance(artifact, Artifact):
             artifact = Artifact.open(artifact)
-        self.artifact, self.spec, self.bits = artifact, artifact.manifest.spec, artifact.bits
+        spec = artifact.manifest.spec
+        if not isinstance(spec, ModelSpec):
+            what = f"holds a {spec.family} encoder, which writes no text"
+            raise Unsupported(what, where=str(artifact.path), fix="Use lilliput.embedding.Embedder for its vectors")
+        self.artifact, self.spec, self.bits = artifact, spec, artifact.bits
         self.context = _context(self.spec, context)
         if threads is not None and threads < 1:
             raise ConfigError(f"{threads} threads cannot work", where="threads", fix="Give 1 or more")

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lilliput.artifact.read import Artifact
-from lilliput.core.errors import ConfigError, OutOfResource
+from lilliput.core.errors import ConfigError, OutOfResource, Unsupported
 from lilliput.core.progress import Progress, Silent
+from lilliput.core.spec import ModelSpec
 
 if TYPE_CHECKING:
     from lilliput.engine import Engine
@@ -130,7 +131,11 @@ def _check_fit(path: Path, bits: Sequence[int], tokens: int) -> None:
         if absent:
             served = ", ".join(map(str, artifact.bits)) or "none"
             raise ConfigError(f"the artifact has no {absent[0]} bits", where="bits", fix=f"It serves {served}")
-        context = artifact.manifest.spec.context
+        spec = artifact.manifest.spec
+        if not isinstance(spec, ModelSpec):
+            what = f"holds a {spec.family} encoder, which writes no text"
+            raise Unsupported(what, where=str(path), fix="Only models that generate are timed")
+        context = spec.context
     if tokens > context:
         what = f"{tokens} tokens of prompt and answer exceed the context of {context}"
         raise OutOfResource(what, where="bench", fix="Ask for fewer")

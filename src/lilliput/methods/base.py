@@ -88,7 +88,7 @@ class LayerMethod(Method, ABC):
     """True when the answer for a row does not depend on other rows, so a tall matrix may be solved in slices."""
     exclude: tuple[str, ...] = ()
     embeddings: bool = False
-    """Treat the token embedding (and with it a tied head) as well."""
+    """Treat the embedding of tokens (and with it a tied head) or of patches as well."""
     head: bool = False
     """Treat an untied output head as well."""
 
@@ -99,7 +99,8 @@ class LayerMethod(Method, ABC):
 
     def covers(self, name: str) -> bool:
         """Whether this method is for the layer of that canonical name."""
-        wanted = {"embed_tokens": self.embeddings, "lm_head": self.head}.get(name, name.startswith("layers."))
+        ends = {"embed_tokens": self.embeddings, "embed_patches": self.embeddings, "lm_head": self.head}
+        wanted = ends.get(name, name.startswith("layers."))
         return wanted and not any(fnmatchcase(name, pattern) for pattern in self.exclude)
 
     def at(self, name: str) -> Self:
@@ -156,7 +157,7 @@ class Quantizer(LayerMethod):
 
     def at(self, name: str) -> Self:
         """The configuration for the layer of that name: the ends, and layers named, may have widths of their own."""
-        at_end = self.end_bits if name in ("embed_tokens", "lm_head") else ()
+        at_end = self.end_bits if name in ("embed_tokens", "embed_patches", "lm_head") else ()
         own = next((ladder for pattern, ladder in self.layer_bits.items() if fnmatchcase(name, pattern)), at_end)
         return replace(self, bits=own, end_bits=(), layer_bits={}) if own else replace(self, layer_bits={})
 

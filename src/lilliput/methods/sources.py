@@ -7,23 +7,24 @@ import torch
 from torch import Tensor
 
 from lilliput.core.errors import InputCorrupt
-from lilliput.core.spec import ModelSpec
-from lilliput.models import Block, Checkpoint, Decoder, load_block, load_decoder
+from lilliput.core.spec import AnySpec, EncoderSpec, ModelSpec
+from lilliput.models import Block, Checkpoint, Decoder, Encoder, load_block, load_decoder, load_encoder_block
 
-_ENDS = ("embed_tokens.weight", "lm_head.weight")
+Frame = Decoder | Encoder
+_ENDS = ("embed_tokens.weight", "embed_patches.weight", "lm_head.weight")
 
 
 class Source(Protocol):
     """Weights, as few at a time as possible."""
 
     @property
-    def spec(self) -> ModelSpec: ...
+    def spec(self) -> AnySpec: ...
 
     def block(self, index: int) -> Block:
         """Return one block in float32, the caller's to change."""
 
-    def frame(self) -> Decoder:
-        """Return a decoder without blocks, the matrices of its embedding and its head left on the meta device."""
+    def frame(self) -> Frame:
+        """Return the model without blocks, the matrices of its embedding and its head left on the meta device."""
 
     def whole(self) -> Decoder:
         """Return all of it in float32, the caller's to change."""
@@ -42,18 +43,23 @@ class CheckpointSource:
         self._names = frozenset(checkpoint.names())
 
     @property
-    def spec(self) -> ModelSpec:
+    def spec(self) -> AnySpec:
         """The model's description."""
         return self._checkpoint.spec
 
     def block(self, index: int) -> Block:
         """Return block `index` in float32."""
-        return load_block(self._checkpoint, index)
+        load = load_encoder_block if isinstance(self.spec, EncoderSpec) else load_block
+        return load(self._checkpoint, index)
 
-    def frame(self) -> Decoder:
-        """Return norms, learned positions and the head's bias in float32, around no blocks."""
+    def frame(self) -> Frame:
+        """Return norms, learned positions, the head's bias and the like in float32, around no blocks."""
+        frame: Frame
         with torch.device("meta"):
-            frame = Decoder(self.spec, self._names, layers=0)
+            if isinstance(self.spec, EncoderSpec):
+                frame = Encoder(self.spec, self._names, layers=0)
+            else:
+                frame = Decoder(self.spec, self._names, layers=0)
         small = [n for n in self._names if not n.startswith("layers.") and n not in _ENDS]
         frame.load_state_dict({n: self.read(n).float() for n in small}, strict=False, assign=True)
         return frame

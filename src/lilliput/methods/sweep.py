@@ -6,7 +6,8 @@ next. Only one block is in memory at a time; activations of the calibration text
 
 Two things travel through the blocks: the calibration activations, when a method wants statistics, at the width `feed`;
 and the probe, a short text followed through the original and through every width. Its logits say in the end how far
-each width is from the original, and are what the engine must reproduce from the saved artifact.
+each width is from the original, and are what the engine must reproduce from the saved artifact. An encoder's probe is
+some short texts or pictures, and the vectors it makes of them stand in the place of logits.
 """
 
 import math
@@ -15,18 +16,23 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from lilliput.core.progress import Progress
+from lilliput.core.spec import EncoderSpec, ModelSpec
+from lilliput.data.images import Pictures
 from lilliput.data.streams import Batches
 from lilliput.methods.base import BlockData, BlockMethod, BlockQuantizer, LayerMethod, Quantizer, Statistic
 from lilliput.methods.calibration import watching
 from lilliput.methods.fisher import Fisher
 from lilliput.methods.journal import Activations, Journal, State
 from lilliput.methods.safety import remark, safer
-from lilliput.methods.sources import Source
+from lilliput.methods.sources import Frame, Source
 from lilliput.models.decoder import Block, Decoder
+from lilliput.models.encoder import Encoder
 from lilliput.numerics.nested import Quantized
 
 Solved = Tensor | Quantized
@@ -50,14 +56,15 @@ class Job:
 
     methods: for every layer to treat, its methods in order; a layer not named stays as it is. blocks: what changes each
     block before its layers are solved. widths: those the result
-    serves, ascending; empty when nothing is quantized. probe: (1, length) int64. slice_rows: rows of a tall matrix
-    solved at a time, which bounds memory. fisher: what methods that need Statistic.FISHER are given.
+    serves, ascending; empty when nothing is quantized. probe: (1, length) int64, for an encoder what it takes: (texts,
+    length) int64 or (pictures, patches, columns) float32. slice_rows: rows of a tall matrix solved at a time, which
+    bounds memory. fisher: what methods that need Statistic.FISHER are given.
     """
 
     methods: Mapping[str, Sequence[LayerMethod]]
     widths: tuple[int, ...]
     probe: Tensor
-    calibration: Batches | None = None
+    calibration: Batches | Pictures | None = None
     slice_rows: int = 1 << 16
     blocks: Sequence[BlockMethod] = ()
     fisher: Fisher | None = None
@@ -81,7 +88,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """logits: (length, vocab) float32 of the probe, by width and under "float"; records: one a layer."""
+    """logits: (length, vocab) float32 of the probe, by width and under "float"; records: one a layer.
+
+    Of an encoder: (texts or pictures, embedding_size).
+    """
 
     logits: dict[str, Tensor]
     records: list[dict[str, Any]]
@@ -116,28 +126,31 @@ class Sweep:
 
     def _sizes(self) -> list[int]:
         """Weights handled in each step: the embedding, every block, the head."""
-        ends = self.spec.vocab_size * self.spec.hidden_size
+        matrices = self.spec.matrices()
+        first = math.prod(matrices[self.spec.entrance])
+        last = first if isinstance(self.spec, ModelSpec) else math.prod(matrices.get("projection", (0,)))
         blocks = [sum(o * c for o, c in self.spec.linears(i).values()) for i in range(self.spec.num_layers)]
-        return [ends, *blocks, ends]
+        return [first, *blocks, last]
 
     # ---- the three kinds of step
 
     def _embedding(self, state: State) -> None:
-        weight = self.source.read("embed_tokens.weight")
-        solved = self._solve_tall("embed_tokens", weight, None)
-        self._put("embed_tokens", solved, weight, state)
-        if self.source.has("embed_positions.weight"):
-            self.sink.floating("embed_positions.weight", self.source.read("embed_positions.weight"))
+        name = self.spec.entrance
+        weight = self.source.read(f"{name}.weight")
+        solved = self._solve_tall(name, weight, None)
+        self._put(name, solved, weight, state)
+        self._keep("embed_class.weight", "embed_positions.weight", "embed_types.weight")
+        self._keep("embed_norm.weight", "embed_norm.bias")
         frame = self.source.frame()
         state.streams = {str(b): embed(frame, self.job.probe, rows_of(solved, b)) for b in self.job.rungs}
         state.streams[FLOAT] = embed(frame, self.job.probe, rows_of(weight, 0))
         if self.job.calibration is not None:
             rows = rows_of(solved, self.job.feed)
-            hidden = (embed(frame, torch.tensor(b, dtype=torch.int64), rows) for b in self.job.calibration)
+            hidden = (embed(frame, as_inputs(b), rows) for b in self.job.calibration)
             self._activations(1).write(hidden)
             if self.job.original:
                 exact = rows_of(weight, 0)
-                plain = (embed(frame, torch.tensor(b, dtype=torch.int64), exact) for b in self.job.calibration)
+                plain = (embed(frame, as_inputs(b), exact) for b in self.job.calibration)
                 self._activations(1, "original").write(plain)
 
     def _block(self, state: State, index: int) -> None:
@@ -191,15 +204,21 @@ class Sweep:
     def _head(self, state: State, size: int) -> Outcome:
         """Solve the head; nothing after it reads the journal, so a run killed here does this step again."""
         frame = self.source.frame()
-        for name in ("final_norm.weight", "final_norm.bias", "lm_head.bias"):
-            if self.source.has(name):
-                self.sink.floating(name, self.source.read(name))
-        name = "embed_tokens" if self.spec.tied_head else "lm_head"
+        self._keep("final_norm.weight", "final_norm.bias", "lm_head.bias")
+        if isinstance(self.spec, EncoderSpec):
+            assert isinstance(frame, Encoder), "a source knows its spec"
+            self._keep("projection.weight")
+            self.sink.settle()
+            self.progress.advance(size)
+            return Outcome({name: frame.finish(stream) for name, stream in state.streams.items()}, state.records)
+        assert isinstance(frame, Decoder), "a source knows its spec"
+        tied = frame.spec.tied_head
+        name = "embed_tokens" if tied else "lm_head"
         weight = self.source.read(f"{name}.weight")
         stat, note = self._head_statistic(frame, state)
         # A tied head was stored with the embedding; solving it again costs less than keeping it all the while.
         solved = self._solve_tall(name, weight, stat)
-        if not self.spec.tied_head:
+        if not tied:
             self._put(name, solved, weight, state, note=note)
         self.sink.settle()
         logits = {str(b): project(frame, state.streams[str(b)], solved, b) for b in self.job.rungs}
@@ -209,9 +228,16 @@ class Sweep:
 
     # ---- their parts
 
+    def _keep(self, *names: str) -> None:
+        """Hand on those of these tensors that there are, as they are."""
+        for name in names:
+            if self.source.has(name):
+                self.sink.floating(name, self.source.read(name))
+
     def _activations(self, step: int, of: str = "hidden") -> Activations:
         assert self.job.calibration is not None, "asked for only with calibration"
-        samples, length = self.job.calibration.rows.shape
+        rows = self.job.calibration.rows
+        samples, length = len(rows), self.spec.context if rows.ndim == 3 else rows.shape[1]
         return self.journal.activations(step, (samples, length, self.spec.hidden_size), of)
 
     def _block_data(self, state: State, block: Block) -> BlockData | None:
@@ -346,8 +372,15 @@ def rows_of(solved: Solved, rung: int) -> Callable[[Tensor], Tensor]:
     return lambda index: solved.rows(index).dequantize(solved.serving(rung))
 
 
-def embed(frame: Decoder, tokens: Tensor, rows: Callable[[Tensor], Tensor]) -> Tensor:
-    """Hidden states (batch, length, hidden) of (batch, length) tokens, from only the rows they name."""
+def as_inputs(batch: npt.NDArray[np.generic]) -> Tensor:
+    """A batch as a model takes it: ids as int64, patches as float32, in memory of their own."""
+    return torch.tensor(batch, dtype=torch.int64 if batch.dtype.kind == "i" else torch.float32)
+
+
+def embed(frame: Frame, tokens: Tensor, rows: Callable[[Tensor], Tensor]) -> Tensor:
+    """Hidden states (batch, length, hidden) of (batch, length) tokens or patches, from only the rows they name."""
+    if isinstance(frame, Encoder):
+        return frame.embed(tokens, rows)
     unique, inverse = torch.unique(tokens, return_inverse=True)
     frame.embed_tokens.weight = nn.Parameter(rows(unique), requires_grad=False)
     return frame.embed(inverse)

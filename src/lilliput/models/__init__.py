@@ -1,4 +1,4 @@
-"""Checkpoints in, Decoders out: loads a model of any known family and describes it.
+"""Checkpoints in, Decoders and Encoders out: loads a model of any known family and describes it.
 
 Names are imported when used, so that describing a checkpoint needs no torch.
 """
@@ -15,24 +15,33 @@ if TYPE_CHECKING:
     from lilliput.models.decoder import load_block as load_block
     from lilliput.models.decoder import load_decoder as load_decoder
     from lilliput.models.decoder import load_ends as load_ends
+    from lilliput.models.encoder import Encoder as Encoder
+    from lilliput.models.encoder import EncoderBlock as EncoderBlock
+    from lilliput.models.encoder import load_encoder as load_encoder
+    from lilliput.models.encoder import load_encoder_block as load_encoder_block
     from lilliput.models.summary import ModelSummary as ModelSummary
     from lilliput.models.summary import describe as describe
 
 _HOMES = {
     "checkpoint": ("Checkpoint", "Matrix", "TensorInfo"),
     "decoder": ("Block", "Decoder", "load_block", "load_decoder", "load_ends"),
+    "encoder": ("Encoder", "EncoderBlock", "load_encoder", "load_encoder_block"),
     "summary": ("ModelSummary", "describe"),
 }
 __all__ = [
     "Block",
     "Checkpoint",
     "Decoder",
+    "Encoder",
+    "EncoderBlock",
     "Matrix",
     "ModelSummary",
     "TensorInfo",
     "describe",
     "load_block",
     "load_decoder",
+    "load_encoder",
+    "load_encoder_block",
     "load_ends",
 ]
 

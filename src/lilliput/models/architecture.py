@@ -6,7 +6,7 @@ of it. Nothing here imports torch.
 
 import math
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from importlib.resources import files
 from typing import Any, Literal
@@ -31,11 +31,11 @@ _ACTIVATIONS: dict[str, Activation] = {
 }
 
 
-class _Words(BaseModel):
+class Words(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Key(_Words):
+class Key(Words):
     """A config key, or several of which the first that is not null counts; `default` where the file has none of them."""
 
     key: str | list[str]
@@ -52,7 +52,7 @@ class Key(_Words):
         return self.default if value is None else value
 
 
-class NormWords(_Words):
+class NormWords(Words):
     kind: Literal["rms", "layer"]
     eps: Key | float
     offset: float = 0.0
@@ -67,7 +67,7 @@ class QKNormWords(NormWords):
     per_head: bool = False
 
 
-class RopeWords(_Words):
+class RopeWords(Words):
     """Where the rotation's numbers stand outside `rope_parameters` and `rope_scaling`, which come first."""
 
     theta: Key = Key(key="rope_theta", default=10000.0)
@@ -77,7 +77,7 @@ class RopeWords(_Words):
     """Other names of rope types in this family."""
 
 
-class WindowWords(_Words):
+class WindowWords(Words):
     """Which layers see a sliding window of `size` tokens.
 
     all: every layer. even: layers 0, 2, ..; from_layer: those from the key `first` on. A `layer_types` list in the
@@ -90,7 +90,7 @@ class WindowWords(_Words):
     when: Key | None = None
 
 
-class Refusal(_Words):
+class Refusal(Words):
     """A key with only one value that we serve: `only`, or that of the key `same_as`."""
 
     key: str
@@ -99,17 +99,21 @@ class Refusal(_Words):
     why: str
 
 
-class Source(_Words):
+class Source(Words):
     """Where a canonical module's weight and bias stand in the checkpoint, without `.weight` and `.bias`.
 
     `{p}` is the prefix, `{i}` the layer, `{h}` the head (one tensor a head, stacked). Several names are alternatives.
     `fused` lists the modules that share the matrix: layout "rows" is one after the other, "heads" head by head.
+    flat: the weight is stored with more axes, (out, ..), those behind the first being one here. bare: the weight is
+    stored under the name itself.
     """
 
     name: str | list[str]
     bias: Key | bool = False
     fused: list[str] = []
     layout: Literal["rows", "heads"] = "rows"
+    flat: bool = False
+    bare: bool = False
 
     @property
     def names(self) -> list[str]:
@@ -117,7 +121,7 @@ class Source(_Words):
         return [self.name] if isinstance(self.name, str) else self.name
 
 
-class Architecture(_Words):
+class Architecture(Words):
     """One family: names it goes by, rules from config keys to a ModelSpec, and the source of each canonical module."""
 
     family: str
@@ -165,7 +169,7 @@ class Architecture(_Words):
         Raises Unsupported for a feature the family has and we do not, InputCorrupt for a value that cannot be.
         """
         for rule in self.refuse:
-            _refuse(rule, config, where)
+            refuse(rule, config, where)
         size = self._sizes(config, where)
         rope = self._rope(config, size, where)
         qk = self.qk_norm if self.qk_norm and _switch(self.qk_norm.when, config) else None
@@ -204,6 +208,10 @@ class Architecture(_Words):
         if (rope.get("rope_type") or rope.get("type")) == "longrope" and trained and trained < self.context.of(config):
             return (f"The context is limited to the {trained} tokens of the short rotary factors",)
         return ()
+
+    def skips(self, name: str) -> bool:
+        """Whether a checkpoint tensor carries nothing."""
+        return name.endswith(tuple(self.ignore) or ("\0",))
 
     def _sizes(self, config: dict[str, Any], where: str) -> dict[str, int]:
         names = ("vocab_size", "hidden_size", "num_layers", "num_heads", "intermediate_size")
@@ -320,11 +328,11 @@ def architectures() -> dict[str, Architecture]:
     """Return every architecture we know, by family."""
     texts = {f.name[: -len(".toml")]: f.read_text("utf-8") for f in _toml_files()}
     raw = {name: tomllib.loads(text) for name, text in sorted(texts.items())}
-    return {name: Architecture.model_validate(_resolve(name, raw)) for name in raw}
+    return {name: Architecture.model_validate(resolve(name, raw)) for name in raw}
 
 
-def find_architecture(config: dict[str, Any], *, where: str) -> Architecture:
-    """Return the architecture that a filtered config names. `where` names the file in errors.
+def find_architecture(config: dict[str, Any], *, where: str, also: Sequence[str] = ()) -> Architecture:
+    """Return the architecture that a filtered config names. `where` names the file in errors, `also` further classes.
 
     Both names must agree where both are given: a class we do not know may compute something else with the same tensors.
     Raises Unsupported, with what is known, for an unknown class or model type.
@@ -335,7 +343,7 @@ def find_architecture(config: dict[str, Any], *, where: str) -> Architecture:
         if named and (kind in arch.model_types if kind else bool(classes)):
             return arch
     name = classes[0] if classes else kind
-    known = ", ".join(arch.classes[0] for arch in architectures().values())
+    known = ", ".join([*(arch.classes[0] for arch in architectures().values()), *also])
     what = f"architecture {name!r}" + (f" of model type {kind!r}" if classes and kind else "") + " is not served"
     raise Unsupported(what, where=where, fix=f"Known are {known}")
 
@@ -344,12 +352,12 @@ def _toml_files() -> list[Any]:
     return [f for f in (files("lilliput.models") / "arch").iterdir() if f.name.endswith(".toml")]
 
 
-def _resolve(name: str, raw: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def resolve(name: str, raw: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Return a TOML with what it is `like` filled in; modules merge one by one, all else is replaced whole."""
     own = dict(raw[name])
     if "like" not in own:
         return own
-    base = _resolve(own.pop("like"), raw)
+    base = resolve(own.pop("like"), raw)
     return {**base, **own, "modules": {**base["modules"], **own.get("modules", {})}}
 
 
@@ -357,7 +365,8 @@ def _switch(rule: Key | bool, config: dict[str, Any]) -> bool:
     return rule if isinstance(rule, bool) else bool(rule.of(config))
 
 
-def _refuse(rule: Refusal, config: dict[str, Any], where: str) -> None:
+def refuse(rule: Refusal, config: dict[str, Any], where: str) -> None:
+    """Raise Unsupported where the config has another value than the one served."""
     value = config.get(rule.key)
     only = config.get(rule.same_as) if rule.same_as else rule.only
     if value is not None and value != only:

@@ -7,7 +7,7 @@ the architecture needs when the checkpoint is opened, so a missing or misshapen 
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -16,11 +16,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from safetensors import SafetensorError, safe_open
 
-from lilliput.core.errors import InputCorrupt, InputMissing, Unsupported
-from lilliput.core.spec import ModelSpec
+from lilliput.core.errors import ConfigError, InputCorrupt, InputMissing, Unsupported
+from lilliput.core.spec import AnySpec, EncoderSpec, ModelSpec
 from lilliput.models.architecture import Architecture, Key, Source, find_architecture, modules
-from lilliput.models.config import read_config, without_trust
-from lilliput.models.source import first_line, inside, locate, weight_files
+from lilliput.models.config import read_config, read_modules, read_pooling, read_preprocessor, without_trust
+from lilliput.models.encoder_architecture import (
+    Beside,
+    EncoderArchitecture,
+    encoder_architectures,
+    encoder_modules,
+    find_encoder,
+)
+from lilliput.models.source import first_line, inside, locate, pooling_file, weight_files
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,6 +87,8 @@ class _Origin:
     start: int = 0
     run: int = 0
     step: int = 0
+    flat: bool = False
+    """The stored tensor has more axes, of which those behind the first are one here."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +108,7 @@ class Checkpoint:
     """
 
     folder: Path
-    spec: ModelSpec
+    spec: AnySpec
     config: dict[str, Any]
     files: tuple[str, ...]
     notes: tuple[str, ...] = ()
@@ -108,11 +117,12 @@ class Checkpoint:
     _cache: dict[str, str] = field(repr=False, default_factory=dict)
 
     @classmethod
-    def open(cls, source: str | Path, revision: str | None = None) -> "Checkpoint":
+    def open(cls, source: str | Path, revision: str | None = None, *, tower: str | None = None) -> "Checkpoint":
         """Open a checkpoint folder, or fetch a hub id ("owner/name", at `revision`) and open that.
 
-        Reads config.json and the headers of the weight files. Raises InputMissing, InputCorrupt, InputUnsafe or
-        Unsupported, each with the file it is about.
+        tower: which encoder is meant where the checkpoint has several. Reads config.json and the headers of the weight
+        files. Raises InputMissing, InputCorrupt, InputUnsafe or Unsupported, each with the file it is about, and
+        ConfigError for a tower that is not there or not said.
         """
         folder = locate(source, revision)
         config = read_config(inside(folder, "config.json"))
@@ -120,19 +130,37 @@ class Checkpoint:
         stored: dict[str, Stored] = {}
         for name in files:
             stored |= _headers(inside(folder, name), None if index is None else {k for k in index if index[k] == name})
-        found = cls.of(folder, config, stored, files)
+        found = cls.of(folder, config, stored, files, tower=tower)
         found._check_tie()
         return found
 
     @classmethod
-    def of(cls, folder: Path, config: dict[str, Any], stored: dict[str, Stored], files: Iterable[str]) -> "Checkpoint":
+    def of(
+        cls,
+        folder: Path,
+        config: dict[str, Any],
+        stored: dict[str, Stored],
+        files: Iterable[str],
+        *,
+        tower: str | None = None,
+    ) -> "Checkpoint":
         """Return the checkpoint that a filtered config and the headers of its files make. Raises as `open` does."""
         where = str(folder / "config.json")
-        arch = find_architecture(config, where=where)
-        spec = arch.spec(config, where=where)
+        encoder = find_encoder(config, tower, where=where)
+        arch: Architecture | EncoderArchitecture
+        spec: AnySpec
+        if encoder is not None:
+            beside = _beside(folder)
+            arch, spec, notes = encoder, encoder.spec(config, beside, where=where), encoder.notes(config, beside)
+        else:
+            also = sorted({name for known in encoder_architectures().values() for name in known.classes})
+            arch = find_architecture(config, where=where, also=also)
+            if tower is not None:
+                raise ConfigError(f"has no {tower} tower, being a decoder", where=where, fix="Leave --tower out")
+            spec, notes = arch.spec(config, where=where), arch.notes(config)
         origins = _origins(arch, spec, config, stored, str(folder))
         _no_leftovers(arch, spec, origins, stored, str(folder))
-        return cls(folder, spec, config, tuple(files), arch.notes(config), stored, origins)
+        return cls(folder, spec, config, tuple(files), notes, stored, origins)
 
     def names(self) -> list[str]:
         """Return the canonical names of all tensors, in order of use."""
@@ -152,6 +180,8 @@ class Checkpoint:
         origin = self._origins[name]
         parts = [self._rows(stored, origin) for stored in origin.stored]
         tensor = parts[0] if len(parts) == 1 else torch.stack(parts)
+        if origin.flat:
+            tensor = tensor.flatten(1)
         if tuple(tensor.shape) != origin.info.shape:
             raise InputCorrupt(f"{name} has changed since it was opened", where=str(self.folder), fix="Start again")
         if not bool(torch.isfinite(tensor).all()):
@@ -194,7 +224,7 @@ class Checkpoint:
         A tied head is the embedding and does not appear a second time.
         """
         found: dict[str, Matrix] = {}
-        for name, shape in modules(self.spec):
+        for name, shape in _modules(self.spec):
             role = _role(name)
             if role and len(shape) == 2:
                 dtype = self.info(f"{name}.weight").dtype
@@ -243,9 +273,11 @@ class Checkpoint:
 
     def _check_tie(self) -> None:
         """Raise InputCorrupt where the config ties the head and the file has a different one; compares three rows."""
+        if not isinstance(self.spec, ModelSpec) or not self.spec.tied_head:
+            return
         arch = find_architecture(self.config, where=str(self.folder))
         head = next((n for n in _heads(arch) if n in self._stored), None)
-        if not self.spec.tied_head or head is None:
+        if head is None:
             return
         embed = self._origins["embed_tokens.weight"].stored[0]
         if self._stored[embed].info != self._stored[head].info or self._peek(embed) != self._peek(head):
@@ -291,19 +323,40 @@ def _heads(arch: Architecture) -> list[str]:
     return [f"{name}.weight" for name in _candidates(arch, arch.modules["lm_head"], 0)]
 
 
-def _candidates(arch: Architecture, source: Source, layer: int) -> list[str]:
+def _candidates(arch: Architecture | EncoderArchitecture, source: Source, layer: int) -> list[str]:
     """Return all names a source may have in a checkpoint, `{h}` left standing."""
     made = [n.replace("{p}", p).replace("{i}", str(layer)) for p in arch.prefixes for n in source.names]
     return list(dict.fromkeys(made))
 
 
+def _modules(spec: AnySpec) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield the canonical modules that a spec has and the shape of each one's weight, in order of use."""
+    return encoder_modules(spec) if isinstance(spec, EncoderSpec) else modules(spec)
+
+
+def _beside(folder: Path) -> Beside:
+    """Return what the small files beside an encoder's config.json say."""
+    found: Beside = {}
+    if (pooling := pooling_file(folder)) is not None:
+        found["pooling"] = read_pooling(pooling)
+    if (listed := inside(folder, "modules.json")).is_file():
+        found["modules"] = read_modules(listed)
+    if (preprocessor := inside(folder, "preprocessor_config.json")).is_file():
+        found["preprocessor"] = read_preprocessor(preprocessor)
+    return found
+
+
 def _origins(
-    arch: Architecture, spec: ModelSpec, config: dict[str, Any], stored: dict[str, Stored], where: str
+    arch: Architecture | EncoderArchitecture,
+    spec: AnySpec,
+    config: dict[str, Any],
+    stored: dict[str, Stored],
+    where: str,
 ) -> dict[str, _Origin]:
     """Return where each canonical tensor comes from. Raises InputMissing or InputCorrupt for what does not fit."""
     found: dict[str, _Origin] = {}
     missing: list[str] = []
-    for name, shape in modules(spec):
+    for name, shape in _modules(spec):
         layer, template = _template(name)
         source = arch.modules[template]
         names = _candidates(arch, source, layer)
@@ -312,7 +365,7 @@ def _origins(
             if kind == "bias" and not bias:
                 continue
             heads = range(shape[0]) if "{h}" in names[0] else None
-            spelled = [_spell(n, kind, heads) for n in names]
+            spelled = [(n,) for n in names] if source.bare else [_spell(n, kind, heads) for n in names]
             there = next((s for s in spelled if all(part in stored for part in s)), None)
             if there is None:
                 missing.append(next(part for part in spelled[0] if part not in stored))
@@ -330,7 +383,7 @@ def _origin(
     shape: tuple[int, ...],
     template: str,
     source: Source,
-    spec: ModelSpec,
+    spec: AnySpec,
     where: str,
 ) -> _Origin:
     """Return the origin of one tensor of `shape`, after checking the stored shape and dtype."""
@@ -345,23 +398,27 @@ def _origin(
         expected = (sum(sizes[part] for part in source.fused), *shape[1:])
     for name in there:
         info, file = stored[name].info, stored[name].file
-        if info.shape != expected:
+        if (info.shape[0], prod(info.shape[1:])) != expected if source.flat else info.shape != expected:
             what = f"{name} has shape {info.shape} where config.json implies {expected}"
             raise InputCorrupt(what, where=f"{where}/{file}", fix="Check that config.json belongs to these weights")
         if info.dtype not in DTYPE_BYTES:
             what = f"{name} is stored as {info.dtype}"
             raise Unsupported(what, where=f"{where}/{file}", fix=f"Only {', '.join(DTYPE_BYTES)} weights are served")
-    return _Origin(there, TensorInfo(stored[there[0]].info.dtype, shape), start, run, step)
+    return _Origin(there, TensorInfo(stored[there[0]].info.dtype, shape), start, run, step, source.flat)
 
 
 def _no_leftovers(
-    arch: Architecture, spec: ModelSpec, origins: dict[str, _Origin], stored: dict[str, Stored], where: str
+    arch: Architecture | EncoderArchitecture,
+    spec: AnySpec,
+    origins: dict[str, _Origin],
+    stored: dict[str, Stored],
+    where: str,
 ) -> None:
     """Raise Unsupported where the files hold tensors that the architecture does not account for."""
     used = {name for origin in origins.values() for name in origin.stored}
-    if spec.tied_head:
+    if isinstance(arch, Architecture) and isinstance(spec, ModelSpec) and spec.tied_head:
         used |= set(_heads(arch))
-    left = [name for name in stored if name not in used and not name.endswith(tuple(arch.ignore) or ("\0",))]
+    left = [name for name in stored if name not in used and not arch.skips(name)]
     if left:
         what = f"the weight files hold {_some(left)}, which {spec.family} as config.json describes it has no place for"
         raise Unsupported(what, where=where, fix="Check that config.json belongs to these weights")
@@ -381,8 +438,8 @@ def _spell(name: str, kind: str, heads: range | None) -> tuple[str, ...]:
 
 
 def _role(name: str) -> Literal["embed", "attn", "mlp", "head"] | None:
-    if name in ("embed_tokens", "lm_head"):
-        return "embed" if name == "embed_tokens" else "head"
+    if name in ("embed_tokens", "embed_patches", "lm_head"):
+        return "head" if name == "lm_head" else "embed"
     if name.endswith("_proj"):
         return "attn" if ".attn." in name else "mlp"
     return None

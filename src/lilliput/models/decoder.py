@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lilliput.core.errors import OutOfResource
-from lilliput.core.spec import Activation, ModelSpec, Norm, Rotary
+from lilliput.core.errors import OutOfResource, Unsupported
+from lilliput.core.spec import Activation, AnySpec, ModelSpec, Norm, Rotary
 from lilliput.models.checkpoint import TensorInfo
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ SCORES = 1 << 24
 
 _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
-_ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -114,7 +114,7 @@ class MLP(nn.Module):
 
     def __init__(self, spec: ModelSpec, layer: int, names: Collection[str]) -> None:
         super().__init__()
-        self.activate = _ACTIVATIONS[spec.activation]
+        self.activate = ACTIVATIONS[spec.activation]
         *gate, self.up_proj, self.down_proj = _linears(spec, layer, names)[4:]
         self.gate_proj = gate[0] if gate else None
 
@@ -129,9 +129,14 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer of the decoder; positions start at 0."""
 
+    spec: AnySpec
+    layer: int
+    attn: nn.Module
+    mlp: nn.Module
+
     def __init__(self, spec: ModelSpec, layer: int, names: Collection[str]) -> None:
         super().__init__()
-        self.spec, self.layer = spec, layer
+        self.spec, self.layer, self.parallel = spec, layer, spec.parallel_block
         self.attn_norm = self._norm("attn_norm", names)
         self.attn = Attention(spec, layer, names)
         self.attn_post_norm = self._norm("attn_post_norm", names) if spec.post_norms else None
@@ -148,12 +153,12 @@ class Block(nn.Module):
         attn = self.attn(normed)
         if self.attn_post_norm is not None:
             attn = self.attn_post_norm(attn)
-        if not self.spec.parallel_block:
+        if not self.parallel:
             x = x + attn
         mlp = self.mlp(normed if self.mlp_norm is None else self.mlp_norm(x))
         if self.mlp_post_norm is not None:
             mlp = self.mlp_post_norm(mlp)
-        out: Tensor = x + attn + mlp if self.spec.parallel_block else x + mlp
+        out: Tensor = x + attn + mlp if self.parallel else x + mlp
         return out
 
     def linears(self) -> dict[str, nn.Linear]:
@@ -255,9 +260,9 @@ def load_block(checkpoint: "Checkpoint", index: int, dtype: torch.dtype = torch.
     """Return block `index` with its weights in `dtype`. Raises as `Checkpoint.read` does."""
     names = checkpoint.names()
     with torch.device("meta"):
-        block = Block(checkpoint.spec, index, names)
+        block = Block(_spec(checkpoint), index, names)
     prefix = f"layers.{index}."
-    _fill(block, checkpoint, [(n.removeprefix(prefix), n) for n in names if n.startswith(prefix)], dtype)
+    fill(block, checkpoint, [(n.removeprefix(prefix), n) for n in names if n.startswith(prefix)], dtype)
     return block
 
 
@@ -265,8 +270,8 @@ def load_ends(checkpoint: "Checkpoint", dtype: torch.dtype = torch.float32) -> D
     """Return a decoder without blocks: embeddings, final norm and head, in `dtype`."""
     names = checkpoint.names()
     with torch.device("meta"):
-        decoder = Decoder(checkpoint.spec, names, layers=0)
-    _fill(decoder, checkpoint, [(n, n) for n in names if not n.startswith("layers.")], dtype)
+        decoder = Decoder(_spec(checkpoint), names, layers=0)
+    fill(decoder, checkpoint, [(n, n) for n in names if not n.startswith("layers.")], dtype)
     return decoder
 
 
@@ -278,7 +283,14 @@ def load_decoder(checkpoint: "Checkpoint", dtype: torch.dtype = torch.float32) -
     return decoder
 
 
-def _fill(module: nn.Module, checkpoint: "Checkpoint", names: list[tuple[str, str]], dtype: torch.dtype) -> None:
+def _spec(checkpoint: "Checkpoint") -> ModelSpec:
+    if not isinstance(checkpoint.spec, ModelSpec):
+        fix = "Give a model that generates text"
+        raise Unsupported(f"a {checkpoint.spec.family} encoder has no decoder", where=str(checkpoint.folder), fix=fix)
+    return checkpoint.spec
+
+
+def fill(module: nn.Module, checkpoint: "Checkpoint", names: list[tuple[str, str]], dtype: torch.dtype) -> None:
     """Give a module built on the meta device its parameters. names: (key in the module, canonical name)."""
     state = {key: checkpoint.read(name).to(dtype) for key, name in names}
     module.load_state_dict(state, strict=True, assign=True)

@@ -8,7 +8,8 @@
 `inner` is exact in a gated MLP, where the product is linear in `up`, and without a gate only under relu, for which
 relu(x / s) = relu(x) / s. A rotation mixes channel i of a head with channel i + dim / 2, so the two share a factor;
 channels it leaves alone have their own. Where queries and keys are normalised the factors go to those norms' weights,
-which come after the normalisation. What norms put into the residual stream (post-norms) has no reader of its own.
+which come after the normalisation. What norms put into the residual stream (post-norms, and all norms of an encoder that
+is not `norm_first`) has no reader of its own.
 
 Source: Xiao et al., "SmoothQuant", ICML 2023, eq. 3; Lin et al., "AWQ", MLSys 2024, section 3.2; Shao et al.,
 "OmniQuant", ICLR 2024, eqs. 3 to 5.
@@ -106,9 +107,9 @@ def pairs(block: Block) -> list[Pair]:
     def norm(name: str, readers: tuple[str, ...]) -> Pair:
         return Pair("norm", hidden, name, readers, every, every, offset)
 
-    found = [norm("attn_norm", attn + mlp if spec.shared_block_norm else attn)]
+    found = [norm("attn_norm", attn + mlp if spec.shared_block_norm else attn)] if spec.norm_first else []
     found += [_query_key(block), _value(block)]
-    if not spec.shared_block_norm:
+    if spec.norm_first and not spec.shared_block_norm:
         found.append(norm("mlp_norm", mlp))
     if gated or spec.activation == "relu":
         inner = torch.arange(spec.intermediate_size)

@@ -16,8 +16,10 @@ from lilliput.core.errors import InputCorrupt, InputMissing, InputUnsafe
 
 SIDE_FILES = ("*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
 WEIGHT_FILES = ("*.safetensors",)
-UNWANTED = ("*/*", "consolidated*")
-"""Other copies of the same weights, which some repositories carry."""
+POOLING = "1_Pooling"
+"""The one folder of a checkpoint we look into: in sentence encoders its config.json says how tokens become one vector."""
+UNWANTED = ("[!1]*/*", "1[!_]*/*", "1_[!P]*/*", "*/*.safetensors", "consolidated*")
+"""Other copies of the same weights, which some repositories carry; a pattern's * runs over separators."""
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -50,14 +52,24 @@ def inside(folder: Path, name: str) -> Path:
 
     Raises InputUnsafe for anything else: separators, "..", a link that leads out.
     """
-    path = folder / name
     if not _PLAIN.fullmatch(name):
         raise InputUnsafe(f"names the file {name!r}, which is not a plain name", where=str(folder), fix=_FRESH)
+    return _kept(folder, folder / name)
+
+
+def pooling_file(folder: Path) -> Path | None:
+    """Return 1_Pooling/config.json where it is there. Raises InputUnsafe as `inside` does."""
+    path = inside(folder, POOLING) / "config.json"
+    return _kept(folder, path) if path.is_file() else None
+
+
+def _kept(folder: Path, path: Path) -> Path:
+    """Return `path` unless it is a link that leads out of `folder`."""
     homes = [folder.resolve()]
     if homes[0].parent.name == "snapshots":  # in the hub's cache the files are links to ../../blobs
         homes.append(homes[0].parent.parent / "blobs")
     if path.is_symlink() and path.resolve().parent not in homes:
-        raise InputUnsafe(f"{name} is a link that leads out of the folder", where=str(folder), fix=_FRESH)
+        raise InputUnsafe(f"{path.name} is a link that leads out of the folder", where=str(folder), fix=_FRESH)
     return path
 
 

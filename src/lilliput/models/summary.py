@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from lilliput.core.errors import InputCorrupt, InputMissing
+from lilliput.core.spec import AnySpec, ModelSpec, PatchInputs
 from lilliput.models.checkpoint import Checkpoint, Stored, TensorInfo
 from lilliput.models.config import read_config
 from lilliput.models.source import first_line, inside, is_hub_id, locate
@@ -27,9 +28,10 @@ class ModelSummary(BaseModel):
     hidden_size: int
     heads: int
     kv_heads: int
-    vocab_size: int
+    vocab_size: int | None
+    """None of an encoder of pictures."""
     context: int
-    """Tokens."""
+    """Tokens; positions of an encoder."""
     sliding_window: int | None
     """Tokens, in the layers that have one."""
     tied_head: bool
@@ -40,12 +42,15 @@ class ModelSummary(BaseModel):
     notes: list[str]
 
 
-def describe(source: str | Path, revision: str | None = None) -> ModelSummary:
+def describe(source: str | Path, revision: str | None = None, *, tower: str | None = None) -> ModelSummary:
     """Describe a checkpoint folder or a hub id; of the latter only the small files and the headers are fetched.
+
+    tower: as in `Checkpoint.open`.
 
     Raises as `Checkpoint.open` does.
     """
-    checkpoint = _from_hub(str(source), revision) if is_hub_id(source) else Checkpoint.open(source)
+    on_hub = is_hub_id(source)
+    checkpoint = _from_hub(str(source), revision, tower) if on_hub else Checkpoint.open(source, tower=tower)
     spec, linears = checkpoint.spec, checkpoint.linears()
     dtypes: Counter[str] = Counter()
     for name in checkpoint.names():
@@ -60,10 +65,10 @@ def describe(source: str | Path, revision: str | None = None) -> ModelSummary:
         hidden_size=spec.hidden_size,
         heads=spec.num_heads,
         kv_heads=spec.num_kv_heads,
-        vocab_size=spec.vocab_size,
+        vocab_size=_vocabulary(spec),
         context=spec.context,
-        sliding_window=max(spec.windows) or None,
-        tied_head=spec.tied_head,
+        sliding_window=(max(spec.windows) or None) if isinstance(spec, ModelSpec) else None,
+        tied_head=isinstance(spec, ModelSpec) and spec.tied_head,
         quantizable_parameters=sum(out * columns for out, columns in (m.shape for m in linears.values())),
         quantizable=_quantizable(checkpoint),
         skipped=_skipped(checkpoint),
@@ -80,7 +85,8 @@ def _quantizable(checkpoint: Checkpoint) -> list[str]:
         shapes = [m.shape for m in found if m.role == role]
         if shapes:
             count = f"{len(shapes)} matrices" if len(shapes) > 1 else "1 matrix"
-            also = " (also the head)" if role == "embed" and checkpoint.spec.tied_head else ""
+            spec = checkpoint.spec
+            also = " (also the head)" if role == "embed" and isinstance(spec, ModelSpec) and spec.tied_head else ""
             lines.append(f"{word}{also}: {count}, {sum(a * b for a, b in shapes):,} weights")
     return lines
 
@@ -91,13 +97,24 @@ def _skipped(checkpoint: Checkpoint) -> list[str]:
     kinds: dict[str, list[int]] = {}
     for name in checkpoint.names():
         if name not in matrices:
-            word = "biases" if name.endswith(".bias") else "norms" if "norm" in name else "learned positions"
+            known = {"embed_types": "token types", "embed_class": "class vectors", "projection": "projections"}
+            plain = known.get(name.removesuffix(".weight"), "learned positions")
+            word = "biases" if name.endswith(".bias") else "norms" if "norm" in name else plain
             kinds.setdefault(word, []).append(checkpoint.info(name).size)
-    why = {"learned positions": "a table read one row a token"}
+    why = dict.fromkeys(("learned positions", "token types"), "a table read one row a token")
+    why["projections"] = "small, and last"
     return [f"{k}: {len(v)} tensors, {sum(v):,} weights, {why.get(k, 'vectors')}" for k, v in kinds.items()]
 
 
+def _vocabulary(spec: AnySpec) -> int | None:
+    if isinstance(spec, ModelSpec):
+        return spec.vocab_size
+    return None if isinstance(spec.inputs, PatchInputs) else spec.inputs.vocab_size
+
+
 def _tokenizer(checkpoint: Checkpoint) -> str:
+    if _vocabulary(checkpoint.spec) is None:
+        return "none: it reads pictures"
     names = {path.name for path in checkpoint.tokenizer_files()}
     if "tokenizer.json" in names:
         return "tokenizer.json"
@@ -105,11 +122,11 @@ def _tokenizer(checkpoint: Checkpoint) -> str:
     return "a slow tokenizer, converted when compressing" if slow else "none: put tokenizer.json into the folder"
 
 
-def _from_hub(name: str, revision: str | None) -> Checkpoint:
+def _from_hub(name: str, revision: str | None, tower: str | None) -> Checkpoint:
     """Return a checkpoint of a hub id that knows its headers; reading its tensors needs `Checkpoint.open`."""
     folder = locate(name, revision, weights=False)
     if any(folder.glob("*.safetensors")):
-        return Checkpoint.open(folder)
+        return Checkpoint.open(folder, tower=tower)
     config = read_config(inside(folder, "config.json"))
     try:
         from huggingface_hub import get_safetensors_metadata
@@ -125,4 +142,4 @@ def _from_hub(name: str, revision: str | None) -> Checkpoint:
         raise InputMissing(what, where=name, fix="Check the connection, or give a folder with safetensors") from None
     if not stored:
         raise InputCorrupt("holds no tensors", where=name, fix="Check the name")
-    return Checkpoint.of(folder, config, stored, metadata.files_metadata)
+    return Checkpoint.of(folder, config, stored, metadata.files_metadata, tower=tower)

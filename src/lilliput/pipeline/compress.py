@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -21,6 +23,7 @@ from lilliput.artifact.schema import (
     SCHEMA_VERSION,
     DataFile,
     DataInfo,
+    EmbeddingQuality,
     LayerRecord,
     Manifest,
     QualityEntry,
@@ -28,11 +31,13 @@ from lilliput.artifact.schema import (
     version_of,
 )
 from lilliput.artifact.write import ArtifactWriter, amend, check_output, partial_of, publish
-from lilliput.core.errors import ConfigError, Interrupted, OutOfResource, QualityFailed
+from lilliput.core.errors import ConfigError, Interrupted, OutOfResource, QualityFailed, Unsupported
 from lilliput.core.progress import Progress, Silent
 from lilliput.core.recipe import Recipe, load_recipe
+from lilliput.core.spec import EncoderSpec, ModelSpec, PatchInputs
 from lilliput.data.documents import read_documents
-from lilliput.data.streams import Batches, batches
+from lilliput.data.images import Pictures, draw_pictures, find_pictures, probe_pictures
+from lilliput.data.streams import Batches, batches, padded, sentences
 from lilliput.data.tokenizer import Tokenizer
 from lilliput.methods.base import BlockQuantizer, Method, ModelMethod
 from lilliput.methods.fisher import gather_for
@@ -43,7 +48,7 @@ from lilliput.models import Checkpoint
 from lilliput.numerics.nested import Quantized
 from lilliput.pipeline.budget import Target, allocate, check_target, largest
 from lilliput.pipeline.card import model_card
-from lilliput.pipeline.gate import UNQUANTIZED, judge, measure
+from lilliput.pipeline.gate import UNQUANTIZED, judge, measure, measure_vectors
 from lilliput.pipeline.plan import Budget, Work, budget, plan_work
 from lilliput.pipeline.report import CompressReport, WidthRow
 from lilliput.pipeline.sensitivity import SLICE, Sensitivities
@@ -91,6 +96,7 @@ def compress(
     overwrite: bool = False,
     gate: bool = True,
     dry_run: bool = False,
+    tower: str | None = None,
     progress: Progress | None = None,
 ) -> CompressReport:
     """Compress a model into one artifact folder, check it, and only then put it at `out`.
@@ -104,7 +110,9 @@ def compress(
     from it with `seed`, documents joined end to end or, without `join`, each row from one document; `field` names the
     text in JSONL or Parquet rows. max_ram: bytes of memory to stay below. resume: go on from an interrupted run of the same
     model, data, recipe and versions, whose work waits in OUT.partial. gate: fail when a width is far from the
-    original. dry_run: only plan, reading no weights.
+    original. dry_run: only plan, reading no weights. tower: which encoder of a pair, "text" or "vision" of CLIP.
+    An encoder of texts calibrates on lines of the text, one a row, of at most `length` tokens, one of pictures on
+    `samples` files of the folder `calibration` names.
 
     The same arguments give the same bytes on the same machine, resumed or not. Raises LilliputError: ConfigError for options, InputMissing,
     InputCorrupt or InputUnsafe for the model and texts, Unsupported, OutOfResource, QualityFailed (the finished work
@@ -118,12 +126,17 @@ def compress(
     )
     out, progress = Path(out), progress or Silent()
     parsed = load_recipe(recipe).override(bits=None if bits is None else list(bits), group_size=group_size)
-    checkpoint = Checkpoint.open(model)
+    checkpoint = Checkpoint.open(model, tower=tower)
     check_output(out, overwrite=overwrite)
     check_apart(out, checkpoint.folder)
     workspace = Workspace(out)
     workspace.check()
     work = plan_work(checkpoint, parsed)
+    if target and not isinstance(checkpoint.spec, ModelSpec):
+        what = (
+            f"a budget weighs what a model loses in predicting tokens, which a {checkpoint.family} encoder does not do"
+        )
+        raise Unsupported(what, where="target", fix="Give --bits instead")
     if target:
         work = replace(work, needs_calibration=True)
         check_target(work, target)
@@ -131,7 +144,7 @@ def compress(
     spent = budget(work, max_ram=max_ram, length=length, whole=whole)
     if work.needs_calibration and not calibration and not dry_run:
         learns = "widths are chosen by what the model loses on a" if target else "it has a method that learns from"
-        what = f"{learns} text, and none is given"
+        what = f"{learns} {told_as(checkpoint)}, and none is given"
         raise ConfigError(what, where=f"recipe {parsed.name}", fix="Give --calibration FILE")
     report = plan_report(model, checkpoint, parsed, work, spent, options)
     if dry_run:
@@ -179,13 +192,15 @@ def plan_report(
     tokens = options.samples * options.length if work.needs_calibration else 0
     work_bytes = 2 * 4 * tokens * checkpoint.spec.hidden_size
     work_bytes += 2 * 4 * work.parameters if work.sensitive else 0  # the sums, and those that replace them
-    work_bytes += 4 * (SLICE + options.length) * checkpoint.spec.vocab_size if options.target else 0
+    if options.target:
+        assert isinstance(checkpoint.spec, ModelSpec), "refused for encoders"
+        work_bytes += 4 * (SLICE + options.length) * checkpoint.spec.vocab_size
     size_bytes, warnings = plan.total_bytes(), list(checkpoint.notes)
     if options.target and not allocated:
         size_bytes, rows = largest(work, options.target), []
         warnings.append("no weight was read, so no width is chosen yet; the size is the most it may be")
     if options.calibration and not work.needs_calibration:
-        warnings.append("the recipe learns nothing from text; the calibration files are not used")
+        warnings.append(f"the recipe learns nothing from {told_as(checkpoint)}; the calibration files are not used")
     return CompressReport(
         path=None,
         source=str(model),
@@ -198,6 +213,12 @@ def plan_report(
         work_bytes=work_bytes,
         warnings=warnings,
     )
+
+
+def told_as(checkpoint: Checkpoint) -> str:
+    """What the model reads, in a word."""
+    spec = checkpoint.spec
+    return "pictures" if isinstance(spec, EncoderSpec) and isinstance(spec.inputs, PatchInputs) else "text"
 
 
 class Run:
@@ -222,9 +243,7 @@ class Run:
         """Do what is left to do and publish; see `compress`."""
         self.progress.say("reading the model's files for their checksum")
         tools = {"lilliput": __version__} | {name: version(name) for name in ("torch", "numpy", "tokenizers")}
-        with TemporaryDirectory() as folder:
-            self.checkpoint.export_tokenizer(Path(folder))
-            tokenizer = Tokenizer.open(Path(folder))
+        tokenizer = None if self.pictures else self._tokenizer()
         data, told = self._calibration(tokenizer)
         probe = self._probe(tokenizer)
         parts = self._parts(tools, told)
@@ -232,11 +251,16 @@ class Run:
         with self.workspace:
             resumed = self.workspace.claim(key, parts, resume=self.options.resume)
             if self.options.target:
-                report = self._allocate(data, torch.tensor([probe]), report)
-            outcome = self._sweep(key, torch.tensor([probe]), data, tools, told)
+                report = self._allocate(data, torch.from_numpy(probe), report)
+            outcome = self._sweep(key, torch.from_numpy(probe), data, tools, told)
             logits = {name: value.numpy() for name, value in outcome.logits.items()}
             self.progress.say("opening the artifact and comparing it with the original")
-            quality = measure(self.folder, probe, logits)
+            quality: Sequence[QualityEntry | EmbeddingQuality]
+            if isinstance(self.checkpoint.spec, EncoderSpec):
+                probe_is = "pictures made by rule" if self.pictures else "sentences of the probe text"
+                quality = measure_vectors(self.folder, probe, logits, f"the {probe_is} shipped with lilliput")
+            else:
+                quality = measure(self.folder, probe[0].tolist(), logits)
             self._describe(quality)
             problems = judge(quality)
             if problems and self.options.gate:
@@ -246,47 +270,75 @@ class Run:
                 raise QualityFailed("; ".join(problems), where="quality gate", fix=fix)
             publish(self.folder, self.workspace.out, overwrite=self.options.overwrite)
             self.workspace.finished()
-        by_width = {row.bits: row for row in quality}
-        rows = [
-            row.model_copy(update={"kl": by_width[row.bits].kl, "top1_agreement": by_width[row.bits].top1_agreement})
-            for row in report.rows
-        ]
+        by_width = {row.bits: row.model_dump() for row in quality}
+        told_of = ("kl", "top1_agreement", "cosine", "error")
+        rows = [row.model_copy(update={k: by_width[row.bits].get(k) for k in told_of}) for row in report.rows]
         found = {"path": str(self.workspace.out), "rows": rows, "resumed": resumed}
         return report.model_copy(update=found | {"warnings": [*report.warnings, *problems]})
 
     # ---- what goes in
 
-    def _calibration(self, tokenizer: Tokenizer) -> tuple[Batches | None, DataInfo | None]:
+    @property
+    def pictures(self) -> bool:
+        """Whether the model reads pictures, and so has no tokenizer."""
+        return told_as(self.checkpoint) == "pictures"
+
+    def _tokenizer(self) -> Tokenizer:
+        with TemporaryDirectory() as folder:
+            self.checkpoint.export_tokenizer(Path(folder))
+            return Tokenizer.open(Path(folder))
+
+    def _calibration(self, tokenizer: Tokenizer | None) -> tuple[Batches | Pictures | None, DataInfo | None]:
         if not self.work.needs_calibration:
             return None, None
-        options = self.options
+        options, spec = self.options, self.checkpoint.spec
+        if isinstance(spec, EncoderSpec) and isinstance(spec.inputs, PatchInputs):
+            files = [file for source in options.calibration for file in find_pictures(source)]
+            shown = draw_pictures(
+                files, spec.inputs, samples=options.samples, batch_size=self.spent.batch, seed=options.seed
+            )
+            folders = tuple(DataFile(name=Path(path).name, sha256=shown.sha256) for path in options.calibration)
+            return shown, DataInfo(files=folders, sha256=shown.sha256, tokens=shown.tokens)
+        assert tokenizer is not None, "a model that reads no pictures reads text"
         texts = {path: read_documents(path, field=options.field) for path in options.calibration}
-        drawn = batches(
-            [text for documents in texts.values() for text in documents],
-            tokenizer,
-            length=min(options.length, self.checkpoint.spec.context),
-            samples=options.samples,
-            batch_size=self.spent.batch,
-            join=options.join,
-            seed=options.seed,
-        )
+        every = [text for documents in texts.values() for text in documents]
+        sizes = {"length": min(options.length, spec.context), "samples": options.samples, "seed": options.seed}
+        sizes |= {"batch_size": self.spent.batch}
+        if isinstance(spec, EncoderSpec):
+            drawn = sentences(every, tokenizer, **sizes)
+        else:
+            drawn = batches(every, tokenizer, join=options.join, **sizes)
         named = tuple(
             DataFile(name=Path(path).name, sha256=hashlib.sha256("\0".join(documents).encode()).hexdigest())
             for path, documents in texts.items()
         )
         return drawn, DataInfo(files=named, sha256=drawn.sha256, tokens=drawn.tokens)
 
-    def _probe(self, tokenizer: Tokenizer) -> list[int]:
-        """Token ids of the text every width is followed through: the shipped one, or a few ids where it has no tokens."""
+    def _probe(self, tokenizer: Tokenizer | None) -> npt.NDArray[Any]:
+        """What every width is followed through: (1, length) int64 token ids of the shipped text, or a few ids where it
+        has no tokens; for an encoder the text's sentences, (sentences, length), or pictures, (pictures, patches, columns).
+        """
+        spec = self.checkpoint.spec
+        inputs = spec.inputs if isinstance(spec, EncoderSpec) else None
+        if isinstance(inputs, PatchInputs):
+            return probe_pictures(inputs)
+        assert tokenizer is not None, "a model that reads no pictures reads text"
         text = files("lilliput.pipeline").joinpath("probe.txt").read_text("utf-8")
-        ids = tokenizer.encode(text)[: min(PROBE_TOKENS, self.checkpoint.spec.context)]
-        ids = [i for i in ids if i < self.checkpoint.spec.vocab_size]
-        return ids if len(ids) > 1 else list(range(min(16, self.checkpoint.spec.vocab_size)))
+        limit = min(PROBE_TOKENS, spec.context)
+        if isinstance(spec, ModelSpec):
+            known, rows = spec.vocab_size, [tokenizer.encode(text)[:limit]]
+        else:
+            assert inputs is not None, "an encoder has inputs"
+            known = inputs.vocab_size
+            rows = [tokenizer.whole(part, limit) for part in re.split(r"(?<=[.?!])\s+", text) if part]
+        rows = [[i for i in row if i < known] for row in rows]
+        return padded([row if len(row) > 1 else list(range(min(16, known))) for row in rows])
 
     def _parts(self, tools: dict[str, str], data: DataInfo | None) -> dict[str, Any]:
         """All the bytes depend on, by the word a message would use for it."""
         return {
             "model": self.checkpoint.fingerprint(),
+            "part of the model": self.checkpoint.family,
             "recipe": self.recipe.data(),
             "budget": None if self.options.target is None else self.options.target.text,
             "calibration text": None if data is None else data.sha256,
@@ -298,10 +350,10 @@ class Run:
 
     # ---- the work
 
-    def _allocate(self, data: Batches | None, probe: Tensor, report: CompressReport) -> CompressReport:
+    def _allocate(self, data: Batches | Pictures | None, probe: Tensor, report: CompressReport) -> CompressReport:
         """Choose every layer's width for the budget; from here on the recipe is one that names them."""
         target = self.options.target
-        assert data is not None, "seen to before any work"
+        assert isinstance(data, Batches), "seen to before any work"
         assert target is not None, "called with a target"
         source, _ = self._source(data, probe)
         notes = self.notes / "budget"
@@ -316,7 +368,7 @@ class Run:
         return planned.model_copy(update={"frontier": frontier})
 
     def _sweep(
-        self, key: str, probe: Tensor, data: Batches | None, tools: dict[str, str], told: DataInfo | None
+        self, key: str, probe: Tensor, data: Batches | Pictures | None, tools: dict[str, str], told: DataInfo | None
     ) -> Outcome:
         """Write the artifact's tensors and manifest, or take them from a run that got this far."""
         kept = Journal(self.notes / "outcome")
@@ -324,12 +376,13 @@ class Run:
             return Outcome(state.streams, state.records)
         source, reference = self._source(data, probe)
         work, slice_rows = self.work, self.spent.slice_rows
-        fisher = gather_for(source, work.methods, data, self.notes / "fisher.safetensors", self.progress)
+        texts = data if isinstance(data, Batches) else None  # planning refuses what needs a Fisher for pictures
+        fisher = gather_for(source, work.methods, texts, self.notes / "fisher.safetensors", self.progress)
         streamed = data if self._streams() else None
         job = Job(work.methods, work.plan.bits, probe, streamed, slice_rows, work.blocks, fisher)
         records: list[dict[str, Any]] = []
         if work.tuners:
-            assert data is not None, "a Tuner needs text, which planning has seen to"
+            assert isinstance(data, Batches), "a Tuner needs text, which planning has seen to"
             tuned = run_tuners(
                 self.checkpoint, source, job, work.tuners, data, self.notes, self.options.seed, self.progress
             )
@@ -361,11 +414,12 @@ class Run:
         chains = (m for chain in self.work.methods.values() for m in chain)
         return bool(self.work.blocks) or any(m.needs.streamed or isinstance(m, BlockQuantizer) for m in chains)
 
-    def _source(self, data: Batches | None, probe: Tensor) -> tuple[Source, Tensor | None]:
+    def _source(self, data: Batches | Pictures | None, probe: Tensor) -> tuple[Source, Tensor | None]:
         """Where the final sweep reads, and the original's probe logits when that is no longer the original."""
         earlier: list[list[Method]] = self.work.runs[:-1]
         if not earlier:
             return CheckpointSource(self.checkpoint), None
+        assert not isinstance(data, Pictures), "planning refuses methods of the whole model for an encoder"
         decoder, reference = run_model_methods(
             self.checkpoint, earlier, data, probe, self.notes, self.options.seed, self.progress
         )
@@ -387,15 +441,17 @@ class Run:
 
     def _side_files(self) -> None:
         plan = self.work.plan
-        self.checkpoint.export_tokenizer(self.folder)
-        told = {"quant_method": "lilliput", "bits": list(plan.bits), "schema_version": version_of(plan.entries)}
+        if not self.pictures:
+            self.checkpoint.export_tokenizer(self.folder)
+        schema = version_of(plan.spec, plan.entries)
+        told = {"quant_method": "lilliput", "bits": list(plan.bits), "schema_version": schema}
         config = {**self.checkpoint.config, "quantization_config": told}
-        if plan.spec.tied_head != self.checkpoint.spec.tied_head:
+        if isinstance(plan.spec, ModelSpec) and plan.spec != self.checkpoint.spec:
             config["tie_word_embeddings"] = plan.spec.tied_head
         (self.folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
         (self.folder / "recipe.yaml").write_text(self.recipe.text(), "utf-8")
 
-    def _describe(self, quality: list[QualityEntry]) -> Manifest:
+    def _describe(self, quality: Sequence[QualityEntry | EmbeddingQuality]) -> Manifest:
         card = model_card(self._provenance(), self.work.plan, self.recipe, quality)
         (self.folder / "README.md").write_text(card, "utf-8")
         return amend(self.folder, quality=quality)

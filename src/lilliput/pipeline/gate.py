@@ -1,17 +1,20 @@
 """The two checks between a written artifact and the name "done": it says what was meant, and what was meant is good.
 
 First the saved artifact is opened through the public engine and its logits on the probe are compared with those the
-sweep computed from the same weights in torch. Then every width is compared with the original model.
+sweep computed from the same weights in torch. Then every width is compared with the original model. An encoder is
+opened through the Embedder, and what is compared is the vectors of its probe.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from lilliput.artifact.schema import QualityEntry
+from lilliput.artifact.schema import EmbeddingQuality, QualityEntry
 from lilliput.core.errors import QualityFailed
+from lilliput.embedding import Embedder
 from lilliput.engine import Engine
 from lilliput.numerics.divergence import divergence, log_softmax
 
@@ -26,6 +29,9 @@ LIMITS = {2: 3.0, 3: 1.5, 4: 0.5, 5: 0.2, 6: 0.1, 7: 0.05, 8: 0.03}
 below, and a text of a hundred tokens is not a benchmark."""
 FLOAT_LIMIT = 3.0
 """The same for a result that is not quantized, where a recipe may prune as hard as it likes."""
+COSINES = {2: 0.3, 3: 0.6, 4: 0.85, 5: 0.93, 6: 0.97, 7: 0.98, 8: 0.99}
+"""Mean cosine to the original's vectors below which a width of an encoder counts as broken; generous as well."""
+FLOAT_COSINE = 0.3
 UNQUANTIZED = 32
 """What stands for "no width" in reports."""
 
@@ -58,24 +64,48 @@ def measure(folder: Path, probe: list[int], logits: Mapping[str, F32]) -> list[Q
     return found
 
 
-def compare(said: F32, meant: F32, bits: int) -> None:
-    """Raise QualityFailed unless the engine's logits are finite and those of the sweep."""
+def measure_vectors(
+    folder: Path, probe: npt.NDArray[Any], vectors: Mapping[str, F32], probe_is: str
+) -> list[EmbeddingQuality]:
+    """As `measure`, for an encoder. probe: its inputs, see `Embedder.vectors`; vectors: (inputs, embedding_size)."""
+    embedder, original = Embedder(folder), vectors["float"].astype(np.float64)
+    found: list[EmbeddingQuality] = []
+    for key in sorted((k for k in vectors if k != "float"), key=int):
+        bits = int(key)
+        said = embedder.vectors(probe, bits=bits or None)
+        compare(said, vectors[key], bits, "vectors")
+        length = np.linalg.norm(original, axis=1)
+        cosine = (said * original).sum(1) / np.maximum(np.linalg.norm(said, axis=1) * length, 1e-30)
+        error = np.linalg.norm(said - original, axis=1) / np.maximum(length, 1e-30)
+        told = {"cosine": cosine.mean(), "cosine_min": cosine.min(), "error": error.mean()}
+        numbers = {name: float(f"{value:.4g}") for name, value in told.items()}
+        found.append(EmbeddingQuality(bits=bits or UNQUANTIZED, inputs=len(probe), inputs_are=probe_is, **numbers))
+    return found
+
+
+def compare(said: F32, meant: F32, bits: int, kind: str = "logits") -> None:
+    """Raise QualityFailed unless the saved artifact's logits, or vectors, are finite and those of the sweep."""
     where = f"{bits} bits" if bits else "the artifact"
     if not np.isfinite(said).all():
-        what = "the saved artifact gives logits that are not numbers"
+        what = f"the saved artifact gives {kind} that are not numbers"
         raise QualityFailed(what, where=where, fix="Exclude the layers with the largest error, or choose other widths")
     gap = float(np.abs(said - meant).max()) / max(1e-6, float(np.abs(meant).max()))
     if gap > AGREEMENT:
-        what = f"the saved artifact's logits differ from the intended ones by {gap:.2g} of their range"
+        what = f"the saved artifact's {kind} differ from the intended ones by {gap:.2g} of their range"
         raise QualityFailed(what, where=where, fix="This is a fault of ours or of the disk: run verify, then report it")
 
 
-def judge(quality: list[QualityEntry]) -> list[str]:
+def judge(quality: Sequence[QualityEntry | EmbeddingQuality]) -> list[str]:
     """One line for every width whose divergence from the original is beyond its limit; empty when all is well."""
     lines = []
     for row in quality:
+        name = "the result" if row.bits == UNQUANTIZED else f"{row.bits} bits"
+        if isinstance(row, EmbeddingQuality):
+            least = COSINES.get(row.bits, FLOAT_COSINE)
+            if not row.cosine >= least:
+                lines.append(f"{name}: the cosine to the original's vectors is {row.cosine:.3g}, below {least:g}")
+            continue
         limit = LIMITS.get(row.bits, FLOAT_LIMIT)
         if not row.kl <= limit:  # so that NaN does not pass
-            name = "the result" if row.bits == UNQUANTIZED else f"{row.bits} bits"
             lines.append(f"{name}: KL to the original is {row.kl:.3g} nats a token, above {limit:g}")
     return lines

@@ -7,9 +7,9 @@ from itertools import groupby
 
 from lilliput.artifact.plan import Plan
 from lilliput.artifact.schema import FloatEntry, QuantEntry
-from lilliput.core.errors import ConfigError, OutOfResource
+from lilliput.core.errors import ConfigError, OutOfResource, Unsupported
 from lilliput.core.recipe import Recipe
-from lilliput.core.spec import ModelSpec
+from lilliput.core.spec import AnySpec, EncoderSpec, ModelSpec
 from lilliput.methods.base import (
     BlockMethod,
     LayerMethod,
@@ -67,8 +67,15 @@ def plan_work(checkpoint: Checkpoint, recipe: Recipe) -> Work:
     """
     runs = [list(group) for _, group in groupby(map(build_stage, recipe.stages), _kind)]
     tuners = [m for m in runs.pop() if isinstance(m, Tuner)] if _kind(runs[-1][0]) is Tuner else []
-    for method in (m for run in runs for m in run if isinstance(m, Tuner)):
-        raise ConfigError(f"{method.name} is not the last stage", f"recipe {recipe.name}", "Put it at the end")
+    for early in (m for run in runs for m in run if isinstance(m, Tuner)):
+        raise ConfigError(f"{early.name} is not the last stage", f"recipe {recipe.name}", "Put it at the end")
+    if isinstance(checkpoint.spec, EncoderSpec):
+        for method in (*tuners, *joined.from_iterable(runs)):
+            sensitive = isinstance(method, LayerMethod) and method.needs is Statistic.FISHER
+            if not sensitive and not isinstance(method, ModelMethod | Tuner):
+                continue
+            what = f"{method.name} learns from predicting tokens, which a {checkpoint.family} encoder does not do"
+            raise Unsupported(what, where=f"recipe {recipe.name}", fix="Use methods of layers and blocks")
     if not runs or _kind(runs[-1][0]) is ModelMethod:
         runs.append([])
     blocks, final = in_sweep(runs[-1])
@@ -79,11 +86,12 @@ def plan_work(checkpoint: Checkpoint, recipe: Recipe) -> Work:
     if tuners and not any(isinstance(m, Quantizer) for m in final):
         what = f"{tuners[0].name} improves codes, and no stage before it makes any"
         raise ConfigError(what, where=f"recipe {recipe.name}", fix="Put a quantizer such as rtn before it")
-    spec = checkpoint.spec
+    spec: AnySpec = checkpoint.spec
     tensors: Mapping[str, TensorInfo] = {name: checkpoint.info(name) for name in checkpoint.names()}
     for changer in (m for run in runs for m in run if isinstance(m, ModelMethod)):
+        assert isinstance(spec, ModelSpec), "refused for encoders"
         spec, tensors = changer.respec(spec, tensors)
-    matrices = matrices_of(spec)
+    matrices = spec.matrices()
     wide = assign(final, matrices)
     ladders = [quantizer.bits for methods in wide.values() if (quantizer := last_quantizer(methods))]
     blocks_only = [name for name in matrices if name.startswith("layers.")]
@@ -126,13 +134,6 @@ def in_sweep(run: Sequence[Method]) -> tuple[list[BlockMethod], list[LayerMethod
             what = f"{blocks[-1].name} changes whole blocks, and comes after {method.name}, which treats their layers"
             raise ConfigError(what, where="recipe", fix=f"Put {blocks[-1].name} first")
     return blocks, [m for m in run if isinstance(m, LayerMethod)]
-
-
-def matrices_of(spec: ModelSpec) -> dict[str, tuple[int, int]]:
-    """Every matrix a method may treat, by canonical name, to its (out, in), in the order they are read."""
-    ends = (spec.vocab_size, spec.hidden_size)
-    blocks = {n: s for i in range(spec.num_layers) for n, s in spec.linears(i).items()}
-    return {"embed_tokens": ends} | blocks | ({} if spec.tied_head else {"lm_head": ends})
 
 
 def assign(methods: Sequence[LayerMethod], matrices: Mapping[str, tuple[int, int]]) -> dict[str, Sequence[LayerMethod]]:
@@ -196,16 +197,17 @@ def budget(work: Work, *, max_ram: int | None, length: int, whole: bool) -> Budg
     """
     spec = work.plan.spec
     block = 4 * sum(out * columns for out, columns in spec.linears(0).values())
-    raw = {"F32": 4, "F16": 2, "BF16": 2}[work.tensors["embed_tokens.weight"].dtype]
-    ends = spec.vocab_size * spec.hidden_size * (raw + 2)
+    raw = {"F32": 4, "F16": 2, "BF16": 2}[work.tensors[f"{spec.entrance}.weight"].dtype]
+    out, columns = spec.matrices()[spec.entrance]
+    ends = out * columns * (raw + 2)
     gram = sum(4 * columns**2 for _, columns in spec.linears(0).values()) if work.needs_calibration else 0
     row = 4 * length * (6 * spec.hidden_size + 3 * spec.intermediate_size + spec.num_heads * length)
     fixed = INTERPRETER_BYTES + (4 * work.parameters if whole or work.sensitive else 0)
     if work.sensitive:  # the sums beside the model, and one row through all of it with what its gradient needs
-        fixed += 4 * work.parameters + spec.num_layers * row + 3 * 4 * length * spec.vocab_size
+        fixed += 4 * work.parameters + spec.num_layers * row + 3 * 4 * length * out
 
     def peak(slice_rows: int, batch: int) -> int:
-        ends_now = ends + 8 * 4 * slice_rows * spec.hidden_size
+        ends_now = ends + 8 * 4 * min(slice_rows, out) * columns
         return fixed + max(COPIES * block + gram, ends_now) + batch * row
 
     for slice_rows, batch in ((1 << 15, 8), (1 << 13, 4), (1 << 11, 1), (1 << 9, 1)):

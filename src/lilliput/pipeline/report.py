@@ -7,7 +7,8 @@ class WidthRow(BaseModel):
     """One width. bits_per_weight: what a quantized weight costs to read, scales and zeros counted; None without codes.
 
     size_bytes: files a copy needs to serve this width. kl (mean nats) and top1_agreement against the original, on the
-    probe text; None in a dry run.
+    probe text; of an encoder instead the mean cosine to the original's vectors of the probe, and their mean relative
+    error. None in a dry run.
     """
 
     bits: int
@@ -15,6 +16,8 @@ class WidthRow(BaseModel):
     bits_per_weight: float | None = None
     kl: float | None = None
     top1_agreement: float | None = None
+    cosine: float | None = None
+    error: float | None = None
 
 
 class LayerPlan(BaseModel):

@@ -21,7 +21,7 @@ from lilliput.methods.sources import DecoderSource
 from lilliput.methods.sweep import Job, Sweep, at_width
 from lilliput.models import Checkpoint, Decoder, TensorInfo, load_decoder
 from lilliput.numerics.nested import Quantized
-from lilliput.pipeline.plan import assign, in_sweep, matrices_of
+from lilliput.pipeline.plan import assign, in_sweep
 
 
 def run_model_methods(
@@ -82,7 +82,7 @@ def _sweep_in_memory(
     # Its results live in memory only, so what an interrupted run left of it is of no use.
     shutil.rmtree(folder / "between", ignore_errors=True)
     blocks, methods = in_sweep(run)
-    chosen = assign(methods, matrices_of(decoder.spec))
+    chosen = assign(methods, decoder.spec.matrices())
     source = DecoderSource(decoder, made_by="an earlier stage")
     journal = Journal(folder / "between")
     fisher = gather_for(source, chosen, data, folder / "between" / "fisher.safetensors", progress)

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lilliput.core.progress import Progress
+from lilliput.core.spec import ModelSpec
 from lilliput.data.streams import Batches
 from lilliput.methods.base import LayerMethod, Quantizer, Tuner
 from lilliput.methods.journal import Journal, sync
@@ -62,6 +63,7 @@ def run_tuners(
     store = Store(folder / "coded")
     outcome = Sweep(source, store, job, Journal(folder / "coded"), progress).run()
     original = load_decoder(checkpoint)
+    assert isinstance(source.spec, ModelSpec), "planning refuses to tune an encoder"
     student = deepcopy(original) if source.spec == original.spec else Decoder(source.spec, list(store.floats()))
     state = student.state_dict()
     for name, value in store.floats().items():

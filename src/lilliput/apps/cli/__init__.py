@@ -32,7 +32,7 @@ VERBS = {
     "recipes": "List the recipes, or show one.",
     "doctor": "Say what this machine and this install can do.",
 }
-EXTRA_OF = dict.fromkeys(("torch", "transformers", "huggingface_hub", "pyarrow"), "compress")
+EXTRA_OF = dict.fromkeys(("torch", "transformers", "huggingface_hub", "pyarrow", "PIL"), "compress")
 EXTRA_OF |= {"starlette": "serve", "uvicorn": "serve"}
 OK, BUG, USAGE, UNSUPPORTED, RESOURCE, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 4, 5, 130, 141
 

@@ -12,13 +12,9 @@ from lilliput.measure.memory import format_bytes
 if TYPE_CHECKING:
     from lilliput.pipeline import CompressReport
 
-COLUMNS = {
-    "bits": "bits",
-    "size": "size",
-    "bits_per_weight": "bits a weight",
-    "kl": "KL",
-    "top1_agreement": "top-1 agreement",
-}
+COLUMNS = {"bits": "bits", "size": "size", "bits_per_weight": "bits a weight"}
+OF_DECODERS = {"kl": "KL", "top1_agreement": "top-1 agreement"}
+OF_ENCODERS = {"cosine": "cosine", "error": "relative error"}
 FRONTIER = {"bits_per_weight": "bits a weight", "size": "size", "predicted_kl": "predicted KL", "note": ""}
 
 
@@ -50,7 +46,7 @@ FRONTIER = {"bits_per_weight": "bits a weight", "size": "size", "predicted_kl": 
     multiple=True,
     type=click.Path(),
     metavar="FILE",
-    help="Text, JSONL, Parquet, or a dataset on the hub; repeatable.",
+    help="Text, JSONL, Parquet, or a dataset on the hub; pictures for an encoder of pictures; repeatable.",
 )
 @click.option("--field", help="Field of JSONL or Parquet rows that holds the text.")
 @click.option(
@@ -65,6 +61,7 @@ FRONTIER = {"bits_per_weight": "bits a weight", "size": "size", "predicted_kl": 
 @click.option("--resume/--no-resume", default=True, show_default=True, help="Go on where an interrupted run stopped.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done and how large it would be; write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT when it is an artifact.")
+@click.option("--tower", help="Which encoder of a pair: text or vision of CLIP.")
 @click.option("--gate/--no-gate", default=True, show_default=True, help="Fail with 6 when quality is below the gate.")
 @click.pass_obj
 def command(
@@ -86,6 +83,7 @@ def command(
     resume: bool,
     dry_run: bool,
     overwrite: bool,
+    tower: str | None,
     gate: bool,
 ) -> None:
     """Compress MODEL (a checkpoint folder or a hub id) into one artifact that serves every width asked for.
@@ -94,7 +92,7 @@ def command(
 
     \b
     JSON: {"path": the artifact, or null after --dry-run, "source", "recipe": [...], "source_bytes", "size_bytes",
-           "rows": [{"bits", "size_bytes", "bits_per_weight", "kl", "top1_agreement"}],
+           "rows": [{"bits", "size_bytes", "bits_per_weight", "kl", "top1_agreement", "cosine", "error"}],
            "layers": [{"name", "shape", "method", "bits"}], "expected_ram_bytes", "work_bytes", "resumed": bool,
            "frontier": [{"bits_per_weight", "size_bytes", "predicted_kl", "uniform", "chosen": bool}],
            "warnings": [text]}
@@ -123,6 +121,7 @@ def command(
             overwrite=overwrite,
             dry_run=dry_run,
             gate=gate,
+            tower=tower,
             progress=progress,
         )
     for warning in report.warnings:
@@ -135,7 +134,8 @@ def _text(report: "CompressReport") -> str:
     first = f"{report.path}: {share}" if report.path else f"dry run, nothing was written: {share}"
     rows = [row.model_dump() | {"size": format_bytes(row.size_bytes)} for row in report.rows]
     memory = "" if report.path else f"\nexpected memory: {format_bytes(report.expected_ram_bytes)}"
-    parts = [first + memory, *([table(rows, COLUMNS)] if rows else []), *_frontier(report)]
+    measured = OF_ENCODERS if any(row.cosine is not None for row in report.rows) else OF_DECODERS
+    parts = [first + memory, *([table(rows, COLUMNS | measured)] if rows else []), *_frontier(report)]
     return "\n\n".join(parts)
 
 

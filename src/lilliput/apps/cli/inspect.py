@@ -10,20 +10,21 @@ from lilliput.apps.cli.output import Output, pairs, table
 from lilliput.measure.memory import format_bytes
 
 if TYPE_CHECKING:
-    from lilliput.core.spec import ModelSpec
+    from lilliput.core.spec import AnySpec
 
 
 @common
 @click.command("inspect")
 @click.argument("model")
+@click.option("--tower", help="Which encoder of a pair: text or vision of CLIP.")
 @click.pass_obj
-def command(out: Output, model: str) -> None:
+def command(out: Output, model: str, tower: str | None) -> None:
     """Describe MODEL: an artifact, a checkpoint folder, or a hub id. Reads headers, not weights.
 
     \b
     JSON of an artifact:
       {"kind": "artifact", "path", "size_bytes", "bits": [int], "rows": [{"bits", "size_bytes", "kl",
-       "top1_agreement"}], "manifest": {...}}
+       "top1_agreement", "cosine", "error"}], "manifest": {...}}
     JSON of a checkpoint:
       {"kind": "checkpoint", "source", "family", "parameters", "size_bytes", "dtypes": {dtype: parameters}, "layers",
        "hidden_size", "heads", "kv_heads", "vocab_size", "context", "sliding_window", "tied_head",
@@ -32,7 +33,7 @@ def command(out: Output, model: str) -> None:
     if (Path(model) / "manifest.json").exists():
         _artifact(out, model)
     else:
-        _checkpoint(out, model)
+        _checkpoint(out, model, tower)
 
 
 def _artifact(out: Output, path: str) -> None:
@@ -43,8 +44,7 @@ def _artifact(out: Output, path: str) -> None:
     rows: list[dict[str, Any]] = [{"bits": b, "size_bytes": artifact.bytes_at(b)} for b in artifact.bits]
     for row in rows:
         quality = next((q for q in manifest.quality if q.bits == row["bits"]), None)
-        row["kl"] = None if quality is None else quality.kl
-        row["top1_agreement"] = None if quality is None else quality.top1_agreement
+        row |= {key: getattr(quality, key, None) for key in ("kl", "top1_agreement", "cosine", "error")}
     document = {
         "kind": "artifact",
         "path": path,
@@ -61,13 +61,15 @@ def _artifact(out: Output, path: str) -> None:
     }
     shown = [row | {"size": format_bytes(row["size_bytes"])} for row in rows]
     columns = {"bits": "bits", "size": "weights", "kl": "KL", "top1_agreement": "top-1 agreement"}
+    if any(row["cosine"] is not None for row in rows):
+        columns = {"bits": "bits", "size": "weights", "cosine": "cosine", "error": "relative error"}
     out.result(document, lambda: f"{pairs(facts | _shape(manifest.spec))}\n\n{table(shown, columns)}")
 
 
-def _checkpoint(out: Output, source: str) -> None:
+def _checkpoint(out: Output, source: str, tower: str | None) -> None:
     from lilliput.models import describe
 
-    summary = describe(source)
+    summary = describe(source, tower=tower)
     facts = summary.model_dump(exclude={"quantizable", "skipped", "notes", "source"}) | {
         "parameters": f"{summary.parameters:,}",
         "size_bytes": format_bytes(summary.size_bytes),
@@ -79,13 +81,19 @@ def _checkpoint(out: Output, source: str) -> None:
     out.result({"kind": "checkpoint"} | summary.model_dump(mode="json"), text)
 
 
-def _shape(spec: "ModelSpec") -> dict[str, Any]:
-    heads = f"{spec.num_heads} of {spec.head_dim}, {spec.num_kv_heads} for keys and values"
-    return {
+def _shape(spec: "AnySpec") -> dict[str, Any]:
+    from lilliput.core.spec import EncoderSpec, PatchInputs
+
+    facts: dict[str, Any] = {
         "family": spec.family,
         "layers": spec.num_layers,
         "width": f"{spec.hidden_size}, feed-forward {spec.intermediate_size}",
-        "heads": heads,
-        "vocabulary": spec.vocab_size,
-        "context": spec.context,
+        "heads": f"{spec.num_heads} of {spec.head_dim}, {spec.num_kv_heads} for keys and values",
     }
+    if not isinstance(spec, EncoderSpec):
+        return facts | {"vocabulary": spec.vocab_size, "context": spec.context}
+    facts["vector"] = f"{spec.embedding_size} numbers, from {spec.pooling} of {spec.context} positions"
+    if isinstance(spec.inputs, PatchInputs):
+        size = spec.inputs.image_size
+        return facts | {"pictures": f"{size} x {size}, patches of {spec.inputs.patch_size}"}
+    return facts | {"vocabulary": spec.inputs.vocab_size, "context": spec.context}

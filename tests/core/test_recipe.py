@@ -47,7 +47,7 @@ def test_what_is_no_recipe_is_refused_by_name(tmp_path: Path, text: str, message
 
 
 def test_an_unknown_name_tells_the_known_ones_and_a_missing_file_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(LookupError, match=r"'nestled' is not known\. Try nested, .*w4"):
+    with pytest.raises(LookupError, match=r"'nestled' is not known\. Try any-precision, .*w4"):
         load_recipe("nestled")
     with pytest.raises(FileNotFoundError, match=r"none\.yaml: there is no such file"):
         load_recipe(tmp_path / "none.yaml")

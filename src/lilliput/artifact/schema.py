@@ -191,7 +191,7 @@ class EmbeddingQuality(_Frozen):
 
 
 def _measured(value: Any) -> str:
-    told = value.keys() if isinstance(value, dict) else vars(value)
+    told = value if isinstance(value, dict) else getattr(value, "__dict__", ())
     return "vectors" if "cosine" in told else "logits"
 
 

@@ -83,7 +83,7 @@ def fit(frontier: Frontier, limit: int, size: Callable[[int], int]) -> int | Non
         if over <= 0:
             return point
         budget = int(frontier.cost[point]) - over
-    return None
+    return 0 if size(0) <= limit else None  # a step may be longer than what is left below, by the padding in it
 
 
 def falling(losses: Sequence[float]) -> list[float]:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from lilliput.artifact.container import PAGE
 from lilliput.artifact.plan import Plan, stored_bytes
 from lilliput.artifact.schema import QuantEntry
 from lilliput.core.errors import ConfigError
@@ -75,7 +76,9 @@ def largest(work: Work, target: Target) -> int:
         return min(whole, target.size)
     coded = sum(map(stored_bytes, entries.values()))
     assert target.bits is not None, "one of the two is given"
-    return min(whole, whole - coded + int(target.bits * _weights(work) / 8))
+    # Fields begin on pages, and other widths than these may leave other gaps between them.
+    gaps = PAGE * sum(len(entry.fields) for entry in entries.values())
+    return whole - coded + min(coded, int(target.bits * _weights(work) / 8)) + gaps
 
 
 def allocate(

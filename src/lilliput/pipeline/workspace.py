@@ -83,7 +83,8 @@ class Workspace:
         same = resume and key == (found or self._noted())
         if not same:
             self.discard()
-        elif found is None:  # no tensor is in place, so no sweep that wrote some has begun
+        elif found is None:  # nothing vouches for a tensor in place, so the sweep that writes them begins anew
+            shutil.rmtree(self.artifact, ignore_errors=True)
             Journal(self.work).forget()
             Journal(self.work / "outcome").forget()
         self.artifact.mkdir(exist_ok=True)

@@ -89,7 +89,8 @@ class Engine:
         if threads is not None and threads < 1:
             raise ConfigError(f"{threads} threads cannot work", where="threads", fix="Give 1 or more")
         if kv not in get_args(KV):
-            raise ConfigError(f"{kv!r} is no way to keep keys and values", where="kv", fix='Give "float", "int8" or "int4"')
+            what = f"{kv!r} is no way to keep keys and values"
+            raise ConfigError(what, where="kv", fix='Give "float", "int8" or "int4"')
         if activations not in get_args(Activations):
             what = f"activations cannot be {activations!r}"
             raise ConfigError(what, where="activations", fix=f"Give {' or '.join(get_args(Activations))}")

@@ -76,7 +76,7 @@ class Engine:
 
         context: cuts the model's own; a longer one changes nothing. kv: "float" is exact; "int8" rounds keys and values
         to one byte each, with a scale for each head and token, and needs about a quarter of the memory; "int4" rounds
-        groups of 32 tokens, all but the first and the newest, to half a byte each and needs about a sixth in long contexts.
+        groups of 32 tokens, all but the first and the newest, to half a byte each, about a sixth in long contexts.
         activations: "int8" rounds what enters a quantized matrix to eight bits, several times faster; "float" computes
         what the artifact's formula says.
         Raises what `Artifact.open` and `Tokenizer.open` raise, InputCorrupt when tensors do not fit the spec,

@@ -43,8 +43,8 @@ struct CacheShape {
   }
 };
 
-// A fixed number of pages, and of pages of float32 for as many sequences. The system provides each when it is first written, so an arena for the whole of a long
-// context costs no more than the positions that are reached.
+// A fixed number of pages, and of pages of float32 for as many sequences. The system provides each when it is first
+// written, so an arena for the whole of a long context costs no more than the positions that are reached.
 class Arena {
  public:
   // Throws std::bad_alloc.

@@ -73,7 +73,8 @@ struct QueryRows {
   int64_t ld, group, position;
 };
 
-// Rows begin .. end - 1, at most kQueryRows, with an int4 cache of one group of positions; scratch: attention_scratch(head_dim) floats of the calling thread.
+// Rows begin .. end - 1, at most kQueryRows and, of an int4 cache, all of one group of positions; scratch:
+// attention_scratch(head_dim) floats of the calling thread.
 typedef void Attention(const AttentionView& kv, const QueryRows& rows, int64_t begin, int64_t end, float* scratch);
 Attention attention_reference, attention_avx2, attention_avx512;
 

@@ -2,7 +2,8 @@
 
     python benchmarks/activations_kl.py model.lilliput --text held-out.txt --limit 40
 
-Prints a Markdown table and appends a line a width to results/activations_kl.jsonl.
+With --kv int8 or --kv int4, what rounding keys and values costs instead, activations being float on both sides. Prints
+a Markdown table and appends a line a width to results/activations_kl.jsonl, or kv_kl.jsonl.
 """
 
 import argparse
@@ -25,11 +26,16 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=40, help="windows")
     parser.add_argument("--bits", type=int, nargs="*", help="by default all")
     parser.add_argument("--documents", type=int, help="only the first ones")
+    parser.add_argument("--kv", choices=["int8", "int4"], help="round keys and values, not activations")
     asked = parser.parse_args()
-    exact, rounded = (Engine(asked.artifact, activations=kind) for kind in ("float", "int8"))
+    exact = Engine(asked.artifact, activations="float")
+    if asked.kv:
+        name, kind, rounded = "kv_kl", asked.kv, Engine(asked.artifact, activations="float", kv=asked.kv)
+    else:
+        name, kind, rounded = "activations_kl", "int8", Engine(asked.artifact, activations="int8")
     documents = read_documents(asked.text)[: asked.documents]
     cut = windows(documents, exact.tokenizer, length=asked.length, limit=asked.limit)
-    print("| bits | tokens | KL, nats | top-1 agreement | nll float | nll int8 |\n|---|---|---|---|---|---|")
+    print(f"| bits | tokens | KL, nats | top-1 agreement | nll float | nll {kind} |\n|---|---|---|---|---|---|")
     rows = []
     for bits in asked.bits or exact.bits:
         kls, sames, nlls = [], [], []
@@ -45,7 +51,7 @@ def main() -> None:
         print(f"| {bits} | {len(kl)} | {kl.mean():.2g} | {same.mean():.4f} | {before:.4f} | {after:.4f} |", flush=True)
         rows.append({"bits": bits, "tokens": len(kl), "kl": kl.mean(), "top1": same.mean(), "nll": [before, after]})
     for row in rows:
-        emit("activations_kl", artifact=asked.artifact.name, text=asked.text.name, windows=len(cut), **row)
+        emit(name, kind=kind, artifact=asked.artifact.name, text=asked.text.name, windows=len(cut), **row)
 
 
 if __name__ == "__main__":

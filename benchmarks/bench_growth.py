@@ -3,7 +3,7 @@
     python benchmarks/bench_growth.py [ARTIFACT] [--contexts 128 ...] [--batches 1 ...] [--plot docs/growth.svg]
 
 Context: a prompt of that many tokens is read, then 16 tokens are decoded; speeds of both. Batch: tokens decoded a
-second by all sequences together, 32 each after a short prompt. Both caches, float and int8; a context that the memory
+second by all sequences together, 32 each after a short prompt. All caches, float, int8 and int4; a context that the memory
 or the artifact does not allow is left out and said so.
 """
 
@@ -78,7 +78,7 @@ def main() -> None:
     options = parser.parse_args()
     folder = options.artifact or random_artifact("110m")
     decode, prefill, batch = Series(), Series(), Series()
-    for kv in ("float", "int8"):
+    for kv in ("float", "int8", "int4"):
         engine = Engine(folder, threads=options.threads, kv=kv)
         fields = {"artifact": folder.name, "bits": options.bits, "threads": engine.threads, "kv": kv}
         rng = np.random.default_rng(0)

@@ -70,6 +70,13 @@ Activation activation_of(const std::string& name) {
   throw std::invalid_argument("there is no activation " + name);
 }
 
+Kept kept_of(const std::string& name) {
+  if (name == "float") return Kept::float32;
+  if (name == "int8") return Kept::int8;
+  if (name == "int4") return Kept::int4;
+  throw std::invalid_argument("keys and values cannot be kept as " + name);
+}
+
 // A matrix and the arrays its pointers lead to.
 struct HeldMatrix {
   Matrix matrix;
@@ -204,22 +211,25 @@ class BoundModel {
 
   void finish() { model_.finish(); }
   int threads() const { return model_.threads(); }
-  int64_t cache_bytes(int64_t positions, bool int8_cache) const { return model_.cache_shape(int8_cache).bytes(positions); }
+  int64_t cache_bytes(int64_t positions, const std::string& kv) const {
+    return model_.cache_shape(kept_of(kv)).bytes(positions);
+  }
 
-  nb::object run_logits(const std::vector<int32_t>& tokens, int bits, bool int8_cache) {
+  nb::object run_logits(const std::vector<int32_t>& tokens, int bits, const std::string& kv) {
+    const Kept kept = kept_of(kv);
     float* data = nullptr;
     nb::object array = new_array({tokens.size(), static_cast<size_t>(model_.spec().vocab_size)}, &data);
     {
       nb::gil_scoped_release free;
-      logits(model_, tokens, bits, int8_cache, data, signal_poll());
+      logits(model_, tokens, bits, kept, data, signal_poll());
     }
     return array;
   }
 
   nb::list run_generate(const std::vector<std::vector<int32_t>>& prompts, int bits, int64_t max_new_tokens,
                         int64_t context, const std::vector<int32_t>& eos, const nb::dict& sampling,
-                        bool int8_cache, const nb::object& on_token, const nb::object& on_prefill) {
-    GenerateOptions options{bits, max_new_tokens, context, int8_cache, eos, sampling_of(sampling)};
+                        const std::string& kv, const nb::object& on_token, const nb::object& on_prefill) {
+    GenerateOptions options{bits, max_new_tokens, context, kept_of(kv), eos, sampling_of(sampling)};
     for (const auto& prompt : prompts)
       require(!prompt.empty() && static_cast<int64_t>(prompt.size()) < context, "a prompt is empty or fills the context");
     // A listener says False to end; both kinds are given two numbers.
@@ -356,26 +366,33 @@ nb::object op_matmul_float(const Bytes& data, const std::string& dtype, int64_t 
 // q: (positions, group, head_dim), the heads of one key-value head at `position` and what follows. `share`: rows that
 // one call of the kernel takes.
 nb::object op_attention(const Cube& q, const Table& keys, const Table& values, int64_t position, int64_t window,
-                        float scale, float cap, bool int8_cache, int64_t share, const std::string& variant) {
+                        float scale, float cap, const std::string& kv, int64_t share, const std::string& variant) {
   const auto dim = static_cast<int64_t>(q.shape(2)), group = static_cast<int64_t>(q.shape(1));
   const auto queries = static_cast<int64_t>(q.shape(0)), count = static_cast<int64_t>(keys.shape(0));
   require(static_cast<int64_t>(keys.shape(1)) == dim && static_cast<int64_t>(values.shape(1)) == dim &&
               static_cast<int64_t>(values.shape(0)) == count && position >= 0 && position + queries <= count,
           "queries, keys and values do not fit");
   require(share >= 1 && share <= kQueryRows, "a share is 1 to " + std::to_string(kQueryRows) + " rows");
-  const CacheShape shape{1, 1, dim, int8_cache};
-  Arena arena(shape, shape.pages(count));
+  const CacheShape shape{1, 1, dim, kept_of(kv)};
+  Arena arena(shape, shape.pages(count), 1);
   Cache cache(arena);
   cache.reserve(count);
-  for (int64_t j = 0; j < count; ++j) cache.put(0, 0, j, keys.data() + j * dim, values.data() + j * dim);
   float* y = nullptr;
   nb::object array = new_array({q.shape(0), q.shape(1), q.shape(2)}, &y);
   std::vector<float> scratch(static_cast<size_t>(attention_scratch(dim)));
-  const AttentionView view{cache.pages(), shape.key_offset(0, 0), shape.value_offset(0, 0), dim, int8_cache,
-                           scale,         cap,                    window};
-  for (int64_t row = 0; row < queries * group; row += share)
-    attention(variant)(view, {q.data(), y, group * dim, group, position}, row, std::min(row + share, queries * group),
-                       scratch.data());
+  const AttentionView view = cache.view(0, 0, scale, cap, window);
+  int64_t put = 0;
+  for (int64_t n = 0; n < queries;) {
+    // queries of one group of an int4 cache before the next group is written, which rounds it
+    const bool apart = shape.kept == Kept::int4;
+    const int64_t next = apart ? ((position + n) / kGroup + 1) * kGroup : count;
+    for (; put < std::min(next, count); ++put) cache.put(0, 0, put, keys.data() + put * dim, values.data() + put * dim);
+    const int64_t last = std::min(queries, next - position);
+    for (int64_t row = n * group; row < last * group; row += share)
+      attention(variant)(view, {q.data(), y, group * dim, group, position}, row, std::min(row + share, last * group),
+                         scratch.data());
+    n = last;
+  }
   return array;
 }
 
@@ -462,7 +479,7 @@ NB_MODULE(_native, m) {
         "out"_a, "columns"_a, "group"_a);
   m.def("matmul_float", &op_matmul_float, "data"_a, "dtype"_a, "out"_a, "x"_a, "variant"_a);
   m.def("attention", &op_attention, "q"_a, "keys"_a, "values"_a, "position"_a, "window"_a, "scale"_a, "softcap"_a,
-        "int8_cache"_a, "share"_a, "variant"_a);
+        "kv"_a, "share"_a, "variant"_a);
   m.def("norm", &op_norm, "x"_a, "weight"_a, "bias"_a.none(), "eps"_a, "offset"_a, "layer"_a, "variant"_a);
   m.def("rotary", &op_rotary, "x"_a, "inv_freq"_a, "position"_a, "scale"_a, "variant"_a);
   m.def("activation", &op_activation, "kind"_a, "x"_a, "up"_a.none(), "variant"_a);
@@ -478,9 +495,9 @@ NB_MODULE(_native, m) {
       .def("add_nested", &BoundModel::add_nested, "name"_a, "planes"_a, "widths"_a, "scales"_a, "zeros"_a, "tables"_a,
            "out"_a, "columns"_a, "group"_a, "bias"_a.none())
       .def("finish", &BoundModel::finish)
-      .def("cache_bytes", &BoundModel::cache_bytes, "positions"_a, "int8_cache"_a)
+      .def("cache_bytes", &BoundModel::cache_bytes, "positions"_a, "kv"_a)
       .def_prop_ro("threads", &BoundModel::threads)
-      .def("logits", &BoundModel::run_logits, "tokens"_a, "bits"_a, "int8_cache"_a)
+      .def("logits", &BoundModel::run_logits, "tokens"_a, "bits"_a, "kv"_a)
       .def("generate", &BoundModel::run_generate, "prompts"_a, "bits"_a, "max_new_tokens"_a, "context"_a, "eos"_a,
-           "sampling"_a, "int8_cache"_a, "on_token"_a.none(), "on_prefill"_a.none());
+           "sampling"_a, "kv"_a, "on_token"_a.none(), "on_prefill"_a.none());
 }

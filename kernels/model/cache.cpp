@@ -6,6 +6,8 @@
 #include <cstring>
 #include <new>
 
+#include "ops/vec.hpp"
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -30,10 +32,98 @@ float quantize(const float* from, int64_t dim, int8_t* to, int64_t step) {
   return finite ? most / 127.0f : NAN;
 }
 
+// To float16 by rounding half to even; NaN for what is too large for it, so that it is not lost. No compiler's own half
+// type, because not all of them have one.
+uint16_t narrow_half(float value) {
+  const float size = std::fabs(value);
+  const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
+  if (!(size < 65520.0f)) return 0x7e00;
+  if (size < 0x1p-14f) return static_cast<uint16_t>(sign | static_cast<uint16_t>(std::nearbyint(size * 0x1p24f)));
+  uint32_t bits;
+  std::memcpy(&bits, &size, sizeof bits);
+  bits += 0xfff + (bits >> 13 & 1);
+  return static_cast<uint16_t>(sign | ((bits - (112u << 23)) >> 13));
+}
+
+// Scale and minimum of values from `least` to `most`, and how to get their codes.
+struct Grid {
+  uint16_t scale, least;
+  float zero, inverse;  // code = (x - zero) * inverse
+};
+
+Grid grid_of(float least, float most, bool finite) {
+  if (!finite) return {0x7e00, 0x7e00, 0, 0};
+  Grid g{narrow_half((most - least) / 15), narrow_half(least), 0, 0};
+  const float scale = widen_half_1(g.scale);
+  g.zero = widen_half_1(g.least);
+  g.inverse = scale > 0 ? 1 / scale : 0.0f;  // of values that are all equal the code is 0; NaN too
+  return g;
+}
+
+// Whole numbers 0 .. 15 by rounding half to even.
+LILLIPUT_INLINE Ints codes_of(Floats x, Floats zero, Floats inverse) {
+  Floats code = (x - zero) * inverse;
+  code = select(code > 0.0f, code, Floats{});
+  code = select(code < 15.0f, code, spread(15));
+  return __builtin_convertvector((code + 12582912.0f) - 12582912.0f, Ints);
+}
+
+LILLIPUT_INLINE Ints finite_lanes(Floats x) { return as_floats(as_words(x) & 0x7fffffffu) <= FLT_MAX; }
+
+// low and high in the nibbles of to[0] .. to[15].
+LILLIPUT_INLINE void pack(Ints low, Ints high, uint8_t* to) {
+  const Ints both = low | high << 4;
+  for (int l = 0; l < kLanes; ++l) to[l] = static_cast<uint8_t>(both[l]);
+}
+
+// keys: (2, dim, 16) as they stand in a page of float32.
+void round_keys(const float* keys, int64_t dim, uint8_t* codes) {
+  auto *scale = reinterpret_cast<uint16_t*>(codes + 16 * dim), *minimum = scale + head_stride(dim);
+  for (int64_t d = 0; d < dim; ++d) {
+    const Floats a = load(keys + d * kLanes), b = load(keys + (dim + d) * kLanes);
+    const Ints finite = finite_lanes(a) & finite_lanes(b);
+    bool all = true;
+    for (int l = 0; l < kLanes; ++l) all = all && finite[l];
+    const Grid g = grid_of(-largest(select(a < b, -a, -b)), largest(select(a > b, a, b)), all);
+    scale[d] = g.scale;
+    minimum[d] = g.least;
+    const Floats zero = spread(g.zero), inverse = spread(g.inverse);
+    pack(codes_of(a, zero, inverse), codes_of(b, zero, inverse), codes + d * 16);
+  }
+}
+
+// values: (kGroup, stride).
+void round_values(const float* values, int64_t dim, uint8_t* codes) {
+  const int64_t stride = head_stride(dim), blocks = head_blocks(dim);
+  auto *scale = reinterpret_cast<uint16_t*>(codes + blocks * kGroup * 16), *minimum = scale + blocks * kGroup;
+  for (int64_t block = 0; block < blocks; ++block)
+    for (int64_t j = 0; j < kGroup; ++j) {
+      const float* from = values + j * stride + block * kGroup;
+      const int64_t count = dim - block * kGroup < kGroup ? dim - block * kGroup : kGroup;
+      float padded[kGroup], least = from[0], most = from[0];
+      bool finite = true;
+      for (int64_t c = 0; c < kGroup; ++c) {
+        const float x = from[c < count ? c : 0];
+        padded[c] = x;
+        finite = finite && std::fabs(x) <= FLT_MAX;
+        least = x < least ? x : least;
+        most = x > most ? x : most;
+      }
+      const Grid g = grid_of(least, most, finite);
+      const int64_t at = block * kGroup + j;
+      scale[at] = g.scale;
+      minimum[at] = g.least;
+      const Floats zero = spread(g.zero), inverse = spread(g.inverse);
+      pack(codes_of(load(padded), zero, inverse), codes_of(load(padded + kLanes), zero, inverse), codes + at * 16);
+    }
+}
+
 }  // namespace
 
-Arena::Arena(const CacheShape& shape, int64_t pages)
-    : shape_(shape), bytes_(static_cast<size_t>(pages * shape.page_bytes())), memory_(nullptr) {
+Arena::Arena(const CacheShape& shape, int64_t pages, int64_t sequences)
+    : shape_(shape),
+      bytes_(static_cast<size_t>(pages * shape.page_bytes() + sequences * shape.near_bytes())),
+      memory_(nullptr) {
   if (bytes_ == 0) return;
 #if defined(__linux__)
   void* memory = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -44,7 +134,9 @@ Arena::Arena(const CacheShape& shape, int64_t pages)
   if (!memory) throw std::bad_alloc();
 #endif
   memory_ = static_cast<uint8_t*>(memory);
-  for (int64_t page = pages - 1; page >= 0; --page) free_.push_back(memory_ + page * shape.page_bytes());
+  for (int64_t n = sequences - 1; n >= 0; --n) free_near_.push_back(memory_ + n * shape.near_bytes());
+  uint8_t* first = memory_ + sequences * shape.near_bytes();
+  for (int64_t page = pages - 1; page >= 0; --page) free_.push_back(first + page * shape.page_bytes());
 }
 
 Arena::~Arena() {
@@ -55,37 +147,54 @@ Arena::~Arena() {
 #endif
 }
 
-uint8_t* Arena::take() {
-  if (free_.empty()) throw std::bad_alloc();
-  uint8_t* page = free_.back();
-  free_.pop_back();
+uint8_t* Arena::take(std::vector<uint8_t*>& free) {
+  if (free.empty()) throw std::bad_alloc();
+  uint8_t* page = free.back();
+  free.pop_back();
   return page;
 }
 
 void Cache::reserve(int64_t positions) {
-  while (static_cast<int64_t>(pages_.size()) * kPage < positions) pages_.push_back(arena_->take());
+  if (shape().kept == Kept::int4 && !near_) near_ = arena_->take_near();
+  while (static_cast<int64_t>(pages_.size()) < shape().pages(positions)) pages_.push_back(arena_->take());
 }
 
 void Cache::release() {
   arena_->give_back(pages_);
+  if (near_) arena_->give_back_near(near_);
+  near_ = nullptr;
   pages_.clear();
   length_ = 0;
 }
 
+void Cache::round_group(int64_t layer, int64_t head, int64_t group) {
+  const CacheShape& s = shape();
+  const int64_t dim = s.head_dim, place = group % (kPage / kGroup);
+  const float *keys = near(layer, head) + kGroup * dim, *values = near(layer, head) + kPage * dim;
+  uint8_t* page = pages_[static_cast<size_t>(group * kGroup / kPage)];
+  round_keys(keys, dim, page + s.key_offset(layer, head) + place * key_group_bytes(dim));
+  round_values(values + kGroup * head_stride(dim), dim,
+               page + s.value_offset(layer, head) + place * value_group_bytes(dim));
+}
+
 void Cache::put(int64_t layer, int64_t head, int64_t position, const float* key, const float* value) {
   const CacheShape& s = shape();
-  const int64_t at = position % kPage, dim = s.head_dim, stride = head_stride(dim);
+  const bool apart = s.kept == Kept::int4;
+  if (apart && position % kGroup == 0 && position >= 2 * kGroup) round_group(layer, head, position / kGroup - 1);
+  const int64_t at = !apart ? position % kPage : position < kGroup ? position : kGroup + position % kGroup;
+  const int64_t dim = s.head_dim, stride = head_stride(dim);
   const int64_t key_at = at / 16 * dim * 16 + at % 16, value_at = at * stride;
-  uint8_t* page = pages_[static_cast<size_t>(position / kPage)];
-  uint8_t *keys = page + s.key_offset(layer, head), *values = page + s.value_offset(layer, head);
-  if (s.int8) {
+  uint8_t* page = apart ? nullptr : pages_[static_cast<size_t>(position / kPage)];
+  if (s.kept == Kept::int8) {
+    uint8_t *keys = page + s.key_offset(layer, head), *values = page + s.value_offset(layer, head);
     auto *k = reinterpret_cast<int8_t*>(keys), *v = reinterpret_cast<int8_t*>(values);
     reinterpret_cast<float*>(k + kPage * dim)[at] = quantize(key, dim, k + key_at, 16);
     reinterpret_cast<float*>(v + kPage * stride)[at] = quantize(value, dim, v + value_at, 1);
     return;
   }
-  auto *k = reinterpret_cast<float*>(keys) + key_at, *v = reinterpret_cast<float*>(values) + value_at;
-  for (int64_t d = 0; d < dim; ++d) k[d * 16] = key[d];
+  float* k = apart ? near(layer, head) : reinterpret_cast<float*>(page + s.key_offset(layer, head));
+  float* v = k + kPage * dim + value_at;  // values stand behind keys
+  for (int64_t d = 0; d < dim; ++d) k[key_at + d * 16] = key[d];
   std::memcpy(v, value, static_cast<size_t>(dim) * sizeof(float));
 }
 

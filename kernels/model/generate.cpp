@@ -21,13 +21,13 @@ std::vector<Generated> generate(Model& model, const std::vector<std::vector<int3
   const auto vocab = static_cast<size_t>(model.spec().vocab_size);
   std::vector<Generated> results(prompts.size());
   if (options.max_new_tokens <= 0 || prompts.empty()) return results;
-  const CacheShape shape = model.cache_shape(options.int8_cache);
+  const CacheShape shape = model.cache_shape(options.kept);
   int64_t pages = 0, total = 0;
   for (const auto& prompt : prompts) {
     pages += pages_of(shape, static_cast<int64_t>(prompt.size()), options);
     total += static_cast<int64_t>(prompt.size());
   }
-  Arena arena(shape, pages);
+  Arena arena(shape, pages, static_cast<int64_t>(prompts.size()));
   std::vector<Cache> caches(prompts.size(), Cache(arena));
   std::vector<Sampler> samplers(prompts.size(), Sampler(options.sampling, model.spec().vocab_size));
   std::vector<float> rows(prompts.size() * vocab), made(rows.size());
@@ -106,11 +106,11 @@ std::vector<Generated> generate(Model& model, const std::vector<std::vector<int3
   return results;
 }
 
-void logits(Model& model, const std::vector<int32_t>& tokens, int bits, bool int8_cache, float* to,
+void logits(Model& model, const std::vector<int32_t>& tokens, int bits, Kept kept, float* to,
             const std::function<void()>& poll) {
   const auto count = static_cast<int64_t>(tokens.size());
-  const CacheShape shape = model.cache_shape(int8_cache);
-  Arena arena(shape, shape.pages(count));
+  const CacheShape shape = model.cache_shape(kept);
+  Arena arena(shape, shape.pages(count), 1);
   Cache cache(arena);
   for (int64_t at = 0; at < count; at += kPrefill)
     model.forward({{&cache, tokens.data() + at, std::min(kPrefill, count - at), Rows::all}}, bits,

@@ -17,7 +17,7 @@ enum class Finish : int { stop, length, cancelled };
 struct GenerateOptions {
   int bits = 0;
   int64_t max_new_tokens = 0, context = 0;
-  bool int8_cache = false;
+  Kept kept = Kept::float32;
   std::vector<int32_t> eos;
   SamplingOptions sampling;
 };
@@ -44,7 +44,7 @@ std::vector<Generated> generate(Model& model, const std::vector<std::vector<int3
 int64_t pages_of(const CacheShape& shape, int64_t prompt, const GenerateOptions& options);
 
 // Logits of every position of a fresh sequence: (tokens, vocab) float32.
-void logits(Model& model, const std::vector<int32_t>& tokens, int bits, bool int8_cache, float* to,
+void logits(Model& model, const std::vector<int32_t>& tokens, int bits, Kept kept, float* to,
             const std::function<void()>& poll);
 
 }  // namespace lilliput

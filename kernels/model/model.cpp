@@ -228,8 +228,27 @@ void Model::embed(const std::vector<Slice>& slices, int bits) {
   }
 }
 
-// From q_, k_ and v_ to mixed_: head norms, rotation, caches, attention.
-void Model::attend(const std::vector<Slice>& slices, int64_t layer, int64_t tokens) {
+// From q_, k_ and v_ to mixed_. An int4 cache holds only the newest group of positions in float32, where its queries
+// look for it: what a slice has in one group is one part, and parts go one after the other.
+void Model::attend(const std::vector<Slice>& slices, int64_t layer) {
+  const bool apart = slices[0].cache->shape().kept == Kept::int4;
+  for (int64_t round = 0;; ++round) {
+    parts_.clear();
+    int64_t token = 0;
+    for (const Slice& slice : slices) {
+      const int64_t start = slice.cache->length(), stop = start + slice.count, group = start / kGroup + round;
+      const int64_t first = apart ? std::max(start, group * kGroup) : start + round * slice.count;
+      const int64_t last = apart ? std::min(stop, (group + 1) * kGroup) : stop;
+      if (first < last) parts_.push_back({&slice, token + first - start, first, last - first});
+      token += slice.count;
+    }
+    if (parts_.empty()) return;
+    attend(parts_, layer);
+  }
+}
+
+// Head norms, rotation, caches, attention.
+void Model::attend(const std::vector<Part>& parts, int64_t layer) {
   const Spec& s = spec_;
   const Block& block = blocks_[static_cast<size_t>(layer)];
   const int64_t dim = s.head_dim, half = s.rotary_dim / 2, heads = s.num_heads, kv_heads = s.num_kv_heads;
@@ -239,50 +258,62 @@ void Model::attend(const std::vector<Slice>& slices, int64_t layer, int64_t toke
     if (half) rotary_(&cos_[static_cast<size_t>(t * half)], &sin_[static_cast<size_t>(t * half)], half, head);
   };
   const int64_t group = heads / kv_heads, ld = heads * dim;
-  const auto prepare_kv = [&](int64_t t, int64_t kv) {  // a key-value head of a token and the queries that share it
-    const auto [slice, i] = owner_[static_cast<size_t>(t)];
+  const auto prepare_kv = [&](const Part& part, int64_t i, int64_t kv) {  // a kv head and the queries that share it
+    const int64_t t = part.token + i;
     for (int64_t h = kv * group; h < (kv + 1) * group; ++h)
       prepare(q_.data() + (t * heads + h) * dim, block.q_norm, h, t);
     float* key = k_.data() + (t * kv_heads + kv) * dim;
     prepare(key, block.k_norm, kv, t);
-    slice->cache->put(layer, kv, slice->cache->length() + i, key, v_.data() + (t * kv_heads + kv) * dim);
+    part.slice->cache->put(layer, kv, part.position + i, key, v_.data() + (t * kv_heads + kv) * dim);
   };
 
-  // An item is a run of rows, rows being the queries of one slice that share a key-value head.
+  // An item is a run of rows, rows being the queries of one part that share a key-value head.
   int64_t most = kQueryRows;
   const auto runs = [&] {
     int64_t sum = 0;
-    for (const Slice& slice : slices) sum += (slice.count * group + most - 1) / most;
+    for (const Part& part : parts) sum += (part.count * group + most - 1) / most;
     return sum;
   };
   while (most > 1 && runs() * kv_heads < pool_.threads()) most /= 2;  // reading keys twice is better than idling
   shares_.clear();
-  int64_t t = 0;
-  for (const Slice& slice : slices) {
-    for (int64_t row = 0; row < slice.count * group; row += most)
-      shares_.push_back({&slice, t, row, std::min(row + most, slice.count * group)});
-    t += slice.count;
-  }
-  // Where an item is alone with its head and slice it prepares them itself, which saves a round.
-  const bool alone = shares_.size() == slices.size();
-  if (!alone) {
+  for (const Part& part : parts)
+    for (int64_t row = 0; row < part.count * group; row += most)
+      shares_.push_back({&part, row, std::min(row + most, part.count * group)});
+  // Where an item is alone with its head and part it prepares them itself, which saves a round.
+  const bool alone = shares_.size() == parts.size();
+  const CacheShape shape = parts[0].slice->cache->shape();
+  if (!alone && shape.kept == Kept::int4) {  // one thread a head writes in order
+    pool_.run(static_cast<int64_t>(parts.size()) * kv_heads, 1, [&](int64_t begin, int64_t end, int) {
+      for (int64_t n = begin; n < end; ++n) {
+        const Part& part = parts[static_cast<size_t>(n / kv_heads)];
+        for (int64_t i = 0; i < part.count; ++i) prepare_kv(part, i, n % kv_heads);
+      }
+    });
+  } else if (!alone) {
+    owner_.clear();
+    for (const Part& part : parts)
+      for (int64_t i = 0; i < part.count; ++i) owner_.emplace_back(&part, i);
+    const auto tokens = static_cast<int64_t>(owner_.size());
     pool_.run(tokens * kv_heads, std::max<int64_t>(1, kElements / (group * dim)), [&](int64_t begin, int64_t end, int) {
-      for (int64_t n = begin; n < end; ++n) prepare_kv(n / kv_heads, n % kv_heads);
+      for (int64_t n = begin; n < end; ++n) {
+        const auto [part, i] = owner_[static_cast<size_t>(n / kv_heads)];
+        prepare_kv(*part, i, n % kv_heads);
+      }
     });
   }
-  const CacheShape shape = slices[0].cache->shape();
   const auto count = static_cast<int64_t>(shares_.size());
   pool_.run(kv_heads * count, 1, [&](int64_t begin, int64_t end, int worker) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t kv = item / count;
       const Share& share = shares_[static_cast<size_t>(item % count)];
-      const AttentionView view{share.slice->cache->pages(), shape.key_offset(layer, kv), shape.value_offset(layer, kv),
-                               dim, shape.int8, s.attn_scale, s.attn_softcap, s.windows[static_cast<size_t>(layer)]};
+      const Part& part = *share.part;
+      const Cache& cache = *part.slice->cache;
+      const AttentionView view = cache.view(layer, kv, s.attn_scale, s.attn_softcap, s.windows[static_cast<size_t>(layer)]);
       if (alone)
-        for (int64_t n = 0; n < share.slice->count; ++n) prepare_kv(share.token + n, kv);
-      const int64_t at = share.token * ld + kv * group * dim;
-      attention_(view, {q_.data() + at, mixed_.data() + at, ld, group, share.slice->cache->length()}, share.begin,
-                 share.end, scratch_[static_cast<size_t>(worker)].data());
+        for (int64_t i = 0; i < part.count; ++i) prepare_kv(part, i, kv);
+      const int64_t at = part.token * ld + kv * group * dim;
+      attention_(view, {q_.data() + at, mixed_.data() + at, ld, group, part.position}, share.begin, share.end,
+                 scratch_[static_cast<size_t>(worker)].data());
     }
   });
 }
@@ -318,9 +349,6 @@ void Model::forward(const std::vector<Slice>& slices, int bits, float* logits, c
   if (positions_ && positions + *spec_.position_offset > positions_->out())
     throw std::invalid_argument("position " + std::to_string(positions - 1) + " has no row in embed_positions");
   reserve(tokens);
-  owner_.clear();
-  for (const Slice& slice : slices)
-    for (int64_t i = 0; i < slice.count; ++i) owner_.emplace_back(&slice, i);
   embed(slices, bits);
 
   for (int64_t layer = 0; layer < spec_.num_layers; ++layer) {
@@ -328,7 +356,7 @@ void Model::forward(const std::vector<Slice>& slices, int bits, float* logits, c
     const Block& block = blocks_[static_cast<size_t>(layer)];
     normalize(block.attn_norm, hidden_.data(), tokens, normed_.data());
     multiply({{block.q, q_.data()}, {block.k, k_.data()}, {block.v, v_.data()}}, normed_.data(), tokens, bits);
-    attend(slices, layer, tokens);
+    attend(slices, layer);
     multiply({{block.o, delta_.data()}}, mixed_.data(), tokens, bits);
     if (spec_.parallel_block) {
       if (!spec_.shared_block_norm) normalize(block.mlp_norm, hidden_.data(), tokens, normed_.data());

@@ -78,7 +78,7 @@ class Model {
   void finish();
 
   const Spec& spec() const { return spec_; }
-  CacheShape cache_shape(bool int8) const { return {spec_.num_layers, spec_.num_kv_heads, spec_.head_dim, int8}; }
+  CacheShape cache_shape(Kept kept) const { return {spec_.num_layers, spec_.num_kv_heads, spec_.head_dim, kept}; }
   int threads() const { return pool_.threads(); }
 
   // Runs the slices at one width and appends to their caches, which are all of one arena. logits: (rows, vocab)
@@ -104,6 +104,17 @@ class Model {
     float* to;  // (tokens, matrix.out())
   };
 
+  struct Part {  // consecutive tokens of a slice
+    const Slice* slice;
+    int64_t token;     // the first, among all
+    int64_t position;  // of it in the sequence
+    int64_t count;
+  };
+  struct Share {
+    const Part* part;
+    int64_t begin, end;  // its rows, as ops/attention counts them
+  };
+
   // The inputs of one product in int8, for one size of groups.
   struct Inputs {
     int64_t group;
@@ -117,7 +128,8 @@ class Model {
   const Matrix* matrix_at(const std::string& name, int64_t out, int64_t columns) const;
   void reserve(int64_t tokens);
   void embed(const std::vector<Slice>& slices, int bits);
-  void attend(const std::vector<Slice>& slices, int64_t layer, int64_t tokens);
+  void attend(const std::vector<Slice>& slices, int64_t layer);
+  void attend(const std::vector<Part>& parts, int64_t layer);
   void feed(int64_t layer, const float* from, float* to, int64_t tokens, int bits);
   void multiply(const std::vector<Job>& jobs, const float* x, int64_t tokens, int bits);
   bool takes_i8(const Matrix& m) const { return int8_ && m.nested && fits_i8(m.columns(), m.fields.group); }
@@ -143,14 +155,10 @@ class Model {
 
   std::mutex turn_;  // guards everything below
   Pool pool_;
-  struct Share {
-    const Slice* slice;
-    int64_t token;       // first of the slice, among all
-    int64_t begin, end;  // its rows, as ops/attention counts them
-  };
   int64_t scratch_i8_ = 0;  // bytes
   int64_t room_tokens_ = 0;
-  std::vector<std::pair<const Slice*, int64_t>> owner_;  // of each token: its slice and its place there
+  std::vector<Part> parts_;
+  std::vector<std::pair<const Part*, int64_t>> owner_;  // of each token: its part and its place there
   std::vector<Share> shares_;
   std::vector<float> hidden_, normed_, q_, k_, v_, mixed_, delta_, delta2_, gate_, up_, last_, cos_, sin_;
   std::vector<Inputs> inputs_;               // one for each size of groups met

@@ -11,6 +11,7 @@ from typing import IO, Any
 import pytest
 
 from lilliput.apps.cli import main
+from lilliput.core.errors import ConfigError
 from lilliput.engine import Engine, Sampling
 from support.small_artifact import write_small_artifact
 
@@ -112,6 +113,29 @@ def test_bench_has_speed_memory_and_the_machine(artifact: str, capsys: pytest.Ca
         assert row[key] > 0
     assert "peak_rss_bytes" in row
     assert told["environment"]["cores"] >= 1
+
+
+def test_kv_reaches_the_engine_of_every_verb(
+    artifact: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("uvicorn")
+    prompt = "ab" * 45
+    expected = Engine(artifact, threads=1, kv="int4").generate(prompt, max_new_tokens=12)
+    told = document(capsys, "run", artifact, "-p", prompt, "-n", "12", "--kv", "int4")
+    assert told["tokens"] == list(expected.tokens)
+    kept: list[str] = []
+    monkeypatch.setattr("lilliput.apps.server.serve", lambda engine, *_, **__: kept.append(engine.kv))
+    assert main(["serve", artifact, "--kv", "int4"]) == 0
+
+    def round_of(job: dict[str, Any], timeout_s: float) -> None:
+        kept.append(job["kv"])
+        raise ConfigError("enough", where="here", fix="Nothing")
+
+    monkeypatch.setattr("lilliput.measure.latency._round", round_of)
+    args = ["--bits", "4", "--prompt-tokens", "8", "--new-tokens", "8", "--kv", "int8"]
+    assert main(["bench", artifact, *args]) == 2
+    assert kept == ["int4", "int8"]
+    assert main(["run", artifact, "-p", "a", "--kv", "int3"]) == 2
 
 
 def test_serve_answers_until_interrupted(artifact: str) -> None:

@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module", params=["float", "int8"])
+@pytest.fixture(scope="module", params=["float", "int8", "int4"])
 def long(folder: Path, request: pytest.FixtureRequest) -> Engine:
     return load(folder, threads=2, kv=request.param)
 
@@ -71,7 +71,7 @@ def test_threads_and_variants_agree_on_a_long_prompt(folder: Path) -> None:
     tokens = tokens_of(600)
     for window in (0, 100):
         spec = LONG.model_copy(update={"windows": (window,)})
-        for kv in ("float", "int8"):
+        for kv in ("float", "int8", "int4"):
             made = [
                 native.Model(spec, floats, linears, threads=threads, kv=kv, variant=variant).logits(tokens, 2)
                 for variant in native.variants("attention")
@@ -90,17 +90,59 @@ def test_int8_keys_and_values_are_close_and_a_quarter_of_the_size(folder: Path) 
     assert plain.kv_bytes(64) == 64 * 2 * 2 * 16 * 4
     assert small.kv_bytes(65) == 2 * 64 * 2 * 2 * (16 + 4)
     with pytest.raises(
-        ConfigError, match=r"^kv: 'int4' is no way to keep keys and values\. Give \"float\" or \"int8\""
+        ConfigError, match=r"^kv: 'int3' is no way to keep keys and values\. Give \"float\", \"int8\" or \"int4\""
     ):
-        load(folder, kv="int4")  # type: ignore[arg-type]
+        load(folder, kv="int3")  # type: ignore[arg-type]
+
+
+def test_int4_takes_exactly_the_groups_that_are_rounded_and_a_page_of_float(folder: Path) -> None:
+    plain, small = load(folder), load(folder, kv="int4")
+    # two heads of 16 channels; for each group of 32 positions codes in 4 bits, a float16 scale and minimum for each
+    # channel of keys, and for each position of values, whose 16 channels take the bytes of a block of 32
+    group = 2 * ((32 * 16 // 2 + 4 * 16) + 32 * (32 // 2 + 4))
+    for tokens in (1, 64, 65, 96, 97, 160, 161, 1000, 30000):
+        rounded = max(0, (tokens - 1) // 32) if tokens > 64 else 0
+        assert small.kv_bytes(tokens) == plain.kv_bytes(64) + -(-rounded // 2) * 2 * group
+    assert small.kv_bytes(0) == 0
+    assert small.kv_bytes(30000) < 0.24 * plain.kv_bytes(30000)  # 0.16 with heads of 32 channels or more
+
+
+def test_int4_is_close_and_until_something_is_rounded_the_same(folder: Path) -> None:
+    plain, small = load(folder), load(folder, kv="int4")
+    tokens = tokens_of(400)
+    exact, rounded = (e.logits(tokens).astype(np.float64) for e in (plain, small))
+    assert np.array_equal(exact[:64], rounded[:64])
+    assert not (exact[64:] == rounded[64:]).all(axis=1).any()
+    noise = 10 * np.log10(np.square(exact[64:]).sum() / np.square(exact[64:] - rounded[64:]).sum())
+    assert noise > 12  # dB
+
+
+@pytest.mark.parametrize("window", [0, 50])
+def test_int4_rounds_by_position_however_the_tokens_come(folder: Path, window: int) -> None:
+    """Prefixes alone, and token after token, end in the logits of the whole, which is read 256 at a time."""
+    artifact = Artifact.open(folder)
+    floats = {name: artifact.tensor(name) for name in artifact.manifest.floats}
+    linears = {name: artifact.linear(name) for name in artifact.quantized}
+    spec = LONG.model_copy(update={"windows": (window,)})
+    model = native.Model(spec, floats, linears, threads=2, kv="int4")
+    tokens = tokens_of(420)
+    whole = model.logits(tokens, 4)
+    for count in (1, 31, 32, 33, 63, 64, 65, 96, 97, 128, 200, 257, 300):
+        assert np.array_equal(model.logits(tokens[:count], 4), whole[:count])
+    options = {"bits": 4, "context": 1000, "eos": [], "sampling": Sampling()}
+    (path, *_), *_ = model.generate([tokens[:29]], max_new_tokens=200, **options)
+    best = model.logits([*tokens[:29], *path], 4).argmax(axis=1)
+    assert path == best[28:-1].tolist()
 
 
 def test_a_cache_that_does_not_fit_is_refused_with_numbers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, small = load(folder), load(folder, kv="int8")
-    monkeypatch.setattr(engine, "available_bytes", lambda: 2_000_000)
-    says = r'^30010 tokens of context: 0\.01 GB .* 0\.00 GB are free\. Ask for fewer .*kv="int8", or free'
+    plain, middle, small = (load(folder, kv=kv) for kv in ("float", "int8", "int4"))
+    monkeypatch.setattr(engine, "available_bytes", lambda: 1_500_000)
+    says = r'^30010 tokens of context: 0\.01 GB .* 0\.00 GB are free\. Ask for fewer .*kv="int8" or "int4", or free'
     with pytest.raises(OutOfResource, match=says):
         plain.generate([1] * 10, max_new_tokens=30000)
+    with pytest.raises(OutOfResource, match=r'at a time, open the artifact with kv="int4", or free some memory\.$'):
+        middle.generate([1] * 10, max_new_tokens=30000)
     with pytest.raises(OutOfResource, match=r"at a time, or free some memory\.$"):
         small.generate([1] * 10, max_new_tokens=30000)
     assert small.generate([1] * 10, max_new_tokens=5).tokens

@@ -50,6 +50,18 @@ def test_a_round_goes_on_until_enough_tokens_are_timed(monkeypatch: pytest.Monke
         latency_worker.run(JOB, Engine)
 
 
+def test_a_round_opens_the_engine_as_the_job_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency_worker, "memory_bytes_per_s", lambda threads: 1e9)
+    seen: dict[str, Any] = {}
+
+    def opened(path: str, *, kv: str, activations: str, **options: Any) -> Engine:
+        seen.update(kv=kv, activations=activations)
+        return Engine(path, **options)
+
+    latency_worker.run(JOB | {"kv": "int4", "activations": "float"}, opened)
+    assert seen == {"kv": "int4", "activations": "float"}
+
+
 def test_prompts_differ_start_with_bos_and_hold_no_end() -> None:
     engine = Engine("a", threads=None, context=None)
     prompts = [latency_worker.prompt(engine, 128, salt) for salt in range(9)]

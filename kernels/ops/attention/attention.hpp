@@ -15,6 +15,20 @@
 // A page holds kPage positions of one layer and kv head: keys as (kPage / 16, head_dim, 16), sixteen positions side by
 // side so that scores need no transposition; values as (kPage, head_stride), head_stride being head_dim rounded up to
 // 16 with zeros. An int8 page holds the same as int8 and, behind each, (kPage,) float32 scales.
+//
+// An int4 cache (after KIVI, arXiv 2402.02750) rounds groups of kGroup consecutive positions: keys for each channel over
+// the positions of a group, values for each position over blocks of kGroup channels, to 0 .. 15 times a scale above a
+// minimum. A query sees its own group and the first one in float32 and the groups between rounded. With
+// b = sum q[d] * min[d], in sixteen lanes, and a total over the group m = sum p[j] * min[j], also in lanes, a rounded
+// group gives
+//
+//     q . k[j] = (sum over d, ascending, of (q[d] * scale[d]) * code[j][d]) + b
+//     y        = (y + (p[j] * scale[j]) * code[j], j ascending) + m
+//
+// A page of it holds two groups. Keys of a group: (head_dim, 16) bytes, position l in the low and l + 16 in the high
+// nibble of byte l; then (head_stride,) float16 scales and as many minima. Values of a group: (blocks, kGroup, 16) bytes,
+// channel c of the block in the low and c + 16 in the high nibble of byte c; then (blocks, kGroup) float16 scales and
+// minima. The groups in float32 are in a page apart, laid out like a float page: the first group, then the newest.
 #pragma once
 
 #include <cstdint>
@@ -24,19 +38,31 @@ namespace lilliput {
 constexpr int64_t kPage = 64;
 constexpr int64_t kQueryRows = 16;  // queries that one call takes at most
 
+constexpr int64_t kGroup = 32;      // positions, and channels of values, that an int4 cache rounds together
+
+// How keys and values are kept.
+enum class Kept : int { float32, int8, int4 };
+
 constexpr int64_t head_stride(int64_t head_dim) { return (head_dim + 15) / 16 * 16; }
-// Of one query: its page of weights, its lanes of z, its maximum (padded), its sums.
-constexpr int64_t query_floats(int64_t head_dim) { return kPage + 16 + 16 + head_stride(head_dim); }
-constexpr int64_t attention_scratch(int64_t head_dim) { return kQueryRows * query_floats(head_dim); }
+constexpr int64_t head_blocks(int64_t head_dim) { return (head_dim + kGroup - 1) / kGroup; }
+// Bytes of one group of an int4 page.
+constexpr int64_t key_group_bytes(int64_t head_dim) { return 16 * head_dim + 4 * head_stride(head_dim); }
+constexpr int64_t value_group_bytes(int64_t head_dim) { return head_blocks(head_dim) * kGroup * (16 + 4); }
+// Of one query: its page of weights, its lanes of z, its maximum (padded), its sums; and itself times scales.
+constexpr int64_t query_floats(int64_t head_dim) { return kPage + 16 + 16 + head_blocks(head_dim) * kGroup; }
+constexpr int64_t attention_scratch(int64_t head_dim) {
+  return kQueryRows * (query_floats(head_dim) + head_stride(head_dim));
+}
 
 struct AttentionView {
   const uint8_t* const* pages;
   int64_t key_offset, value_offset;  // bytes from the start of a page to this layer and head
   int64_t head_dim;
-  bool int8;
+  Kept kept;
   float scale;
   float softcap;  // 0: none
   int64_t window;  // positions a query sees, itself included; 0: all
+  const float *near_keys, *near_values;  // of an int4 cache: this layer and head in the page of float32
 };
 
 // Queries of consecutive positions, `group` heads of each share the keys: row r is head r % group at position
@@ -47,7 +73,8 @@ struct QueryRows {
   int64_t ld, group, position;
 };
 
-// Rows begin .. end - 1, at most kQueryRows; scratch: attention_scratch(head_dim) floats of the calling thread.
+// Rows begin .. end - 1, at most kQueryRows and, of an int4 cache, all of one group of positions; scratch:
+// attention_scratch(head_dim) floats of the calling thread.
 typedef void Attention(const AttentionView& kv, const QueryRows& rows, int64_t begin, int64_t end, float* scratch);
 Attention attention_reference, attention_avx2, attention_avx512;
 

@@ -75,7 +75,8 @@ class Engine:
         """artifact: a folder, or one that is open already. threads: by default as many cores as we may use.
 
         context: cuts the model's own; a longer one changes nothing. kv: "float" is exact; "int8" rounds keys and values
-        to one byte each, with a scale for each head and token, and needs about a quarter of the memory.
+        to one byte each, with a scale for each head and token, and needs about a quarter of the memory; "int4" rounds
+        groups of 32 tokens, all but the first and the newest, to half a byte each, about a sixth in long contexts.
         activations: "int8" rounds what enters a quantized matrix to eight bits, several times faster; "float" computes
         what the artifact's formula says.
         Raises what `Artifact.open` and `Tokenizer.open` raise, InputCorrupt when tensors do not fit the spec,
@@ -92,7 +93,8 @@ class Engine:
         if threads is not None and threads < 1:
             raise ConfigError(f"{threads} threads cannot work", where="threads", fix="Give 1 or more")
         if kv not in get_args(KV):
-            raise ConfigError(f"{kv!r} is no way to keep keys and values", where="kv", fix='Give "float" or "int8"')
+            what = f"{kv!r} is no way to keep keys and values"
+            raise ConfigError(what, where="kv", fix='Give "float", "int8" or "int4"')
         if activations not in get_args(Activations):
             what = f"activations cannot be {activations!r}"
             raise ConfigError(what, where="activations", fix=f"Give {' or '.join(get_args(Activations))}")
@@ -215,7 +217,10 @@ class Engine:
         return total
 
     def kv_bytes(self, tokens: int) -> int:
-        """Bytes of keys and values of one sequence of `tokens` tokens, in whole pages of 64 tokens, as `kv` keeps them."""
+        """Bytes of keys and values of one sequence of `tokens` tokens, as `kv` keeps them, in whole pages of 64 tokens.
+
+        An int4 cache has a page of float32 for the first 32 tokens and the newest, and pages for the groups between.
+        """
         return self._model.cache_bytes(tokens)
 
     def _width(self, bits: int | None) -> int:
@@ -260,7 +265,8 @@ class Engine:
 
     @property
     def _smaller(self) -> str:
-        less = ', open the artifact with kv="int8"' if self.kv == "float" else ""
+        smaller = {"float": ' with kv="int8" or "int4"', "int8": ' with kv="int4"'}.get(self.kv)
+        less = f", open the artifact{smaller}" if smaller else ""
         return f"Ask for fewer tokens or prompts at a time{less}, or free some memory"
 
 

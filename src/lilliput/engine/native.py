@@ -19,9 +19,11 @@ from lilliput.core.spec import ModelSpec
 from lilliput.engine.sampling import Sampling
 
 F32 = npt.NDArray[np.float32]
-KV = Literal["float", "int8"]
+KV = Literal["float", "int8", "int4"]
 PAGE: Final = 64
 """Positions in a page of the cache; a sequence takes whole pages."""
+GROUP: Final = 32
+"""Positions, and channels of values, that an int4 cache rounds together."""
 SHARE: Final = 16
 """Rows that one call of the attention kernel takes at most."""
 Activations = Literal["int8", "float"]
@@ -98,7 +100,7 @@ def attention(
     last `window` of them where that is not 0. softcap 0 is none. share: rows given to the kernel at a time.
     """
     arrays = _floats(q), _floats(keys), _floats(values)
-    return _f32(_native().attention(*arrays, position, window, scale, softcap, kv == "int8", share, variant))
+    return _f32(_native().attention(*arrays, position, window, scale, softcap, kv, share, variant))
 
 
 def norm(
@@ -161,14 +163,15 @@ class Model:
     ) -> None:
         """floats: tensors by full name; linears: quantized matrices by module name, all by `core.spec`'s names.
 
-        kv: how keys and values are kept: "float" is float32, "int8" has one float32 scale for each head and token.
+        kv: how keys and values are kept: "float" is float32, "int8" has one float32 scale for each head and token, "int4"
+        rounds groups of GROUP positions, all but the first and the newest, as ops/attention/attention.hpp says.
 
         variant: runs every op that has it in that variant; for tests. activations: what the inputs of quantized
         matrices are rounded to; "int8" where groups are whole tiles of 32 inputs or whole rows, elsewhere not at all.
         Raises InputCorrupt when a tensor is missing or does not fit the spec.
         """
         self._core = _native().Model(spec.model_dump(), threads, variant, activations == "int8")
-        self._int8 = kv == "int8"
+        self._kv = kv
         matrices = {name.removesuffix(".weight") for name, t in floats.items() if _is_matrix(name, t)}
         try:
             for name in sorted(matrices | linears.keys()):
@@ -199,12 +202,12 @@ class Model:
         return int(self._core.threads)
 
     def cache_bytes(self, positions: int) -> int:
-        """Bytes of keys and values of one sequence; they come in pages of PAGE positions."""
-        return int(self._core.cache_bytes(positions, self._int8))
+        """Bytes of keys and values of one sequence, page by page as the arena gives them."""
+        return int(self._core.cache_bytes(positions, self._kv))
 
     def logits(self, tokens: Sequence[int], bits: int) -> F32:
         """Return (tokens, vocab) for a fresh sequence. bits: 0 where nothing is quantized."""
-        return _f32(self._core.logits(list(tokens), bits, self._int8))
+        return _f32(self._core.logits(list(tokens), bits, self._kv))
 
     def generate(
         self,
@@ -226,7 +229,7 @@ class Model:
         prefill, seconds from the end of all prefills to the sequence's last token.
         Raises InputCorrupt when the model computes NaN; whatever on_token raises; KeyboardInterrupt.
         """
-        options = (bits, max_new_tokens, context, list(eos), asdict(sampling), self._int8, on_token, on_prefill)
+        options = (bits, max_new_tokens, context, list(eos), asdict(sampling), self._kv, on_token, on_prefill)
         try:
             return list(self._core.generate([list(p) for p in prompts], *options))
         except _native().NotANumber as error:

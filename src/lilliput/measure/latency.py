@@ -84,12 +84,13 @@ def bench(
     rounds: int = 3,
     threads: int | None = None,
     activations: Literal["int8", "float"] = "int8",
+    kv: Literal["float", "int8", "int4"] = "float",
     timeout_s: float = 3600,
     progress: Progress | None = None,
 ) -> list[LatencyRow]:
     """Time an artifact at each width; one row a width, in the order of `bits`.
 
-    artifact: its path, or an open engine, whose path and threads are taken. activations: as `Engine` takes them.
+    artifact: its path, or an open engine, whose path and threads are taken. activations, kv: as `Engine` takes them.
     timeout_s: for one process.
     Raises ConfigError for sizes below 1 (new_tokens below 2), a width that is not there, or where a process fails, with
     its last line; OutOfResource for more tokens than the context holds, or where a process was killed or ran past its
@@ -115,6 +116,7 @@ def bench(
         "new_tokens": new_tokens,
         "threads": threads,
         "activations": activations,
+        "kv": kv,
     }
     found: dict[int, list[LatencyRound]] = {width: [] for width in bits}
     for _ in range(rounds):

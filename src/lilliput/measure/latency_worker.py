@@ -1,7 +1,7 @@
 """One width, one process: `python -m lilliput.measure.latency_worker JOB` prints one LatencyRound as JSON.
 
 JOB is a JSON object: artifact, bits, prompt_tokens, new_tokens, threads (null for the engine's own choice), and if
-wanted activations.
+wanted activations and kv.
 """
 
 import json
@@ -28,7 +28,7 @@ def run(job: dict[str, Any], open_engine: Callable[..., Any]) -> LatencyRound:
     """Load, warm up, time. open_engine: the engine's class, or a stand-in of it in tests."""
     foreign = ForeignLoad()
     start = time.perf_counter()
-    options = {name: job[name] for name in ("threads", "activations") if name in job}
+    options = {name: job[name] for name in ("threads", "activations", "kv") if name in job}
     engine = open_engine(job["artifact"], context=job["prompt_tokens"] + job["new_tokens"] + 1, **options)
     load_s = time.perf_counter() - start
     bits = job["bits"]

@@ -4,7 +4,7 @@ from typing import Literal
 
 import click
 
-from lilliput.apps.cli.options import activations, artifact_argument, common, threads, widths
+from lilliput.apps.cli.options import activations, artifact_argument, common, kv, threads, widths
 from lilliput.apps.cli.output import Output, table
 from lilliput.measure.memory import format_bytes
 
@@ -32,6 +32,7 @@ COLUMNS = {
 )
 @threads(2)
 @activations
+@kv
 @click.pass_obj
 def command(
     out: Output,
@@ -42,6 +43,7 @@ def command(
     rounds: int,
     threads: int,
     activations: Literal["int8", "float"],
+    kv: Literal["float", "int8", "int4"],
 ) -> None:
     """Time ARTIFACT at each width, each in a process of its own.
 
@@ -68,6 +70,7 @@ def command(
             rounds=rounds,
             threads=threads,
             activations=activations,
+            kv=kv,
             progress=progress,
         )
     data = [row.model_dump(mode="json") for row in rows]

@@ -47,6 +47,13 @@ def activations(command: F) -> F:
     return click.option("--activations", type=choice, default="int8", show_default=True, help=text)(command)
 
 
+def kv(command: F) -> F:
+    """`--kv`, how keys and values are kept while an answer is made."""
+    text = "How keys and values are kept; int8 takes about 0.27 of the memory, int4 0.16 where long; neither is exact."
+    choice = click.Choice(["float", "int8", "int4"])
+    return click.option("--kv", type=choice, default="float", show_default=True, help=text)(command)
+
+
 def common(command: F) -> F:
     """`--json` and `--quiet`, which may stand before the verb or after it."""
 

@@ -3,11 +3,11 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Literal
 
 import click
 
-from lilliput.apps.cli.options import activations, artifact_argument, common, threads
+from lilliput.apps.cli.options import activations, artifact_argument, common, kv, threads
 from lilliput.apps.cli.output import Output
 
 LONG_PROMPT = 512
@@ -44,13 +44,7 @@ LONG_PROMPT = 512
 @threads()
 @activations
 @click.option("--context", type=click.IntRange(1), help="Tokens of prompt and answer together; by default the model's.")
-@click.option(
-    "--kv",
-    type=click.Choice(["float", "int8"]),
-    default="float",
-    show_default=True,
-    help="How keys and values are kept; int8 is not exact and takes about a quarter of the memory.",
-)
+@kv
 @click.pass_obj
 def command(
     out: Output,
@@ -68,7 +62,7 @@ def command(
     chat: bool,
     threads: int | None,
     context: int | None,
-    kv: Any,
+    kv: Literal["float", "int8", "int4"],
     activations: Literal["int8", "float"],
 ) -> None:
     """Continue PROMPT with the model in ARTIFACT; the text streams to stdout.

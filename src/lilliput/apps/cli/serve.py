@@ -6,7 +6,7 @@ from typing import Literal
 
 import click
 
-from lilliput.apps.cli.options import activations, artifact_argument, common, threads
+from lilliput.apps.cli.options import activations, artifact_argument, common, kv, threads
 from lilliput.apps.cli.output import Output
 
 
@@ -23,6 +23,7 @@ from lilliput.apps.cli.output import Output
 @threads()
 @activations
 @click.option("--context", type=click.IntRange(1), help="Tokens of prompt and answer together; by default the model's.")
+@kv
 @click.pass_obj
 def command(
     out: Output,
@@ -34,6 +35,7 @@ def command(
     queue: int,
     threads: int | None,
     context: int | None,
+    kv: Literal["float", "int8", "int4"],
     activations: Literal["int8", "float"],
 ) -> None:
     """Serve ARTIFACT at /v1/completions and /v1/chat/completions until interrupted (needs lilliput[serve]).
@@ -44,7 +46,7 @@ def command(
     from lilliput.engine import Engine
 
     logging.basicConfig(stream=sys.stderr, format="%(levelname)s: %(message)s", level=logging.WARNING)
-    engine = Engine(artifact, threads=threads, context=context, activations=activations)
+    engine = Engine(artifact, threads=threads, context=context, kv=kv, activations=activations)
     if bits is not None and bits not in engine.bits:
         what = f"{bits} bits are not in {artifact}, which has {', '.join(map(str, engine.bits))}"
         raise click.BadParameter(what, param_hint="--bits")

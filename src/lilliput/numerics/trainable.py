@@ -66,7 +66,9 @@ class Trainable:
             self._steps = step
             place = self._places(weight)
             code = grouped(coded.codes.float(), coded.group_size)[0]
-            place = torch.minimum(torch.maximum(place, code - 0.49), code + 0.49)
+            # A code that is not the nearest was meant. At the very edge of its cell the first small steps would undo it.
+            away = place - code
+            place = code + torch.where(away.abs() < 0.5, away, away.sign() * 0.25)
             self.weight = self._trim((place - self._shift) * step)
         self.weight.requires_grad_(codes)
         self._log = {b: torch.zeros_like(s, dtype=torch.float32).requires_grad_() for b, s in coded.scale.items()}

@@ -76,6 +76,19 @@ def test_nothing_changes_before_the_first_step(decoder: Decoder, tmp_path: Path)
             torch.testing.assert_close(layer.at(b), coded[name].dequantize(b), rtol=1e-6, atol=1e-7)
 
 
+def test_rows_of_zeros_do_not_speed_up_the_others(decoder: Decoder, tmp_path: Path) -> None:
+    weights = decoder.state_dict()
+    name = "layers.0.mlp.up_proj"
+    before = weights[f"{name}.weight"].clone()
+    try:
+        weights[f"{name}.weight"][:40] = 0.0
+        run = Run(Tune(steps=1), decoder, decoder, coded_of(decoder), rows_for(decoder), tmp_path, Silent())
+        (rate,) = [g["rate"] for g in run.groups if g["params"][0] is run.layers[name].weight]
+        assert rate <= 0.005 * float(before.std())
+    finally:
+        weights[f"{name}.weight"].copy_(before)
+
+
 def test_grids_alone_leave_every_code(decoder: Decoder, tmp_path: Path) -> None:
     coded, rows = coded_of(decoder), rows_for(decoder)
     made = Tune(steps=30, codes=False, ends=False).tune(decoder, decoder, coded, rows, tmp_path, Silent())

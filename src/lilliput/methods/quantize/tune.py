@@ -113,7 +113,8 @@ class Run:
         groups: list[dict[str, Any]] = []
         for name, layer in self.layers.items():
             if layer.weight.requires_grad:
-                spread = float(layer.weight.detach().std())
+                # Of the model's weights: behind a code whose scale is zero stands any number.
+                spread = float(weights[f"{name}.weight"].float().std())
                 groups.append({"params": [layer.weight], "rate": options.learning_rate * spread, "name": name})
             groups.append({"params": layer.grids(), "rate": options.grid_rate, "name": name})
         self.groups = groups

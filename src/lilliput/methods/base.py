@@ -34,6 +34,10 @@ if TYPE_CHECKING:
     from lilliput.models.decoder import Block, Decoder
 
 
+ENDS = ("embed_tokens", "embed_patches", "lm_head")
+"""The matrices that are no block's."""
+
+
 class Statistic(Enum):
     """What a LayerMethod wants to know of a layer's inputs over the calibration tokens."""
 
@@ -155,11 +159,15 @@ class Quantizer(LayerMethod):
         """Widths of `bits`, up to 4, for which the answer has a table of levels; see `numerics/codebooks.py`."""
         return ()
 
-    def at(self, name: str) -> Self:
-        """The configuration for the layer of that name: the ends, and layers named, may have widths of their own."""
-        at_end = self.end_bits if name in ("embed_tokens", "embed_patches", "lm_head") else ()
+    def ladder(self, name: str) -> tuple[int, ...]:
+        """The widths of the layer of that name: the ends, and layers named, may have their own."""
+        at_end = self.end_bits if name in ENDS else ()
         own = next((ladder for pattern, ladder in self.layer_bits.items() if fnmatchcase(name, pattern)), at_end)
-        return replace(self, bits=own, end_bits=(), layer_bits={}) if own else replace(self, layer_bits={})
+        return own or self.bits
+
+    def at(self, name: str) -> Self:
+        """The configuration for the layer of that name, with its `ladder`."""
+        return replace(self, bits=self.ladder(name), end_bits=(), layer_bits={})
 
     def check(self, name: str, out: int, columns: int) -> None:
         """Refuse a group size that does not divide the inputs, unless the last group may be shorter."""

@@ -122,6 +122,13 @@ def test_tables_end_at_four_bits_and_the_ends_may_go_beyond() -> None:
     assert method.tables == (2, 3, 4)
     assert method.at("embed_tokens").tables == ()
     assert replace(method, end_bits=(3, 4)).at("lm_head").tables == (3, 4)
+
+
+def test_a_layer_that_is_named_has_the_ladder_it_is_named_with() -> None:
+    method = LeanQuant(bits=(2, 3, 4), nonuniform=True, layer_bits={"layers.1.*": (3,), "lm_head": (8,)})
+    assert method.at("layers.1.mlp.up_proj").bits == method.at("layers.1.mlp.up_proj").tables == (3,)
+    assert method.at("layers.0.mlp.up_proj").bits == (2, 3, 4)
+    assert (method.at("lm_head").bits, method.at("lm_head").tables) == ((8,), ())
     assert LeanQuant().tables == ()
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lilliput.core.errors import ConfigError
-from lilliput.methods.base import Quantizer, Statistic
+from lilliput.methods.base import ENDS, Quantizer, Statistic
 from lilliput.numerics import codebooks
 from lilliput.numerics.clusters import Init, Runs, lloyd, sort, start
 from lilliput.numerics.columns import Factor, learn
@@ -71,10 +71,9 @@ class LeanQuant(Quantizer):
 
     def at(self, name: str) -> Self:
         """The configuration for the layer of that name; ends that go beyond 4 bits have even levels."""
-        if name in ("embed_tokens", "lm_head") and self.end_bits:
-            even = self.nonuniform and self.end_bits[-1] > TABLE_BITS
-            return replace(self, bits=self.end_bits, end_bits=(), nonuniform=self.nonuniform and not even)
-        return self
+        own = self.ladder(name)
+        uneven = self.nonuniform and (name not in ENDS or own[-1] <= TABLE_BITS)
+        return replace(self, bits=own, end_bits=(), layer_bits={}, nonuniform=uneven)
 
     def solve(self, weight: Tensor, stat: Tensor | None) -> Quantized:
         """Sweep one matrix; see `LayerMethod.solve`. Without a statistic grids are learnt with equal columns, not swept.

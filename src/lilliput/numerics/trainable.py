@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from lilliput.numerics.grids import F16_MAX, grouped, half_scale
-from lilliput.numerics.nested import Quantized, look_up
-from lilliput.numerics.packing import LEVEL_MIDDLE, serving_width
+from lilliput.numerics.nested import Quantized
+from lilliput.numerics.packing import serving_width
 
 
 class _Level(torch.autograd.Function):
@@ -97,13 +97,8 @@ class Trainable:
         scale = coded.scale[bits].float() * torch.exp(self._log[bits])
         zero = self._zero.get(bits, torch.zeros_like(scale))
         with torch.no_grad():
-            code, inside = self._codes()
-            code = code >> (coded.bits[-1] - bits)
-            if bits in coded.table:
-                own = look_up(coded.table[bits], code).float() - LEVEL_MIDDLE
-            else:
-                own = code.float() - (2**bits - 1) / 2
-            own, _ = grouped(own, coded.group_size)
+            codes, inside = self._codes()
+            own, _ = grouped(coded.marks(bits, codes), coded.group_size)
         value: Tensor = _Level.apply(self.weight, scale, zero, own, inside)  # type: ignore[no-untyped-call]
         return value
 

@@ -83,7 +83,7 @@ def test_rows_of_zeros_do_not_speed_up_the_others(decoder: Decoder, tmp_path: Pa
     try:
         weights[f"{name}.weight"][:40] = 0.0
         run = Run(Tune(steps=1), decoder, decoder, coded_of(decoder), rows_for(decoder), tmp_path, Silent())
-        (rate,) = [g["rate"] for g in run.groups if g["params"][0] is run.layers[name].weight]
+        (rate,) = [g["rate"] for g in run.optimizer.param_groups if g["params"][0] is run.layers[name].weight]
         assert rate <= 0.005 * float(before.std())
     finally:
         weights[f"{name}.weight"].copy_(before)
@@ -91,7 +91,9 @@ def test_rows_of_zeros_do_not_speed_up_the_others(decoder: Decoder, tmp_path: Pa
 
 def test_grids_alone_leave_every_code(decoder: Decoder, tmp_path: Path) -> None:
     coded, rows = coded_of(decoder), rows_for(decoder)
+    before = {name: value.clone() for name, value in decoder.state_dict().items()}
     made = Tune(steps=30, codes=False, ends=False).tune(decoder, decoder, coded, rows, tmp_path, Silent())
+    assert all(torch.equal(value, before[name]) for name, value in decoder.state_dict().items())
     tokens = torch.tensor(rows.rows, dtype=torch.int64)
     assert all(torch.equal(made[n].codes, coded[n].codes) for n in coded)
     assert made["embed_tokens"] is coded["embed_tokens"]

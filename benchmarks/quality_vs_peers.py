@@ -91,7 +91,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, help="windows at most, drawn over the whole text")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--timeout", type=float, default=3600, help="seconds for one contender at one width")
-    parser.add_argument("--resume", action="store_true", help="leave out what is recorded for this setup, options alike")
+    parser.add_argument(
+        "--resume", action="store_true", help="leave out what is recorded for this setup, options alike"
+    )
     parser.add_argument("--no-install", action="store_true", help="peers that are not there are reported as such")
     parser.add_argument("--again", action="store_true", help="only print and plot what is recorded for this setup")
     parser.add_argument("--plot", type=Path, default=ROOT / "docs" / "quality.svg")

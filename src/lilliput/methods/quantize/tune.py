@@ -68,6 +68,12 @@ class Tune(Tuner):
         wanted = name.startswith("layers.") or self.ends
         return wanted and not any(fnmatchcase(name, pattern) for pattern in self.exclude)
 
+    def held_bytes(self, *, weights: int, grids: int, row: int, rows: int) -> int:
+        """What `Trainable` holds, and the graph of one width; see `Method.held_bytes`."""
+        moved = 4 * 4  # the number, its gradient and the two moments of Adam
+        graph = 4 + 4 + (1 if self.codes else 0)  # the matrix, its codes from their middle, which weights are inside
+        return (graph + (moved if self.codes else 0)) * weights + moved * grids + self.batch * row
+
     def tune(
         self,
         original: Decoder,

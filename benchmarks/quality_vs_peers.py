@@ -13,7 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,12 +34,13 @@ TALES = ROOT / "assets" / "tales7m"
 
 @dataclass(frozen=True)
 class Task:
-    """One line of the results to come. seed: None where nothing is drawn."""
+    """One line of the results to come. seed: None where nothing is drawn. steps: of training, where it trains."""
 
     name: str
     contender: Contender
     bits: int
     seed: int | None
+    steps: int = 60
 
     @property
     def key(self) -> dict[str, Any]:
@@ -47,7 +48,12 @@ class Task:
 
     @property
     def options(self) -> dict[str, Any]:
-        return {**self.contender.options, **self.contender.widths.get(self.bits, {})}
+        given = {**self.contender.options, **self.contender.widths.get(self.bits, {})}
+        return dict(json.loads(json.dumps(given).replace('"$steps"', str(self.steps))))
+
+    def gave(self, line: Mapping[str, Any]) -> bool:
+        """Whether a recorded line is of this task; the oldest lines do not say their options."""
+        return self.key == {k: line[k] for k in self.key} and line.get("options", self.options) == self.options
 
 
 def main() -> int:
@@ -57,7 +63,8 @@ def main() -> int:
     asked = {k: getattr(a, k) for k in ("length", "samples", "group_size", "window", "limit")}
     setup = model.digest(folder / "model.safetensors", a.calibration, a.text, **asked)
     if not a.again:
-        todo = [t for t in tasks(a) if not a.resume or t.key not in done(setup)]
+        finished = done(setup) if a.resume else []
+        todo = [t for t in tasks(a) if not any(map(t.gave, finished))]
         run(a, folder, todo, {"setup": setup, "model": a.model.resolve().name, **asked})
     lines = recorded(setup)
     print("\n" + report.table(lines))
@@ -77,13 +84,16 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--bits", default="4,3,2")
     parser.add_argument("--seeds", default="0,1,2", help="of the draw of calibration text")
     parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=60, help="of training, for contenders of ours that train")
     parser.add_argument("--samples", type=int, default=128, help="calibration rows")
     parser.add_argument("--length", type=int, default=256, help="tokens of a calibration row")
     parser.add_argument("--window", type=int, default=256, help="tokens of a window that is measured")
     parser.add_argument("--limit", type=int, help="windows at most, drawn over the whole text")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--timeout", type=float, default=3600, help="seconds for one contender at one width")
-    parser.add_argument("--resume", action="store_true", help="leave out what is recorded for this setup")
+    parser.add_argument(
+        "--resume", action="store_true", help="leave out what is recorded for this setup, options alike"
+    )
     parser.add_argument("--no-install", action="store_true", help="peers that are not there are reported as such")
     parser.add_argument("--again", action="store_true", help="only print and plot what is recorded for this setup")
     parser.add_argument("--plot", type=Path, default=ROOT / "docs" / "quality.svg")
@@ -105,7 +115,7 @@ def tasks(a: argparse.Namespace) -> Iterator[Task]:
             contender = CONTENDERS[name]
             if contender.learns or n == 0:
                 for bits in a.bits:
-                    yield Task(name, contender, bits, seed if contender.learns else None)
+                    yield Task(name, contender, bits, seed if contender.learns else None, a.steps)
 
 
 def run(a: argparse.Namespace, folder: Path, todo: list[Task], common: dict[str, Any]) -> None:
@@ -194,9 +204,8 @@ def recorded(setup: str) -> list[dict[str, Any]]:
 
 
 def done(setup: str) -> list[dict[str, Any]]:
-    """Keys of what is finished for this setup; what failed is tried again."""
-    lines = report.newest(recorded(setup))
-    return [{k: line[k] for k in ("contender", "bits", "seed")} for line in lines if "error" not in line]
+    """What is finished for this setup; what failed is tried again."""
+    return [line for line in report.newest(recorded(setup)) if "error" not in line]
 
 
 if __name__ == "__main__":

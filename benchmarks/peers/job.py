@@ -34,6 +34,33 @@ class Runner(ABC):
         return {}
 
 
+class Stepped(Runner):
+    """An engine that is given tokens and gives logits; the choice of the next token is made here, alike for all."""
+
+    @abstractmethod
+    def read(self, tokens: Sequence[int]) -> Any:
+        """Append to the sequence; returns an array of logits (vocab,) after the last, valid until the next call."""
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Begin a fresh sequence."""
+
+    def prefill(self, tokens: Sequence[int]) -> float:
+        self.clear()
+        start = time.perf_counter()
+        self.read(tokens).argmax()
+        return time.perf_counter() - start
+
+    def decode(self, tokens: Sequence[int], count: int) -> tuple[float, float, int]:
+        self.clear()
+        start = time.perf_counter()
+        token = int(self.read(tokens).argmax())
+        first = time.perf_counter() - start
+        for _ in range(count - 1):
+            token = int(self.read([token]).argmax())
+        return first, time.perf_counter() - start - first, count - 1
+
+
 def prompt(length: int, vocab: int, salt: int) -> list[int]:
     """Token ids that look like nothing in particular, the same for every engine: 1, then a fixed walk over 300.. ."""
     return [1] + [300 + (salt * 7_368_787 + i * 15_485_863 + 977) % (vocab - 300) for i in range(length - 1)]

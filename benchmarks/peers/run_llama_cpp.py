@@ -1,16 +1,15 @@
 """Worker of llama.cpp, through the C functions that llama-cpp-python binds: its high-level class adds work of its own."""
 
 import ctypes
-import time
 from collections.abc import Sequence
 from typing import Any
 
 import llama_cpp as c
 import numpy as np
-from job import Runner, main
+from job import Stepped, main
 
 
-class LlamaCpp(Runner):
+class LlamaCpp(Stepped):
     """A GGUF. All settings are llama.cpp's defaults but threads, the context, and a batch that holds the prompt."""
 
     def __init__(self, job: dict[str, Any]) -> None:
@@ -27,31 +26,14 @@ class LlamaCpp(Runner):
             raise SystemExit("llama.cpp cannot open " + job["path"])
         self.vocab = c.llama_vocab_n_tokens(c.llama_model_get_vocab(self.model))
 
-    def _read(self, tokens: Sequence[int]) -> int:
-        """Append to the sequence; returns the likeliest next token."""
+    def read(self, tokens: Sequence[int]) -> np.ndarray:
         array = (c.llama_token * len(tokens))(*tokens)
         if c.llama_decode(self.ctx, c.llama_batch_get_one(array, len(tokens))):
             raise SystemExit("llama_decode failed")
-        logits = c.llama_get_logits_ith(self.ctx, -1)
-        return int(np.ctypeslib.as_array(logits, shape=(self.vocab,)).argmax())
+        return np.ctypeslib.as_array(c.llama_get_logits_ith(self.ctx, -1), shape=(self.vocab,))
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
         c.llama_memory_clear(c.llama_get_memory(self.ctx), True)
-
-    def prefill(self, tokens: Sequence[int]) -> float:
-        self._clear()
-        start = time.perf_counter()
-        self._read(tokens)
-        return time.perf_counter() - start
-
-    def decode(self, tokens: Sequence[int], count: int) -> tuple[float, float, int]:
-        self._clear()
-        start = time.perf_counter()
-        token = self._read(tokens)
-        first = time.perf_counter() - start
-        for _ in range(count - 1):
-            token = self._read([token])
-        return first, time.perf_counter() - start - first, count - 1
 
     def facts(self) -> dict[str, Any]:
         info = c.llama_print_system_info()

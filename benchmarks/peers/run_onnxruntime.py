@@ -1,15 +1,14 @@
 """Worker of ONNX Runtime: its processor provider, inputs and outputs bound once, keys and values appended in place."""
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-from job import Runner, main
+from job import Stepped, main
 
 
-class OnnxRuntime(Runner):
+class OnnxRuntime(Stepped):
     """A model of onnx_random.py. All settings are the defaults but threads: one pool of them, none for operators."""
 
     def __init__(self, job: dict[str, Any]) -> None:
@@ -33,7 +32,6 @@ class OnnxRuntime(Runner):
         self.length = 0
 
     def read(self, tokens: Sequence[int]) -> np.ndarray:
-        """Append to the sequence; returns logits (vocab,) after the last, valid until the next call."""
         self.length += len(tokens)
         self.binding.bind_cpu_input("tokens", np.array([tokens], dtype=np.int64))
         self.binding.bind_cpu_input("last", np.array([self.length - 1], dtype=np.int32))
@@ -42,23 +40,7 @@ class OnnxRuntime(Runner):
         return self.logits[0, 0]
 
     def clear(self) -> None:
-        """Begin a fresh sequence."""
         self.length = 0
-
-    def prefill(self, tokens: Sequence[int]) -> float:
-        self.clear()
-        start = time.perf_counter()
-        self.read(tokens).argmax()
-        return time.perf_counter() - start
-
-    def decode(self, tokens: Sequence[int], count: int) -> tuple[float, float, int]:
-        self.clear()
-        start = time.perf_counter()
-        token = int(self.read(tokens).argmax())
-        first = time.perf_counter() - start
-        for _ in range(count - 1):
-            token = int(self.read([token]).argmax())
-        return first, time.perf_counter() - start - first, count - 1
 
 
 if __name__ == "__main__":

@@ -221,7 +221,7 @@ def test_importance_is_the_mean_of_squared_inputs(load: Any, source: Path) -> No
 
 def test_seeds_are_for_what_learns(load: Any) -> None:
     program = load("quality_vs_peers")
-    asked = SimpleNamespace(methods=["lilliput rtn", "llm-compressor gptq"], bits=[4, 2], seeds=[0, 1])
+    asked = SimpleNamespace(methods=["lilliput rtn", "llm-compressor gptq"], bits=[4, 2], seeds=[0, 1], steps=9)
     found = [(t.name, t.bits, t.seed) for t in program.tasks(asked)]
     assert found == [
         ("lilliput rtn", 4, None),
@@ -233,16 +233,31 @@ def test_seeds_are_for_what_learns(load: Any) -> None:
     ]
 
 
+def test_steps_are_in_the_options_that_are_run_and_recorded(load: Any) -> None:
+    program = load("quality_vs_peers")
+    asked = SimpleNamespace(methods=["lilliput tuned", "lilliput tuned nested"], bits=[2], seeds=[0], steps=9)
+    for task in program.tasks(asked):
+        assert task.options["recipe"][1] == {"tune": {"steps": 9}}
+        assert task.options["recipe"][0]["gptq"]["group_size"] == "$group_size"  # the worker fills these in
+
+
 def test_only_finished_lines_of_the_same_setup_are_left_out(
     load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program = load("quality_vs_peers")
     monkeypatch.setattr(program, "RESULTS", tmp_path)
     assert program.done("s") == []
-    lines = [line("a", 4, 0.1), line("b", 4, 0.1), {"contender": "c", "bits": 4, "seed": 0, "error": "no"}]
+    lines = [line("a", 4, 0.1, options={"x": 60}), line("b", 4, 0.1), line("d", 4, 0.1)]
+    lines.append({"contender": "c", "bits": 4, "seed": 0, "error": "no"})
     text = [json.dumps(one | {"setup": "other" if one["contender"] == "b" else "s"}) for one in lines]
     (tmp_path / "quality_vs_peers.jsonl").write_text("\n".join(text) + "\n")
-    assert program.done("s") == [{"contender": "a", "bits": 4, "seed": 0}]
+    finished = program.done("s")
+    assert [one["contender"] for one in finished] == ["a", "d"]
+    contender = SimpleNamespace(options={"x": "$steps"}, widths={})
+    assert program.Task("a", contender, 4, 0, steps=60).gave(finished[0])
+    assert not program.Task("a", contender, 4, 0, steps=61).gave(finished[0])
+    assert not program.Task("a", contender, 4, 1, steps=60).gave(finished[0])
+    assert program.Task("d", contender, 4, 0, steps=61).gave(finished[1])
 
 
 def test_rows_are_means_over_seeds_of_the_newest_lines(load: Any) -> None:

@@ -164,6 +164,27 @@ def test_a_worker_times_after_a_warm_up_and_repeats_what_is_short(load: Any, mon
     assert found["peak_rss_bytes"] is None or found["peak_rss_bytes"] > found["anonymous_bytes"] > 0
 
 
+def test_an_engine_that_gives_logits_is_led_greedily_from_a_fresh_sequence(load: Any) -> None:
+    calls: list[list[int] | None] = []
+
+    class Next(load("peers.job").Stepped):  # type: ignore[misc]
+        """Says that what follows a token is the token after it."""
+
+        def read(self, tokens: list[int]) -> Any:
+            calls.append(list(tokens))
+            return np.eye(10)[tokens[-1] + 1]
+
+        def clear(self) -> None:
+            calls.append(None)
+
+    first, others, count = Next().decode([1, 5], 4)
+    assert calls == [None, [1, 5], [6], [7], [8]]
+    assert (first > 0, others > 0, count) == (True, True, 3)
+    calls.clear()
+    assert Next().prefill([3, 4]) > 0
+    assert calls == [None, [3, 4]]
+
+
 def test_memory_is_unknown_where_the_system_does_not_tell(load: Any, tmp_path: Path) -> None:
     job = load("peers.job")
     assert job.memory(str(tmp_path / "none")) == {"peak_rss_bytes": None, "anonymous_bytes": None}

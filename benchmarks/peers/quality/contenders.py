@@ -24,7 +24,7 @@ class Contender:
 
 
 def ours(*stages: Mapping[str, Any], learns: bool = True, shared: bool = False) -> Contender:
-    """A recipe of ours, "$bits" and "$group_size" standing for the numbers; shared: one artifact serves all widths."""
+    """A recipe of ours, "$bits", "$group_size" and "$steps" standing for numbers; shared: one artifact for all."""
     return Contender(OURS, "run_lilliput.py", {"recipe": list(stages), "shared": shared}, learns=learns)
 
 
@@ -50,8 +50,8 @@ CONTENDERS: dict[str, Contender] = {
     "lilliput any_precision": ours({"any_precision": {"bits": [2, 3, 4], **BLOCKS}}, shared=True),
     "lilliput awq": ours({"awq": {}}, {"rtn": {"bits": ["$bits"], **BLOCKS}}),
     "lilliput omniquant": ours({"omniquant": {"bits": ["$bits"], **BLOCKS}}),
-    "lilliput tuned": ours({"gptq": {"bits": ["$bits"], **BLOCKS}}, {"tune": {"steps": 120}}),
-    "lilliput tuned nested": ours({"gptq": {"bits": [2, 3, 4], **BLOCKS}}, {"tune": {"steps": 120}}, shared=True),
+    "lilliput tuned": ours({"gptq": {"bits": ["$bits"], **BLOCKS}}, {"tune": {"steps": "$steps"}}),
+    "lilliput tuned nested": ours({"gptq": {"bits": [2, 3, 4], **BLOCKS}}, {"tune": {"steps": "$steps"}}, shared=True),
     "llm-compressor rtn": Contender("llm-compressor", "run_llm_compressor.py", {"method": "rtn"}, learns=False),
     "llm-compressor gptq": Contender("llm-compressor", "run_llm_compressor.py", {"method": "gptq"}),
     "llm-compressor awq": Contender("llm-compressor", "run_llm_compressor.py", {"method": "awq"}),

@@ -78,6 +78,14 @@ class Method:
         """Whether it needs calibration text."""
         return True
 
+    def held_bytes(self, *, weights: int, grids: int, row: int, rows: int) -> int:
+        """Memory that training takes beside the block or model it is given and its codes; 0 where nothing is trained.
+
+        weights: numbers in the matrices treated together, of a block or of the model. grids: their scales and zeros of
+        all widths. row: bytes of a calibration row on its way through, with what its gradient needs. rows: at a time.
+        """
+        return 0
+
     def options(self) -> dict[str, Any]:
         """The configuration as plain data, tuples as lists: `build(name, options)` gives an equal method."""
         return {key: _plain(value) for key, value in asdict(self).items()}

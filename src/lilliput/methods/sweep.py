@@ -55,10 +55,10 @@ class Job:
     """What one sweep does.
 
     methods: for every layer to treat, its methods in order; a layer not named stays as it is. blocks: what changes each
-    block before its layers are solved. widths: those the result
-    serves, ascending; empty when nothing is quantized. probe: (1, length) int64, for an encoder what it takes: (texts,
-    length) int64 or (pictures, patches, columns) float32. slice_rows: rows of a tall matrix solved at a time, which
-    bounds memory. fisher: what methods that need Statistic.FISHER are given.
+    block before its layers are solved. widths: those the result serves, ascending; empty when nothing is quantized.
+    probe: (1, length) int64, for an encoder what it takes: (texts, length) int64 or (pictures, patches, columns) float32.
+    slice_rows: rows of a tall matrix solved at a time, which bounds memory. fisher: what methods that need
+    Statistic.FISHER are given.
     """
 
     methods: Mapping[str, Sequence[LayerMethod]]
@@ -285,7 +285,8 @@ class Sweep:
         gathered = needs.pop().accumulator(self.spec.hidden_size)
         for batch in self._activations(state.step).batches(self.job.calibration.batch_size):
             gathered.add(frame.final_norm(batch).flatten(0, -2))
-        return gathered.value(), remark("lm_head", gathered.value(), gathered)
+        value = gathered.value()
+        return value, remark("lm_head", value, gathered)
 
     def _solve_tall(self, name: str, weight: Tensor, stat: Tensor | None) -> Solved:
         """Solve the embedding or the head, some rows at a time where the method allows it."""

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from lilliput.numerics.grids import F16_MAX, F16_MIN
-from lilliput.numerics.nested import Quantized, look_up
+from lilliput.numerics.nested import Quantized
 from lilliput.numerics.packing import LEVEL_MIDDLE, TABLE_BITS
 
 _STATE = 1 << 26  # numbers of the errors kept at once: 256 MiB
@@ -220,11 +220,7 @@ def refit(weight: Tensor, made: Quantized, gram: Tensor, widths: Sequence[int]) 
         for at in range(0, out, rows):
             part = slice(at, at + rows)
             own = made.rows(part)
-            code = own.codes >> (made.bits[-1] - b)
-            if b in made.table:
-                mark = look_up(own.table[b], code).to(torch.float32).sub_(LEVEL_MIDDLE)
-            else:
-                mark = code.to(torch.float32).sub_((2**b - 1) / 2)
+            mark = own.marks(b)
             away = weight[part] - own.dequantize(b)
             pull = away @ gram
             for g, begin in enumerate(range(0, columns, size)):

@@ -59,20 +59,26 @@ class Quantized:
         table = {b: torch.cat([p.table[b] for p in parts]) for b in first.table}
         return Quantized(torch.cat([p.codes for p in parts]), first.bits, first.group_size, scale, zero, table)
 
+    def marks(self, bits: int, codes: Tensor | None = None) -> Tensor:
+        """Where codes stand at one width, in steps from the middle: (out, in) float32, fresh memory.
+
+        codes: (out, in) uint8 of the widest width in place of its own.
+        """
+        code = (self.codes if codes is None else codes) >> (self.bits[-1] - bits)
+        if bits in self.table:
+            return look_up(self.table[bits], code).to(torch.float32).sub_(LEVEL_MIDDLE)
+        return code.to(torch.float32).sub_((2**bits - 1) / 2)
+
     def dequantize(self, bits: int) -> Tensor:
         """Return the (out, in) float32 matrix at one width: scale * (c_b - (2**b - 1) / 2 - zero).
 
         Where the width has a table: scale * (table[c_b] - 63.5 - zero).
         """
-        code = self.codes >> (self.bits[-1] - bits)
-        if bits in self.table:
-            code = look_up(self.table[bits], code).to(torch.float32).sub_(LEVEL_MIDDLE)
-        else:
-            code = code.to(torch.float32).sub_((2**bits - 1) / 2)
-        out, columns = code.shape
+        mark = self.marks(bits)
+        out, columns = mark.shape
         groups = self.scale[bits].shape[1]
         size = columns if self.group_size == -1 else self.group_size
-        whole = pad(code, (0, groups * size - columns)).view(out, groups, size)
+        whole = pad(mark, (0, groups * size - columns)).view(out, groups, size)
         if bits in self.zero:
             whole = whole.sub_(self.zero[bits].to(torch.float32)[..., None])
         whole = whole.mul_(self.scale[bits].to(torch.float32)[..., None])

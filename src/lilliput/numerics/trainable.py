@@ -6,8 +6,8 @@ weight reaches another code by moving, a code another value by its grid.
 
 Source: straight-through gradients after Bengio, Leonard and Courville, 2013; trained scales after Esser et al.,
 "Learned Step Size Quantization", ICLR 2020, eq. 2 to 5.
-Deviation: the gradient of a weight is that of its dequantized value, whatever the width, and 0 once the weight is beyond
-the widest grid and would move further away.
+Deviation: the gradient of a weight is that of its dequantized value, whatever the width, and 0 while the weight is beyond
+the widest grid, in whichever direction it would move.
 """
 
 from collections.abc import Iterator
@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from lilliput.numerics.grids import F16_MAX, grouped, half_scale
-from lilliput.numerics.nested import Quantized, look_up
-from lilliput.numerics.packing import LEVEL_MIDDLE, serving_width
+from lilliput.numerics.nested import Quantized
 
 
 class _Level(torch.autograd.Function):
@@ -48,14 +47,14 @@ class _Level(torch.autograd.Function):
 class Trainable:
     """Codes of one matrix as something an optimiser may move.
 
-    weight: (out, in) float32 that the codes stand for; it is first pulled into the cell of its code, so that training
-    starts from `coded` as it is. codes: train them; else only grids.
+    weight: (out, in) float32 that the codes stand for, left as it was; a copy is first pulled into the cell of its code,
+    so that training starts from `coded` as it is. codes: train them; else only grids.
     """
 
     def __init__(self, weight: Tensor, coded: Quantized, codes: bool) -> None:
         self._coded = coded
         widest = coded.bits[-1]
-        self.weight = weight.clone()
+        self.weight = weight.detach()  # where codes are trained, another takes its place below
         self._steps: Tensor | None = None
         self._shift = torch.tensor((2**widest - 1) / 2)
         if codes:
@@ -76,7 +75,7 @@ class Trainable:
 
     def serving(self, bits: int) -> int:
         """The width that serves `bits`; as `Quantized.serving`."""
-        return serving_width(self._coded.bits, bits)
+        return self._coded.serving(bits)
 
     def named(self) -> Iterator[tuple[str, Tensor]]:
         """What is trained, by a name of its own."""
@@ -97,13 +96,8 @@ class Trainable:
         scale = coded.scale[bits].float() * torch.exp(self._log[bits])
         zero = self._zero.get(bits, torch.zeros_like(scale))
         with torch.no_grad():
-            code, inside = self._codes()
-            code = code >> (coded.bits[-1] - bits)
-            if bits in coded.table:
-                own = look_up(coded.table[bits], code).float() - LEVEL_MIDDLE
-            else:
-                own = code.float() - (2**bits - 1) / 2
-            own, _ = grouped(own, coded.group_size)
+            codes, inside = self._codes()
+            own, _ = grouped(coded.marks(bits, codes), coded.group_size)
         value: Tensor = _Level.apply(self.weight, scale, zero, own, inside)  # type: ignore[no-untyped-call]
         return value
 

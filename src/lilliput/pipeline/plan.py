@@ -12,6 +12,7 @@ from lilliput.core.recipe import Recipe
 from lilliput.core.spec import AnySpec, EncoderSpec, ModelSpec
 from lilliput.methods.base import (
     BlockMethod,
+    BlockQuantizer,
     LayerMethod,
     Method,
     ModelMethod,
@@ -21,6 +22,7 @@ from lilliput.methods.base import (
     build_stage,
 )
 from lilliput.models import Checkpoint, TensorInfo
+from lilliput.numerics.grids import group_count
 from lilliput.numerics.packing import serving_width
 from lilliput.pipeline.report import LayerPlan
 
@@ -193,7 +195,7 @@ def budget(work: Work, *, max_ram: int | None, length: int, whole: bool) -> Budg
     """Choose slices that fit `max_ram` bytes (None: no limit) and say what peak to expect.
 
     length: tokens of a calibration row. whole: the recipe has a method that needs all of the model in memory.
-    Raises OutOfResource when even the smallest slices do not fit.
+    Raises OutOfResource when even the smallest slices do not fit, or a Tuner does not.
     """
     spec = work.plan.spec
     block = 4 * sum(out * columns for out, columns in spec.linears(0).values())
@@ -206,13 +208,43 @@ def budget(work: Work, *, max_ram: int | None, length: int, whole: bool) -> Budg
     if work.sensitive:  # the sums beside the model, and one row through all of it with what its gradient needs
         fixed += 4 * work.parameters + spec.num_layers * row + 3 * 4 * length * out
 
+    first = {name: work.plan.entries[name] for name in spec.linears(0) if name in work.plan.entries}
+    trained = {q for name in first for q in work.methods[name] if isinstance(q, BlockQuantizer)}
+
     def peak(slice_rows: int, batch: int) -> int:
         ends_now = ends + 8 * 4 * min(slice_rows, out) * columns
-        return fixed + max(COPIES * block + gram, ends_now) + batch * row
+        solving = max(COPIES * block + gram, ends_now) + batch * row
+        sizes = {"weights": block // 4, "grids": grids(first), "row": row, "rows": batch}
+        return fixed + max([solving, *(block + q.held_bytes(**sizes) for q in trained)])
+
+    # Training with its logits, the target's, and those that the divergence makes of them.
+    tuning = tuning_bytes(work, spec.num_layers * row + 6 * 4 * length * out) if work.tuners else 0
+    if max_ram is not None and tuning > max_ram:
+        names = " and ".join(tuner.name for tuner in work.tuners)
+        what = f"{names} on the whole model needs about {tuning / 2**30:.2f} GiB, more than --max-ram {max_ram / 2**30:.2f} GiB"
+        fix = "Give more, shorten the calibration rows, or leave that stage out"
+        raise OutOfResource(what, where="memory", fix=fix)
 
     for slice_rows, batch in ((1 << 15, 8), (1 << 13, 4), (1 << 11, 1), (1 << 9, 1)):
-        expected = peak(slice_rows, batch)
+        expected = max(peak(slice_rows, batch), tuning)
         if max_ram is None or expected <= max_ram:
             return Budget(slice_rows, batch, expected)
     what = f"one block at a time needs about {expected / 2**30:.2f} GiB, more than --max-ram {max_ram / 2**30:.2f} GiB"  # type: ignore[operator]
     raise OutOfResource(what, where="memory", fix="Give more, shorten the calibration rows, or use a smaller model")
+
+
+def tuning_bytes(work: Work, row: int) -> int:
+    """Peak while the Tuners of a recipe run. row: bytes of one row in training, through the whole model."""
+    copies = 3 + bool(work.runs[:-1])  # the original, what the last sweep reads, the Tuner's own; the stages' before
+    entries = work.plan.entries
+    coded, count = sum(entry.out * entry.columns for entry in entries.values()), grids(entries)
+    held = max(t.held_bytes(weights=coded, grids=count, row=row, rows=1) for t in work.tuners)
+    return INTERPRETER_BYTES + 4 * copies * work.parameters + coded + 2 * count + held
+
+
+def grids(entries: Mapping[str, QuantEntry]) -> int:
+    """Scales and zeros of all widths."""
+    return sum(
+        entry.out * group_count(entry.columns, entry.group_size) * len(entry.bits) * (1 if entry.sym else 2)
+        for entry in entries.values()
+    )

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lilliput.methods.quantize.omniquant import OmniQuant
+from lilliput.methods.quantize.omniquant import OmniQuant, _Task
 from lilliput.numerics.grids import nearest
 from support.blocks import calibration, state, tiny_block
+from support.memory import kept_bytes
 
 
 def gains(note: str) -> dict[int, float]:
@@ -61,6 +62,30 @@ def test_no_training_is_rounding_to_nearest(tmp_path: Path) -> None:
         # the bounds start a quarter of a step inside the range, so it is almost that
         assert (value.dequantize(8) - weight).norm() < 1.2 * (plain.dequantize(8) - weight).norm()
     assert "bits" in note
+
+
+@pytest.mark.parametrize("options", [{}, {"let": True}, {"sym": True}, {"learn_rounding": True, "let": True}])
+def test_the_memory_it_announces_is_what_training_holds(options: dict[str, bool], tmp_path: Path) -> None:
+    block, bits = tiny_block(), (2, 4)
+    method = OmniQuant(bits=bits, group_size=16, epochs=1, **options)
+    task = _Task(method, block, list(block.linears()), calibration(tmp_path, block))
+    parameters = [p for grid in task.grids.values() for p in grid.parameters]
+    nudges = [grid.nudge for grid in task.grids.values() if grid.nudge is not None]
+    weights = sum(layer.weight.numel() for layer in block.linears().values())
+    grids = sum(p.numel() for p in parameters) - sum(p.numel() for p in nudges)
+
+    def one_width() -> list[torch.Tensor]:
+        now = task._floats()
+        for name, key in task.local.items():
+            now[key] = task.grids[name].at(now[key], 2)
+        return [now[key] for key in task.local.values()] + [task._run(now, torch.zeros(1, 1, 32))]
+
+    graph = kept_bytes(one_width, 1024, [*task.frozen.values(), *parameters])
+    held = graph + (4 + 1) * weights + 3 * 4 * sum(p.numel() for p in nudges) + 22 * grids
+    announced = method.held_bytes(weights=weights, grids=grids, row=0, rows=3)
+    assert held <= announced <= 1.1 * held
+    assert method.held_bytes(weights=0, grids=0, row=7, rows=3) == 21
+    assert method.held_bytes(weights=0, grids=0, row=7, rows=9) == 28  # four rows a step
 
 
 def test_a_loss_that_is_not_finite_ends_in_what_was_good(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from lilliput.models import Checkpoint, Decoder, load_decoder
 from lilliput.numerics.grids import nearest
 from lilliput.numerics.nested import Quantized
 from support.families import FAMILIES
+from support.memory import kept_bytes
 
 BITS = (2, 4, 8)
 
@@ -83,7 +84,7 @@ def test_rows_of_zeros_do_not_speed_up_the_others(decoder: Decoder, tmp_path: Pa
     try:
         weights[f"{name}.weight"][:40] = 0.0
         run = Run(Tune(steps=1), decoder, decoder, coded_of(decoder), rows_for(decoder), tmp_path, Silent())
-        (rate,) = [g["rate"] for g in run.groups if g["params"][0] is run.layers[name].weight]
+        (rate,) = [g["rate"] for g in run.optimizer.param_groups if g["params"][0] is run.layers[name].weight]
         assert rate <= 0.005 * float(before.std())
     finally:
         weights[f"{name}.weight"].copy_(before)
@@ -91,7 +92,9 @@ def test_rows_of_zeros_do_not_speed_up_the_others(decoder: Decoder, tmp_path: Pa
 
 def test_grids_alone_leave_every_code(decoder: Decoder, tmp_path: Path) -> None:
     coded, rows = coded_of(decoder), rows_for(decoder)
+    before = {name: value.clone() for name, value in decoder.state_dict().items()}
     made = Tune(steps=30, codes=False, ends=False).tune(decoder, decoder, coded, rows, tmp_path, Silent())
+    assert all(torch.equal(value, before[name]) for name, value in decoder.state_dict().items())
     tokens = torch.tensor(rows.rows, dtype=torch.int64)
     assert all(torch.equal(made[n].codes, coded[n].codes) for n in coded)
     assert made["embed_tokens"] is coded["embed_tokens"]
@@ -124,6 +127,25 @@ def test_a_killed_run_goes_on_to_the_same_numbers(decoder: Decoder, tmp_path: Pa
     for name, one in whole.items():
         assert torch.equal(one.codes, again[name].codes)
         assert all(torch.equal(one.scale[b], again[name].scale[b]) for b in one.bits)
+
+
+@pytest.mark.parametrize("codes", [True, False])
+def test_the_memory_it_announces_is_what_training_holds(decoder: Decoder, tmp_path: Path, codes: bool) -> None:
+    coded = coded_of(decoder)
+    run = Run(Tune(steps=2, codes=codes), decoder, decoder, coded, rows_for(decoder), tmp_path, Silent())
+    run._step(0, [0])
+    layers = list(run.layers.values())
+    trained = [tensor for layer in layers for _, tensor in layer.named()]
+    held = sum(4 * (t.numel() + (0 if t.grad is None else t.grad.numel())) for t in trained)
+    held += sum(4 * m.numel() for state in run.optimizer.state.values() for m in state.values() if m.dim())
+    values = trained + [layer.weight for layer in layers]
+    held += kept_bytes(lambda: [layer.at(8) for layer in layers], 1024, values)
+    weights = sum(q.codes.numel() for q in coded.values())
+    grids = sum(s.numel() for q in coded.values() for s in (*q.scale.values(), *q.zero.values()))
+    announced = run.options.held_bytes(weights=weights, grids=grids, row=0, rows=1)
+    # Scales and zeros of the width that runs are multiplied out, one in six of those there are; untrained ones have no state.
+    assert 0.95 * held <= announced <= 1.1 * held
+    assert run.options.held_bytes(weights=0, grids=0, row=7, rows=1) == 28
 
 
 def test_a_loss_that_is_no_number_names_the_width_and_the_step(decoder: Decoder, tmp_path: Path) -> None:

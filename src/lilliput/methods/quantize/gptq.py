@@ -8,42 +8,19 @@ width with `clip: false` and `rounds: 0` is the method of the paper.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
-from lilliput.core.errors import ConfigError
-from lilliput.methods.base import Quantizer, Statistic
-from lilliput.numerics.columns import Factor, learn
-from lilliput.numerics.grids import encode, minmax_grid, nearest, nest
+from lilliput.methods.swept import Swept
+from lilliput.numerics.grids import nearest
 from lilliput.numerics.nested import Quantized
-from lilliput.numerics.ranges import best_range
 
 
 @dataclass(frozen=True, kw_only=True)
-class GPTQ(Quantizer):
-    """Round column by column with feedback at all of `bits` together.
+class GPTQ(Swept):
+    """Round column by column with feedback at all of `bits` together. clip: search for the range of each group."""
 
-    damp: what is added to the diagonal of the Gram matrix, in means of it. act_order: loudest inputs first. clip: search
-    for the range of each group. rounds: sweeps, each on grids refitted to the codes of the one before; 0 is one sweep
-    without a refit. balance: how the widths share the codes, from 0, where the narrowest decides, to 1 and beyond, where
-    each counts in parts of its own error. block: columns between two large products.
-    """
-
-    needs: ClassVar[Statistic] = Statistic.GRAM
-    damp: float = 0.01
-    act_order: bool = True
     clip: bool = True
-    rounds: int = 2
-    balance: float = 0.6
-    block: int = 128
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for key, least in (("damp", 0.0), ("rounds", 0), ("balance", 0.0), ("block", 1)):
-            if not getattr(self, key) >= least:
-                what = f"{key} is {getattr(self, key)}"
-                raise ConfigError(what, where=f"{self.name}.{key}", fix=f"Give {least} or more")
 
     def solve(self, weight: Tensor, stat: Tensor | None) -> Quantized:
         """Sweep one matrix; see `LayerMethod.solve`. Without a statistic it rounds to nearest.
@@ -52,12 +29,5 @@ class GPTQ(Quantizer):
         """
         if stat is None:
             return nearest(weight, self.bits, self.group_size, self.sym)
-        factor = Factor.of(stat, self.damp, self.act_order)
-        loud = stat.diagonal()
-        if self.clip:
-            scale, zero = best_range(weight, self.bits, self.group_size, self.sym, loud, self.balance, square=False)
-        else:
-            scale, zero = minmax_grid(weight, self.bits[-1], self.group_size, self.sym)
-        codes = encode(weight, scale, zero, self.bits[-1], self.group_size)
-        start = nest(weight, codes, scale, zero, self.bits, self.group_size, loud)
-        return learn(weight, stat, factor, [start], self.balance, self.rounds, self.block)
+        start = self.even(weight, stat.diagonal(), search=self.clip, square=False)
+        return self.swept(weight, stat, self.factor(stat), [start])

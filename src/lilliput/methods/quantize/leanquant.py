@@ -9,49 +9,38 @@ of its own; a ladder's narrower tables are the parents of its wider ones. The pa
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from lilliput.core.errors import ConfigError
-from lilliput.methods.base import ENDS, Quantizer, Statistic
+from lilliput.methods.base import ENDS
+from lilliput.methods.swept import Swept
 from lilliput.numerics import codebooks
 from lilliput.numerics.clusters import Init, Runs, lloyd, sort, start
-from lilliput.numerics.columns import Factor, learn
-from lilliput.numerics.grids import encode, grouped, minmax_grid, nest
+from lilliput.numerics.grids import grouped, minmax_grid
 from lilliput.numerics.nested import Quantized
 from lilliput.numerics.packing import LEVEL_BITS, TABLE_BITS
-from lilliput.numerics.ranges import best_range
 
 
 @dataclass(frozen=True, kw_only=True)
-class LeanQuant(Quantizer):
+class LeanQuant(Swept):
     """Learn grids by the cost of each column, then round column by column with feedback at all of `bits` together.
 
     nonuniform: levels from a table a row, not evenly spaced, for widths up to 4. exponents: p of the importance U_ii^-p;
     0 counts all columns alike, 2 by the loss of the sweep. starts: where the k-means of tables begins. A row keeps the
     pair of exponent and start that serves it best. search: draw ranges in; without it, and with exponents [0], this is
-    GPTQ without `clip`. damp, act_order, rounds, balance, block: as in GPTQ.
+    GPTQ without `clip`.
     """
 
-    needs: ClassVar[Statistic] = Statistic.GRAM
     nonuniform: bool = False
     exponents: tuple[float, ...] = (2.0, 3.0)
     starts: tuple[Init, ...] = ("quantile", "tree")
     search: bool = True
-    damp: float = 0.01
-    act_order: bool = True
-    rounds: int = 2
-    balance: float = 0.6
-    block: int = 128
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key, least in (("damp", 0.0), ("rounds", 0), ("balance", 0.0), ("block", 1)):
-            if not getattr(self, key) >= least:
-                what = f"{key} is {getattr(self, key)}"
-                raise ConfigError(what, where=f"{self.name}.{key}", fix=f"Give {least} or more")
         if not self.exponents or not all(0 <= p <= 8 for p in self.exponents):
             what = f"exponents is {list(self.exponents)}, not numbers within 0..8"
             raise ConfigError(what, where=f"{self.name}.exponents", fix="Give some such as [2, 3]")
@@ -82,9 +71,9 @@ class LeanQuant(Quantizer):
         """
         if stat is None:
             return next(self._grids(weight, torch.ones(weight.shape[1])))
-        factor = Factor.of(stat, self.damp, self.act_order)
+        factor = self.factor(stat)
         starts = [grid for p in self.exponents for grid in self._grids(weight, factor.importance(p))]
-        return learn(weight, stat, factor, starts, self.balance, self.rounds, self.block)
+        return self.swept(weight, stat, factor, starts)
 
     def _grids(self, weight: Tensor, importance: Tensor) -> Iterator[Quantized]:
         """Grids to sweep on, with the codes of the nearest levels."""
@@ -92,12 +81,7 @@ class LeanQuant(Quantizer):
             for init in self.starts:
                 yield _uneven(weight, self.bits, self.group_size, self.sym, importance, init)
             return
-        if self.search:
-            scale, zero = best_range(weight, self.bits, self.group_size, self.sym, importance, self.balance)
-        else:
-            scale, zero = minmax_grid(weight, self.bits[-1], self.group_size, self.sym)
-        codes = encode(weight, scale, zero, self.bits[-1], self.group_size)
-        yield nest(weight, codes, scale, zero, self.bits, self.group_size, importance)
+        yield self.even(weight, importance, search=self.search)
 
 
 def _uneven(

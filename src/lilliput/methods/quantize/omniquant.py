@@ -67,6 +67,16 @@ class OmniQuant(BlockQuantizer):
                 fix = "Give a rate from 0 to below 1, such as 0.01"
                 raise ConfigError(f"{key} is {rate}", where=f"{self.name}.{key}", fix=fix)
 
+    def held_bytes(self, *, weights: int, grids: int, row: int, rows: int) -> int:
+        """What `_Task` and `LearnedGrid` hold, and the graph of one width; see `Method.held_bytes`."""
+        each = (
+            4 + 1 + 4 * 4
+        )  # as it came, rounded to nearest; in groups, before the clamp, before the scale, the matrix
+        each += 3 * 4 if self.let else 0  # scaled, and what the ends of its groups are found in
+        each += 3 * 4 if self.learn_rounding else 0  # the offset, its gradient, its best
+        own = 5 * 4 + 2  # a number, its gradient, two moments of Adam, its best; and that of the rounding to nearest
+        return each * weights + own * grids + min(self.rows, rows) * row
+
     def solve(self, weight: Tensor, stat: Tensor | None) -> Quantized:
         """Round to nearest: the ends have no block to be trained in."""
         return nearest(weight, self.bits, self.group_size, self.sym)

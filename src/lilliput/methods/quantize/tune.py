@@ -11,7 +11,6 @@ original on it. Widths beyond those trained keep the original weight's place wit
 grids are trained, and codes stay.
 """
 
-import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from lilliput.data.streams import Batches
 from lilliput.methods.base import Tuner
 from lilliput.methods.journal import sync
 from lilliput.models.decoder import Decoder
+from lilliput.numerics.learned import cosine
 from lilliput.numerics.nested import Quantized
 from lilliput.numerics.trainable import Trainable
 
@@ -46,8 +46,8 @@ class Tune(Tuner):
 
     learning_rate: of the weights behind the codes, relative to the spread of their matrix. grid_rate: of the logarithm
     of the scales and of the zeros in steps. widths: those to train for; empty for all up to 4 bits, or for the narrowest
-    where all are wider. codes: false freezes the
-    codes and trains grids alone, which needs far less memory. ends: treat the embedding and the head as well.
+    where all are wider. codes: false freezes the codes and trains grids alone, which needs far less memory. ends: treat
+    the embedding and the head as well.
     """
 
     steps: int = 300
@@ -67,6 +67,12 @@ class Tune(Tuner):
         """Whether the matrix of that canonical name is trained."""
         wanted = name.startswith("layers.") or self.ends
         return wanted and not any(fnmatchcase(name, pattern) for pattern in self.exclude)
+
+    def held_bytes(self, *, weights: int, grids: int, row: int, rows: int) -> int:
+        """What `Trainable` holds, and the graph of one width; see `Method.held_bytes`."""
+        moved = 4 * 4  # the number, its gradient and the two moments of Adam
+        graph = 4 + 4 + (1 if self.codes else 0)  # the matrix, its codes from their middle, which weights are inside
+        return (graph + (moved if self.codes else 0)) * weights + moved * grids + self.batch * row
 
     def tune(
         self,
@@ -117,7 +123,6 @@ class Run:
                 spread = float(weights[f"{name}.weight"].float().std())
                 groups.append({"params": [layer.weight], "rate": options.learning_rate * spread, "name": name})
             groups.append({"params": layer.grids(), "rate": options.grid_rate, "name": name})
-        self.groups = groups
         self.optimizer = torch.optim.Adam(groups, lr=1.0, betas=BETAS, eps=1e-12)
         # What is not trained does not change: the codes of the ends, when they are left alone.
         self.fixed = {n: q for n, q in coded.items() if n not in self.layers}
@@ -128,7 +133,7 @@ class Run:
         self.student.requires_grad_(False)
         first = self._load()
         self.progress.begin("tune", self.options.steps, done=first)
-        order = self._order()
+        order = self._order(first)
         saved = time.monotonic()
         for step in range(first, self.options.steps):
             self._step(step, [next(order) for _ in range(self.options.batch)])
@@ -139,16 +144,16 @@ class Run:
         made = {n: layer.quantized(layer.serving(self.widths[-1])) for n, layer in self.layers.items()}
         return {n: made.get(n) or self.fixed[n] for n in self.coded}
 
-    def _order(self) -> Iterator[int]:
-        """Numbers of rows, shuffled anew each time all were seen; a resumed run goes on where it was."""
-        done, generator = self.resumed * self.options.batch, torch.Generator().manual_seed(torch.initial_seed())
+    def _order(self, steps: int) -> Iterator[int]:
+        """Numbers of rows, shuffled anew each time all were seen, from where so many steps have left off."""
+        done, generator = steps * self.options.batch, torch.Generator().manual_seed(torch.initial_seed())
         while True:
             epoch = torch.randperm(len(self.rows), generator=generator).tolist()
             yield from epoch[done:] if done < len(epoch) else ()
             done = max(0, done - len(epoch))
 
     def _step(self, step: int, rows: list[int]) -> None:
-        rate = min(1.0, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / self.options.steps))
+        rate = min(1.0, (step + 1) / 20) * cosine(step, self.options.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = group["rate"] * rate
         tokens = torch.from_numpy(np.ascontiguousarray(self.rows[rows])).to(torch.int64)
@@ -192,7 +197,7 @@ class Run:
         fresh.replace(self._file)
 
     def _load(self) -> int:
-        self.resumed = 0
+        """Take up a saved state; return the steps it has behind it."""
         if not self._file.exists():
             return 0
         state = load_file(self._file)
@@ -202,5 +207,4 @@ class Run:
                 moments = {m: state.get(f"{name}/{key}/{m}") for m in ("step", "exp_avg", "exp_avg_sq")}
                 if all(tensor is not None for tensor in moments.values()):
                     self.optimizer.state[value] = moments
-        self.resumed = int(state["step"])
-        return self.resumed
+        return int(state["step"])

@@ -1,0 +1,95 @@
+"""A recipe that ends with a Tuner: from a checkpoint to an artifact, and on from wherever it was killed."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lilliput.artifact.read import Artifact
+from lilliput.artifact.verify import verify
+from lilliput.core.progress import Silent
+from lilliput.methods.quantize import tune
+from lilliput.pipeline import compress
+from support.families import FAMILIES
+
+STEPS = 5
+RTN = {"rtn": {"bits": [2, 4, 8], "group_size": 32, "end_bits": [4, 8]}}
+TUNE = {"tune": {"steps": STEPS, "batch": 2}}
+SWEEP = 4  # the embedding, two blocks, the head
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    FAMILIES["llama"](folder, 0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    text = tmp_path_factory.mktemp("text") / "text.txt"
+    text.write_text("The old man and the child went on and on, and the sea and the wind went with them. " * 20)
+    return {"recipe": [RTN, TUNE], "calibration": [text], "samples": 4, "length": 24, "gate": False}
+
+
+@pytest.fixture(scope="module")
+def whole(llama: Path, options: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "out"
+    compress(llama, out, **options)
+    return out
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
+
+
+class Killed(BaseException):
+    pass
+
+
+class Counts(Silent):
+    """Counts how often work was done, and ends the run as a kill would when it was done `after` times."""
+
+    def __init__(self, after: int = -1) -> None:
+        self.done, self.after = 0, after
+
+    def advance(self, units: int) -> None:
+        self.done += 1
+        if self.done == self.after:
+            raise Killed
+
+
+def test_the_artifact_holds_what_was_tuned_and_says_so(
+    llama: Path, whole: Path, options: dict[str, Any], tmp_path: Path
+) -> None:
+    compress(llama, tmp_path / "plain", **(options | {"recipe": [RTN]}))
+    assert verify(whole).ok
+    made, plain = Artifact.open(whole), Artifact.open(tmp_path / "plain")
+    assert {record.method for record in made.manifest.layers} == {"rtn+tune"}
+    assert {record.name for record in made.manifest.layers} == set(made.quantized)
+    assert made.bits == plain.bits == (2, 4, 8)
+    assert [p.stat().st_size for p in sorted(whole.glob("*.safetensors"))] == [
+        p.stat().st_size for p in sorted((tmp_path / "plain").glob("*.safetensors"))
+    ]
+    for name in made.quantized:
+        assert not np.array_equal(made.dequantize(name, 4), plain.dequantize(name, 4))
+    kl = [{row.bits: row.kl for row in a.manifest.quality} for a in (made, plain)]
+    assert kl[0][2] < kl[1][2]
+
+
+@pytest.mark.parametrize("after", [2, SWEEP, SWEEP + 3, SWEEP + STEPS, SWEEP + STEPS + 2])
+def test_killed_anywhere_it_goes_on_to_the_same_bytes(
+    after: int, llama: Path, whole: Path, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in the first sweep, at its end, amid the training, at its end, and in the last sweep."""
+    monkeypatch.setattr(tune, "EVERY", -1.0)  # a state after every step
+    with pytest.raises(Killed):
+        compress(llama, tmp_path / "out", progress=Counts(after), **options)
+    assert not (tmp_path / "out").exists()
+    rest = Counts()
+    assert compress(llama, tmp_path / "out", progress=rest, **options).resumed
+    assert digests(tmp_path / "out") == digests(whole)
+    # a killed step is done again, and so is the head of a sweep, which is its last step; nothing else is
+    assert rest.done <= 2 * SWEEP + STEPS - after + 2

@@ -50,7 +50,7 @@ LILLIPUT_INLINE Grid grid_of(const NestedView& w, int64_t row_tile, int64_t grou
 // Entries of the tables of 16 rows, one a row. Byte by byte: this path is for checks, not for speed.
 LILLIPUT_INLINE Words look_up(const uint8_t* table, int bits, Words codes) {
   uint32_t lane[kLanes];
-  std::memcpy(lane, &codes, sizeof lane);
+  store_registers(lane, codes);
   for (int r = 0; r < kLanes; ++r) lane[r] = table[(r << bits) + static_cast<int>(lane[r])];
   return load_words(lane);
 }
@@ -69,7 +69,7 @@ LILLIPUT_INLINE void each_column(const NestedView& w, int64_t row_tile, int64_t 
     unpack_tile(w, row_tile * input_tiles + at / kTileInputs, codes);
     for (int64_t j = 0; j < 8; ++j) {
       Words word = codes[j];
-      for (int64_t c = 0; c < 4; ++c, word >>= 8) {
+      for (int64_t c = 0; c < 4; ++c, word = word >> 8) {
         const int64_t k = at + 4 * j + c;
         if (k >= end) return;
         if (k == next) {
@@ -77,7 +77,7 @@ LILLIPUT_INLINE void each_column(const NestedView& w, int64_t row_tile, int64_t 
           next += w.group;
         }
         const Words level = table ? look_up(table, w.bits, word & 0xffu) : word & 0xffu;
-        use(k - begin, grid.scale * ((__builtin_convertvector((Ints)level, Floats) - middle) - grid.zero));
+        use(k - begin, grid.scale * ((to_floats(as_ints(level)) - middle) - grid.zero));
       }
     }
   }

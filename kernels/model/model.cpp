@@ -159,7 +159,8 @@ const QuantizedView& Model::quantize(int64_t group, int64_t columns, const float
   return found->view;
 }
 
-void Model::multiply(std::initializer_list<Job> jobs, const float* x, int64_t tokens, int bits, const Pool::Work* fill) {
+void Model::multiply(std::initializer_list<Job> jobs, const float* x, int64_t tokens, int bits,
+                     const Pool::Work* fill) {
   struct Product {
     const Matrix* matrix;
     float* to;

@@ -56,7 +56,8 @@ uint32_t Pool::take_from(Run& run, int worker) {
   uint32_t taken = 0;
   uint64_t tiles = run.tiles.load(std::memory_order_acquire);
   while (tiles % kNext < tiles / kNext) {
-    if (!run.tiles.compare_exchange_weak(tiles, tiles + 1, std::memory_order_acq_rel, std::memory_order_acquire)) continue;
+    if (!run.tiles.compare_exchange_weak(tiles, tiles + 1, std::memory_order_acq_rel, std::memory_order_acquire))
+      continue;
     const int64_t begin = static_cast<int64_t>(tiles % kNext) * grain_;
     (*work_)(begin, std::min(items_, begin + grain_), worker);
     ++taken;

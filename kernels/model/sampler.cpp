@@ -42,7 +42,7 @@ Peak peak_of(const float* from, int64_t count) {
   return peak;
 }
 
-// The lowest id of those with the largest logit. Block by block, so that few are looked at twice: the other threads wait.
+// The lowest id of those with the largest logit. Block by block, so that few are looked at twice: other threads wait.
 int32_t likeliest(const float* logits, int64_t vocab_size) {
   constexpr int64_t kBlock = 1024;
   float most = -INFINITY;

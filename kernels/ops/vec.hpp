@@ -171,24 +171,23 @@ LILLIPUT_INLINE Ints to_ints(Floats value) {
 
 // Narrow integers widened. By way of 16 bits: gcc takes one step as one instruction and two as so many scalars.
 LILLIPUT_INLINE Words load_wide(const uint16_t* from) {
-  return by_register([](auto v) LILLIPUT_LAMBDA { return __builtin_convertvector(v, Register<uint32_t>); }, load_registers(from));
+  const auto wide = [](auto v) LILLIPUT_LAMBDA { return __builtin_convertvector(v, Register<uint32_t>); };
+  return by_register(wide, load_registers(from));
 }
 template <class Byte>
 LILLIPUT_INLINE Ints load_wide_bytes(const Byte* from) {
-  return by_register(
-      [](auto v) LILLIPUT_LAMBDA {
-        return __builtin_convertvector(__builtin_convertvector(v, Register<int16_t>), Register<int32_t>);
-      },
-      load_registers(from));
+  const auto wide = [](auto v) LILLIPUT_LAMBDA {
+    return __builtin_convertvector(__builtin_convertvector(v, Register<int16_t>), Register<int32_t>);
+  };
+  return by_register(wide, load_registers(from));
 }
 
 // The low bytes.
 LILLIPUT_INLINE void store_bytes(int8_t* to, Ints v) {
-  store_registers(to, by_register(
-                     [](auto part) LILLIPUT_LAMBDA {
-                       return __builtin_convertvector(__builtin_convertvector(part, Register<int16_t>), Register<int8_t>);
-                     },
-                     v));
+  const auto narrow = [](auto part) LILLIPUT_LAMBDA {
+    return __builtin_convertvector(__builtin_convertvector(part, Register<int16_t>), Register<int8_t>);
+  };
+  store_registers(to, by_register(narrow, v));
 }
 
 // float16 to float32, exact for every input. Shifting the fields in place leaves the exponent 112 too low; the

@@ -288,7 +288,7 @@ LILLIPUT_INLINE void add_tiles(const Source& source, int64_t tile, int part, con
   }
 }
 
-// Scales and zeros are streams too slow for the processor to foresee: those of a group are asked for a row of tiles ahead.
+// Scales and zeros come too slowly for the processor to foresee: those of a group are asked for a row of tiles ahead.
 LILLIPUT_INLINE void fetch_grid(const uint16_t* scale, const uint16_t* zero, int64_t group) {
   __builtin_prefetch(scale + group * kTileRows);
   if (zero) __builtin_prefetch(zero + group * kTileRows);

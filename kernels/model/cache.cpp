@@ -65,15 +65,14 @@ LILLIPUT_INLINE Ints codes_of(Floats x, Floats zero, Floats inverse) {
   Floats code = (x - zero) * inverse;
   code = select(code > 0.0f, code, Floats{});
   code = select(code < 15.0f, code, spread(15));
-  return __builtin_convertvector((code + 12582912.0f) - 12582912.0f, Ints);
+  return to_ints((code + 12582912.0f) - 12582912.0f);
 }
 
 LILLIPUT_INLINE Ints finite_lanes(Floats x) { return as_floats(as_words(x) & 0x7fffffffu) <= FLT_MAX; }
 
 // low and high in the nibbles of to[0] .. to[15].
 LILLIPUT_INLINE void pack(Ints low, Ints high, uint8_t* to) {
-  const Ints both = low | high << 4;
-  for (int l = 0; l < kLanes; ++l) to[l] = static_cast<uint8_t>(both[l]);
+  store_bytes(reinterpret_cast<int8_t*>(to), low | high << 4);
 }
 
 // keys: (2, dim, 16) as they stand in a page of float32.
@@ -81,9 +80,7 @@ void round_keys(const float* keys, int64_t dim, uint8_t* codes) {
   auto *scale = reinterpret_cast<uint16_t*>(codes + 16 * dim), *minimum = scale + head_stride(dim);
   for (int64_t d = 0; d < dim; ++d) {
     const Floats a = load(keys + d * kLanes), b = load(keys + (dim + d) * kLanes);
-    const Ints finite = finite_lanes(a) & finite_lanes(b);
-    bool all = true;
-    for (int l = 0; l < kLanes; ++l) all = all && finite[l];
+    const bool all = largest(finite_lanes(a) & finite_lanes(b)) < 0;
     const Grid g = grid_of(-largest(select(a < b, -a, -b)), largest(select(a > b, a, b)), all);
     scale[d] = g.scale;
     minimum[d] = g.least;

@@ -1,13 +1,15 @@
 #include "model/model.hpp"
 
 #include <algorithm>
+#include <array>
 #include <stdexcept>
 
 namespace lilliput {
 namespace {
 
 constexpr int64_t kElements = 4096;  // elements of a pointwise step that are worth a thread's while
-constexpr int64_t kWeights = 65536;  // products of a matrix that are; times tokens
+constexpr int64_t kActivated = 512;  // elements of an activation that are
+constexpr int64_t kWeights = 49152;  // products of a matrix that are; times tokens
 
 std::string shape_text(int64_t out, int64_t columns) {
   return "(" + std::to_string(out) + ", " + std::to_string(columns) + ")";
@@ -130,7 +132,8 @@ void Model::reserve(int64_t tokens) {
   }
 }
 
-const QuantizedView& Model::quantize(int64_t group, int64_t columns, const float* x, int64_t tokens) {
+const QuantizedView& Model::quantize(int64_t group, int64_t columns, const float* x, int64_t tokens,
+                                     const Pool::Work* fill) {
   group = std::min(group, columns);
   auto found = std::find_if(inputs_.begin(), inputs_.end(), [group](const Inputs& i) { return i.group == group; });
   if (found == inputs_.end()) found = inputs_.insert(inputs_.end(), Inputs{group, {}, {}, {}, {}});
@@ -142,55 +145,70 @@ const QuantizedView& Model::quantize(int64_t group, int64_t columns, const float
   room(found->scale, tokens * groups);
   room(found->sum, tokens * groups);
   found->view = {found->codes.data(), found->scale.data(), found->sum.data(), stride, groups};
-  pool_.run(tokens, std::max<int64_t>(1, kElements / columns), [&](int64_t begin, int64_t end, int) {
-    for (int64_t t = begin; t < end; ++t)
-      quantize_i8_(x + t * columns, columns, group, found->codes.data() + t * stride, found->scale.data() + t * groups,
-                   found->sum.data() + t * groups);
-  });
+  const auto work = [&](int64_t begin, int64_t end, int worker) {  // groups of all tokens; a token's at once
+    while (begin < end) {
+      const int64_t t = begin / groups, first = begin % groups, count = std::min(end - begin, groups - first);
+      const int64_t at = first * group, size = std::min(columns, at + count * group) - at;
+      if (fill) (*fill)(t * columns + at, t * columns + at + size, worker);
+      quantize_i8_(x + t * columns + at, size, group, found->codes.data() + t * stride + at,
+                   found->scale.data() + begin, found->sum.data() + begin);
+      begin += count;
+    }
+  };
+  pool_.run(tokens * groups, std::max<int64_t>(1, (fill ? kActivated : kElements) / group), work);
   return found->view;
 }
 
-void Model::multiply(const std::vector<Job>& jobs, const float* x, int64_t tokens, int bits) {
-  std::vector<int64_t> ends;
-  std::vector<NestedView> views;
-  std::vector<QuantizedView> inputs;  // jobs share x, so those with groups of one size share what it is rounded to
+void Model::multiply(std::initializer_list<Job> jobs, const float* x, int64_t tokens, int bits,
+                     const Pool::Work* fill) {
+  struct Product {
+    const Matrix* matrix;
+    float* to;
+    int64_t begin, end;  // its tiles among those of all
+    NestedView weights;
+    QuantizedView inputs;  // jobs share x, so those with groups of one size share what it is rounded to
+  };
+  std::array<Product, kJobs> products{};
+  const auto last = products.begin() + static_cast<std::ptrdiff_t>(jobs.size());
+  const int64_t columns = jobs.begin()->matrix->columns();
   int64_t tiles = 0;
+  auto next = products.begin();
   for (const Job& job : jobs) {
-    tiles += (job.matrix->out() + kTileRows - 1) / kTileRows;
-    ends.push_back(tiles);
-    views.push_back(job.matrix->nested ? job.matrix->at(bits) : NestedView{});
-    const auto same = [&](size_t n) { return inputs[n].codes && views[n].group == views.back().group; };
-    size_t n = 0;
-    while (n < inputs.size() && !same(n)) ++n;
-    if (!takes_i8(*job.matrix))
-      inputs.push_back({});
-    else
-      inputs.push_back(n < inputs.size() ? inputs[n] : quantize(views.back().group, job.matrix->columns(), x, tokens));
+    const Matrix& m = *job.matrix;
+    const int64_t begin = tiles;
+    tiles += (m.out() + kTileRows - 1) / kTileRows;
+    *next = {&m, job.to, begin, tiles, m.nested ? m.at(bits) : NestedView{}, {}};
+    if (takes_i8(m)) {
+      const auto same = [&](const Product& p) { return p.inputs.codes && p.weights.group == next->weights.group; };
+      const auto found = std::find_if(products.begin(), next, same);
+      next->inputs = found == next ? quantize(m.fields.group, columns, x, tokens, fill) : found->inputs;
+      fill = nullptr;
+    }
+    ++next;
   }
+  if (fill) pool_.run(tokens * columns, kActivated, *fill);
   const auto work = [&](int64_t begin, int64_t end, int worker) {
-    for (size_t n = 0; n < jobs.size(); ++n) {
-      const int64_t base = n ? ends[n - 1] : 0;
-      const int64_t from = std::max(begin, base) - base, to = std::min(end, ends[n]) - base;
+    float* scratch = scratch_[static_cast<size_t>(worker)].data();
+    for (auto p = products.begin(); p != last; ++p) {
+      const int64_t from = std::max(begin, p->begin) - p->begin, to = std::min(end, p->end) - p->begin;
       if (from >= to) continue;
-      const Matrix& m = *jobs[n].matrix;
-      float* y = jobs[n].to;
-      const int64_t out = m.out(), first = from * kTileRows, last = std::min(to * kTileRows, out);
-      if (inputs[n].codes)
-        matmul_nested_i8_(views[n], inputs[n], tokens, y, out, from, to,
-                          reinterpret_cast<uint8_t*>(scratch_[static_cast<size_t>(worker)].data()));
+      const Matrix& m = *p->matrix;
+      const int64_t out = m.out(), first = from * kTileRows, stop = std::min(to * kTileRows, out);
+      if (p->inputs.codes)
+        matmul_nested_i8_(p->weights, p->inputs, tokens, p->to, out, from, to, reinterpret_cast<uint8_t*>(scratch));
       else if (m.nested)
-        matmul_nested_(views[n], x, tokens, m.columns(), y, out, from, to, scratch_[static_cast<size_t>(worker)].data());
+        matmul_nested_(p->weights, x, tokens, columns, p->to, out, from, to, scratch);
       else
-        matmul_float_(m.plain, x, tokens, m.columns(), y, out, first, last);
+        matmul_float_(m.plain, x, tokens, columns, p->to, out, first, stop);
       if (m.bias.empty()) continue;
       for (int64_t t = 0; t < tokens; ++t)
-        for (int64_t r = first; r < last; ++r) y[t * out + r] += m.bias[static_cast<size_t>(r)];
+        for (int64_t r = first; r < stop; ++r) p->to[t * out + r] += m.bias[static_cast<size_t>(r)];
     }
   };
   // Small shares, so that a thread that is stopped holds little, but worth the claiming; of many tokens whole panels.
-  const int64_t least = kWeights / (kTileRows * jobs[0].matrix->columns() * tokens), threads = pool_.threads();
-  const int64_t panel = tokens > kMostI8Tokens ? std::min(kPanelTiles, tiles / (4 * threads)) : 1;
-  pool_.run(tiles, std::max({int64_t{1}, least, panel, tiles / (16 * threads)}), work);
+  const int64_t least = kWeights / (kTileRows * columns * tokens);
+  const int64_t panel = tokens > kMostI8Tokens ? std::min(kPanelTiles, tiles / (4 * pool_.threads())) : 1;
+  pool_.run(tiles, std::max({int64_t{1}, least, panel}), work);
 }
 
 void Model::normalize(const Norm& norm, const float* x, int64_t tokens, float* y) {
@@ -324,13 +342,13 @@ void Model::feed(int64_t layer, const float* from, float* to, int64_t tokens, in
     multiply({{block.gate, gate_.data()}, {block.up, up_.data()}}, from, tokens, bits);
   else
     multiply({{block.up, up_.data()}}, from, tokens, bits);
-  pool_.run(tokens * spec_.intermediate_size, kElements, [&](int64_t begin, int64_t end, int) {
-    if (spec_.gated_mlp)
-      activation_(spec_.activation, gate_.data() + begin, up_.data() + begin, end - begin, up_.data() + begin);
-    else
-      activation_(spec_.activation, up_.data() + begin, nullptr, end - begin, up_.data() + begin);
-  });
-  multiply({{block.down, to}}, up_.data(), tokens, bits);
+  const auto activate = [this](int64_t begin, int64_t end, int) {
+    const float *gate = gate_.data() + begin, *up = up_.data() + begin;
+    activation_(spec_.activation, spec_.gated_mlp ? gate : up, spec_.gated_mlp ? up : nullptr, end - begin,
+                up_.data() + begin);
+  };
+  const Pool::Work fill = activate;
+  multiply({{block.down, to}}, up_.data(), tokens, bits, &fill);
 }
 
 void Model::forward(const std::vector<Slice>& slices, int bits, float* logits, const std::function<void()>& poll) {

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <initializer_list>
 #include <mutex>
 #include <optional>
 #include <string>
@@ -103,6 +104,7 @@ class Model {
     const Matrix* matrix;
     float* to;  // (tokens, matrix.out())
   };
+  static constexpr size_t kJobs = 3;
 
   struct Part {  // consecutive tokens of a slice
     const Slice* slice;
@@ -131,9 +133,12 @@ class Model {
   void attend(const std::vector<Slice>& slices, int64_t layer);
   void attend(const std::vector<Part>& parts, int64_t layer);
   void feed(int64_t layer, const float* from, float* to, int64_t tokens, int bits);
-  void multiply(const std::vector<Job>& jobs, const float* x, int64_t tokens, int bits);
+  // At most kJobs products of the same inputs x. fill: makes elements begin .. end - 1 of x, (tokens, columns), just
+  // before they are needed; null when x is made already.
+  void multiply(std::initializer_list<Job> jobs, const float* x, int64_t tokens, int bits,
+                const Pool::Work* fill = nullptr);
   bool takes_i8(const Matrix& m) const { return int8_ && m.nested && fits_i8(m.columns(), m.fields.group); }
-  const QuantizedView& quantize(int64_t group, int64_t columns, const float* x, int64_t tokens);
+  const QuantizedView& quantize(int64_t group, int64_t columns, const float* x, int64_t tokens, const Pool::Work* fill);
   void normalize(const Norm& norm, const float* x, int64_t tokens, float* y);
   void add(const float* from, int64_t count, float* to);
 

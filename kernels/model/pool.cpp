@@ -37,7 +37,7 @@ bool linger(Ready ready) {
 
 }  // namespace
 
-Pool::Pool(int threads) {
+Pool::Pool(int threads) : runs_(static_cast<size_t>(std::max(1, threads))) {
   try {
     for (int worker = 1; worker < threads; ++worker) workers_.emplace_back([this, worker] { serve(worker); });
   } catch (...) {  // the system refused a thread: go on with those there are
@@ -46,25 +46,32 @@ Pool::Pool(int threads) {
 
 Pool::~Pool() {
   stop_ = true;
-  ++epoch_;
-  epoch_.notify_all();
+  ++round_;
+  round_.notify_all();
   for (auto& worker : workers_) worker.join();
 }
 
-bool Pool::open() const {
-  const uint64_t tiles = tiles_.load(std::memory_order_acquire);
-  return tiles % kNext < tiles / kNext;
-}
-
-void Pool::take(int worker) {
-  uint64_t tiles = tiles_.load(std::memory_order_acquire);
+// Works off what is left of a run; how many tiles that were.
+uint32_t Pool::take_from(Run& run, int worker) {
+  uint32_t taken = 0;
+  uint64_t tiles = run.tiles.load(std::memory_order_acquire);
   while (tiles % kNext < tiles / kNext) {
-    if (!tiles_.compare_exchange_weak(tiles, tiles + 1, std::memory_order_acq_rel, std::memory_order_acquire)) continue;
+    if (!run.tiles.compare_exchange_weak(tiles, tiles + 1, std::memory_order_acq_rel, std::memory_order_acquire))
+      continue;
     const int64_t begin = static_cast<int64_t>(tiles % kNext) * grain_;
     (*work_)(begin, std::min(items_, begin + grain_), worker);
-    if (unfinished_.fetch_sub(1, std::memory_order_acq_rel) == 1) unfinished_.notify_one();
-    tiles = tiles_.load(std::memory_order_acquire);
+    ++taken;
+    tiles = run.tiles.load(std::memory_order_acquire);
   }
+  return taken;
+}
+
+// Tiles taken are reported at the end, once: until then no other round can begin.
+void Pool::take(int worker) {
+  uint32_t taken = 0;
+  for (size_t n = 0; n < runs_.size(); ++n)
+    taken += take_from(runs_[(static_cast<size_t>(worker) + n) % runs_.size()], worker);
+  if (taken && unfinished_.fetch_sub(taken, std::memory_order_acq_rel) == taken) unfinished_.notify_one();
 }
 
 void Pool::run(int64_t items, int64_t grain, Work work) {
@@ -73,14 +80,13 @@ void Pool::run(int64_t items, int64_t grain, Work work) {
   work_ = &work;
   items_ = items;
   grain_ = std::max({int64_t{1}, grain, (items + kMostTiles - 1) / kMostTiles});
-  const auto count = static_cast<uint64_t>((items + grain_ - 1) / grain_);
+  const auto count = static_cast<uint64_t>((items + grain_ - 1) / grain_), share = static_cast<uint64_t>(threads());
   unfinished_.store(static_cast<uint32_t>(count), std::memory_order_relaxed);
-  // Sequential consistency with the sleepers' `asleep_`: either we see one, or it sees the tiles.
-  tiles_.store(count * kNext, std::memory_order_seq_cst);
-  if (asleep_.load(std::memory_order_seq_cst) != 0) {
-    ++epoch_;
-    epoch_.notify_all();
-  }
+  for (uint64_t n = 0; n < share; ++n)
+    runs_[n].tiles.store(count * (n + 1) / share * kNext + count * n / share, std::memory_order_release);
+  // Sequential consistency with the sleepers' `asleep_`: either we see one, or it sees the round.
+  round_.fetch_add(1, std::memory_order_seq_cst);
+  if (asleep_.load(std::memory_order_seq_cst) != 0) round_.notify_all();
   take(0);
   while (!linger([this] { return unfinished_.load(std::memory_order_acquire) == 0; })) {
     const uint32_t left = unfinished_.load(std::memory_order_acquire);
@@ -89,15 +95,15 @@ void Pool::run(int64_t items, int64_t grain, Work work) {
 }
 
 void Pool::serve(int worker) {
+  uint32_t seen = 0;
   while (!stop_) {
-    if (linger([this] { return open() || stop_.load(std::memory_order_relaxed); })) {
+    if (linger([&] { return round_.load(std::memory_order_acquire) != seen; })) {
+      seen = round_.load(std::memory_order_acquire);
       take(worker);
       continue;
     }
-    const uint32_t epoch = epoch_.load(std::memory_order_seq_cst);
     asleep_.fetch_add(1, std::memory_order_seq_cst);
-    const uint64_t tiles = tiles_.load(std::memory_order_seq_cst);
-    if (tiles % kNext >= tiles / kNext && !stop_) epoch_.wait(epoch, std::memory_order_seq_cst);
+    round_.wait(seen, std::memory_order_seq_cst);
     asleep_.fetch_sub(1, std::memory_order_seq_cst);
   }
 }

@@ -41,19 +41,25 @@ class Pool {
   void run(int64_t items, int64_t grain, Work work);
 
  private:
-  // One word says all that is needed to claim a tile: how many the round has, and which is next. A worker that comes
-  // late, even rounds late, claims a tile of the round that is open now or none.
+  // The tiles of a round are shared out beforehand, a run of neighbours each, so that a thread reads on where it
+  // stopped; who is done with its own takes from the others. One word says all that is needed to claim a tile: where
+  // the run ends, and which is next. A worker that comes late, even rounds late, claims a tile of the round that is
+  // open now or none.
+  struct alignas(64) Run {
+    std::atomic<uint64_t> tiles{0};  // end in the upper half, next in the lower
+  };
   static constexpr uint64_t kNext = uint64_t{1} << 32;
   static constexpr int64_t kMostTiles = int64_t{1} << 30;
 
-  bool open() const;
   void take(int worker);
+  uint32_t take_from(Run& run, int worker);
   void serve(int worker);
 
+  std::vector<Run> runs_;  // one a thread
   std::vector<std::thread> workers_;
-  alignas(64) std::atomic<uint64_t> tiles_{0};     // count in the upper half, next in the lower
   alignas(64) std::atomic<uint32_t> unfinished_{0};  // tiles of this round
-  alignas(64) std::atomic<uint32_t> asleep_{0}, epoch_{0};
+  alignas(64) std::atomic<uint32_t> round_{0};
+  alignas(64) std::atomic<uint32_t> asleep_{0};
   std::atomic<bool> stop_{false};
   // Written between rounds, read only by who holds a tile.
   const Work* work_ = nullptr;

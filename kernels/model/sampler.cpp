@@ -5,6 +5,7 @@
 #include <numeric>
 
 #include "ops/activation/activation.hpp"
+#include "ops/vec.hpp"
 
 namespace lilliput {
 namespace {
@@ -16,6 +17,46 @@ double uniform(uint64_t seed, uint64_t n) {
   z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
   z ^= z >> 31;
   return static_cast<double>(z >> 11) * 0x1p-53;
+}
+
+// The largest of some floats, and whether one is not a number.
+struct Peak {
+  float value;
+  bool broken;
+};
+
+Peak peak_of(const float* from, int64_t count) {
+  Floats most = spread(-INFINITY);
+  Ints broken{};
+  int64_t n = 0;
+  for (; n + kLanes <= count; n += kLanes) {
+    const Floats v = load(from + n);
+    most = select(v > most, v, most);
+    broken = broken | (as_ints(as_words(v) & 0x7fffffffu) > 0x7f800000);
+  }
+  Peak peak{largest(most), largest(-broken) > 0};
+  for (; n < count; ++n) {
+    peak.value = from[n] > peak.value ? from[n] : peak.value;
+    peak.broken = peak.broken || std::isnan(from[n]);
+  }
+  return peak;
+}
+
+// The lowest id of those with the largest logit. Block by block, so that few are looked at twice: other threads wait.
+int32_t likeliest(const float* logits, int64_t vocab_size) {
+  constexpr int64_t kBlock = 1024;
+  float most = -INFINITY;
+  int64_t id = 0;
+  for (int64_t begin = 0; begin < vocab_size; begin += kBlock) {
+    const Peak peak = peak_of(logits + begin, std::min(kBlock, vocab_size - begin));
+    if (peak.broken) throw NotANumber("a logit is not a number");
+    if (peak.value > most) {
+      most = peak.value;
+      id = begin;
+    }
+  }
+  while (logits[id] != most) ++id;
+  return static_cast<int32_t>(id);
 }
 
 }  // namespace
@@ -32,11 +73,7 @@ int32_t Sampler::draw(float* logits) {
   const auto penalty = static_cast<float>(options_.repetition_penalty);
   for (size_t id = 0; id < seen_.size(); ++id)
     if (seen_[id]) logits[id] = logits[id] > 0 ? logits[id] / penalty : logits[id] * penalty;
-  int32_t best = 0;
-  for (int64_t id = 0; id < vocab_size_; ++id) {
-    if (std::isnan(logits[id])) throw NotANumber("a logit is not a number");
-    if (logits[id] > logits[best]) best = static_cast<int32_t>(id);
-  }
+  const int32_t best = likeliest(logits, vocab_size_);
   const uint64_t n = draws_++;
   if (options_.temperature == 0) return best;
 

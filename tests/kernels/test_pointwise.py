@@ -27,6 +27,18 @@ def test_norm_is_its_formula(n: int, layer: bool, biased: bool) -> None:
     assert (np.abs(y - expected) <= bound).all()
 
 
+@pytest.mark.parametrize("n", [1, 16, 47, 300])
+@pytest.mark.parametrize("layer", [False, True])
+def test_variants_of_norm_agree_bit_for_bit(n: int, layer: bool) -> None:
+    x, weight, bias = np.random.default_rng(n).standard_normal((3, n), dtype=np.float32)
+    made = [
+        native.norm(x, weight, bias, eps=1e-5, offset=0.5, layer=layer, variant=variant)
+        for variant in native.variants("norm")
+    ]
+    for y in made[1:]:
+        assert np.array_equal(made[0], y)
+
+
 def test_rotary_turns_the_leading_channels_and_leaves_the_rest() -> None:
     x = np.random.default_rng(0).standard_normal(24, dtype=np.float32)
     inv_freq = (10000.0 ** (-np.arange(5) / 5)).astype(np.float32)

@@ -9,31 +9,17 @@ namespace {
 
 constexpr int kTiles = kPage / kLanes;
 
-typedef int8_t Bytes16 __attribute__((vector_size(16)));
-typedef int16_t Shorts __attribute__((vector_size(32)));
-
-LILLIPUT_INLINE Floats load_bytes(const int8_t* from) {
-  Bytes16 v;
-  std::memcpy(&v, from, sizeof v);
-  // by way of 16 bits: gcc takes one step of widening as one instruction and two as sixteen scalars
-  return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(v, Shorts), Ints), Floats);
-}
-
 struct Nibbles {};  // the cell of an int4 page
-
-typedef uint8_t Octets16 __attribute__((vector_size(16)));
 
 // Sixteen low nibbles and sixteen high ones as floats.
 LILLIPUT_INLINE void load_nibbles(const uint8_t* from, Floats& low, Floats& high) {
-  Octets16 v;
-  std::memcpy(&v, from, sizeof v);
-  const Ints wide = __builtin_convertvector(__builtin_convertvector(v, Shorts), Ints);
-  low = __builtin_convertvector(wide & 15, Floats);
-  high = __builtin_convertvector(wide >> 4, Floats);
+  const Ints wide = load_wide_bytes(from);
+  low = to_floats(wide & 15);
+  high = to_floats(wide >> 4);
 }
 
 LILLIPUT_INLINE Floats load_cached(const float* from) { return load(from); }
-LILLIPUT_INLINE Floats load_cached(const int8_t* from) { return load_bytes(from); }
+LILLIPUT_INLINE Floats load_cached(const int8_t* from) { return to_floats(load_wide_bytes(from)); }
 
 // What a query carries from page to page.
 struct State {
@@ -48,19 +34,9 @@ LILLIPUT_INLINE State state_of(float* scratch, int64_t row, int64_t stride) {
 // Puts `other` where positions are outside low .. high.
 LILLIPUT_INLINE Floats masked(Floats s, int64_t base, int64_t low, int64_t high, float other) {
   if (base >= low && base + kLanes - 1 <= high) return s;
-  float lane[kLanes];
-  store(lane, s);
-  for (int64_t l = 0; l < kLanes; ++l)
-    if (base + l < low || base + l > high) lane[l] = other;
-  return load(lane);
-}
-
-// `count` of sixteen floats, zeros behind.
-LILLIPUT_INLINE Floats load_some(const float* from, int64_t count) {
-  if (count >= kLanes) return load(from);
-  float lane[kLanes] = {};
-  for (int64_t l = 0; l < count; ++l) lane[l] = from[l];
-  return load(lane);
+  const Ints place = numbered();
+  const Ints outside = (place < static_cast<int32_t>(low - base)) | (place > static_cast<int32_t>(high - base));
+  return select(outside, spread(other), s);
 }
 
 // Raw q . k of Rows queries and Tiles * 16 keys that begin at `from` into their p from `tile` on.

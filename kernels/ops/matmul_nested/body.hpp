@@ -7,29 +7,31 @@
 namespace lilliput {
 namespace {
 
-// One tile of codes as eight steps; word r of step j holds row r, inputs 4j .. 4j + 3, one a byte.
-LILLIPUT_INLINE void unpack_tile(const NestedView& w, int64_t tile, Words codes[8]) {
-  for (int j = 0; j < 8; ++j) codes[j] = Words{};
+// One tile of codes as eight steps; word r of step j holds row r, inputs 4j .. 4j + 3, one a byte. load(line): what is
+// wanted of 64 bytes of a field, all sixteen rows as Words or one as its word.
+template <class Word, class Load>
+LILLIPUT_INLINE void unpack_tile(const NestedView& w, int64_t tile, Load load, Word codes[8]) {
+  for (int j = 0; j < 8; ++j) codes[j] = Word{};
   for (int f = 0; f < w.fields; ++f) {
     const int width = w.widths[f];
     const uint8_t* bytes = w.planes[f] + tile * 64 * width;
     if (width == 4) {
       for (int line = 0; line < 4; ++line) {
-        const Words raw = load_words(bytes + 64 * line);
+        const Word raw = load(bytes + 64 * line);
         const int j = 4 * (line / 2) + line % 2;
         codes[j] = (codes[j] << 4) | (raw & 0x0f0f0f0fu);
         codes[j + 2] = (codes[j + 2] << 4) | ((raw >> 4) & 0x0f0f0f0fu);
       }
     } else if (width == 2) {
       for (int line = 0; line < 2; ++line) {
-        const Words raw = load_words(bytes + 64 * line);
+        const Word raw = load(bytes + 64 * line);
         for (int s = 0; s < 4; ++s) {
           const int j = 4 * line + s;
           codes[j] = (codes[j] << 2) | ((raw >> (2 * s)) & 0x03030303u);
         }
       }
     } else {
-      const Words raw = load_words(bytes);
+      const Word raw = load(bytes);
       for (int j = 0; j < 8; ++j) {
         const int bit = 2 * (j % 4) + 1 - j / 4;
         codes[j] = (codes[j] << 1) | ((raw >> bit) & 0x01010101u);
@@ -50,7 +52,7 @@ LILLIPUT_INLINE Grid grid_of(const NestedView& w, int64_t row_tile, int64_t grou
 // Entries of the tables of 16 rows, one a row. Byte by byte: this path is for checks, not for speed.
 LILLIPUT_INLINE Words look_up(const uint8_t* table, int bits, Words codes) {
   uint32_t lane[kLanes];
-  std::memcpy(lane, &codes, sizeof lane);
+  store_registers(lane, codes);
   for (int r = 0; r < kLanes; ++r) lane[r] = table[(r << bits) + static_cast<int>(lane[r])];
   return load_words(lane);
 }
@@ -66,10 +68,10 @@ LILLIPUT_INLINE void each_column(const NestedView& w, int64_t row_tile, int64_t 
   Grid grid = grid_of(w, row_tile, groups, g);
   Words codes[8];
   for (int64_t at = begin; at < end; at += kTileInputs) {
-    unpack_tile(w, row_tile * input_tiles + at / kTileInputs, codes);
+    unpack_tile(w, row_tile * input_tiles + at / kTileInputs, load_words, codes);
     for (int64_t j = 0; j < 8; ++j) {
       Words word = codes[j];
-      for (int64_t c = 0; c < 4; ++c, word >>= 8) {
+      for (int64_t c = 0; c < 4; ++c, word = word >> 8) {
         const int64_t k = at + 4 * j + c;
         if (k >= end) return;
         if (k == next) {
@@ -77,7 +79,7 @@ LILLIPUT_INLINE void each_column(const NestedView& w, int64_t row_tile, int64_t 
           next += w.group;
         }
         const Words level = table ? look_up(table, w.bits, word & 0xffu) : word & 0xffu;
-        use(k - begin, grid.scale * ((__builtin_convertvector((Ints)level, Floats) - middle) - grid.zero));
+        use(k - begin, grid.scale * ((to_floats(as_ints(level)) - middle) - grid.zero));
       }
     }
   }

@@ -35,12 +35,27 @@ int nested_level(const NestedView& w, int64_t row, int64_t k) {
 }
 
 void nested_row(const NestedView& w, int64_t row, float* to) {
-  const int64_t groups = (w.columns + w.group - 1) / w.group;
+  const int64_t groups = (w.columns + w.group - 1) / w.group, row_tile = row / kTileRows, r = row % kTileRows;
+  const int64_t input_tiles = (w.columns + kTileInputs - 1) / kTileInputs;
   const float middle = w.table ? 63.5f : static_cast<float>((1 << w.bits) - 1) / 2;
-  for (int64_t k = 0; k < w.columns; ++k) {
-    const int64_t at = ((row / kTileRows) * groups + k / w.group) * kTileRows + row % kTileRows;
-    const float zero = w.zero ? widen_half_1(w.zero[at]) : 0.0f;
-    to[k] = widen_half_1(w.scale[at]) * ((static_cast<float>(nested_level(w, row, k)) - middle) - zero);
+  const uint8_t* table = w.table ? w.table + (row << w.bits) : nullptr;
+  const auto word_of = [r](const uint8_t* line) {
+    uint32_t word;
+    std::memcpy(&word, line + 4 * r, sizeof word);
+    return word;
+  };
+  float scale = 0, zero = 0;
+  uint32_t codes[8];
+  for (int64_t k = 0, g = 0; k < w.columns; ++k) {
+    if (k == g * w.group) {
+      const int64_t at = (row_tile * groups + g++) * kTileRows + r;
+      scale = widen_half_1(w.scale[at]);
+      zero = w.zero ? widen_half_1(w.zero[at]) : 0.0f;
+    }
+    const int64_t place = k % kTileInputs;
+    if (place == 0) unpack_tile(w, row_tile * input_tiles + k / kTileInputs, word_of, codes);
+    const uint32_t code = (codes[place / 4] >> (8 * (place % 4))) & 0xffu;
+    to[k] = scale * ((static_cast<float>(table ? table[code] : code) - middle) - zero);
   }
 }
 

@@ -10,8 +10,8 @@ namespace {
 
 struct Zmm {
   typedef __m512i Bytes;
-  typedef Ints Sums;
-  typedef lilliput::Floats Floats;
+  typedef int32_t Sums __attribute__((vector_size(64)));
+  typedef float Floats __attribute__((vector_size(64)));
   static constexpr int kRows = 16, kBlock = 8;
   static constexpr bool kSigned = false;
 
@@ -71,7 +71,7 @@ struct Zmm {
     std::memcpy(&v, from, sizeof v);
     return v;
   }
-  LILLIPUT_INLINE void store(float* to, Floats v) { lilliput::store(to, v); }
+  LILLIPUT_INLINE void store(float* to, Floats v) { std::memcpy(to, &v, sizeof v); }
 };
 
 }  // namespace

@@ -16,6 +16,6 @@ struct NormView {
 
 // x, y: (n,) float32; y may be x.
 typedef void NormOp(const NormView& norm, const float* x, int64_t n, float* y);
-NormOp norm_reference;
+NormOp norm_reference, norm_avx2, norm_avx512;
 
 }  // namespace lilliput

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import JsonValue
 
 from lilliput.artifact.schema import ScheduleEntry
 from lilliput.core.errors import ConfigError
@@ -69,7 +70,7 @@ class Signals:
         row = self.logits().astype(np.float64)
         row -= row.max()
         kept: npt.NDArray[np.float64] = row - np.log(np.exp(row).sum())
-        return np.maximum(kept, -745.0)  # a logit of minus infinity has probability 0, and 0 times it is 0
+        return np.maximum(kept, -800.0)  # a logit of minus infinity has probability 0, and 0 times it is 0
 
     def _both(self) -> tuple[F32, F32]:
         if self._cache is None:
@@ -140,7 +141,8 @@ class Schedule(ABC):
             what = f"{absent[0] if absent else 'any'} bits are not in this artifact, which has {have}"
             fix = f"Use {' or '.join(map(str, bits))}" if bits else "Leave the schedule out"
             raise ConfigError(what, where=f"schedule {self}", fix=fix)
-        return self if self.ladder else replace(self, ladder=tuple(sorted(bits, reverse=True)))
+        ladder = self.ladder or tuple(sorted(bits, reverse=True))
+        return replace(self, ladder=ladder, prefill=None if self.prefill == ladder[0] else self.prefill)
 
     def remarks(self, max_new_tokens: int) -> tuple[str, ...]:
         """What a user should know before an answer of that length: one line each, no error."""
@@ -157,12 +159,13 @@ class Schedule(ABC):
             prefill_bits=self.prefill_bits,
             ladder=self.ladder,
             steps=self.steps() or (),
-            options={
-                option.name: getattr(self, option.name)
-                for option in fields(self)
-                if option.name not in ("ladder", "prefill") and getattr(self, option.name) != option.default
-            },
+            options=self.options(),
         )
+
+    def options(self) -> dict[str, JsonValue]:
+        """Return what `entry` keeps besides the widths: the options that are not at their defaults."""
+        told = (option for option in fields(self) if option.name not in ("ladder", "prefill"))
+        return {o.name: getattr(self, o.name) for o in told if getattr(self, o.name) != o.default}
 
     def tensors(self) -> dict[str, F32]:
         """Return what it learned, by name, for a file of its own."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import numpy.typing as npt
+from pydantic import JsonValue
 
 from lilliput.artifact.schema import ScheduleEntry
 from lilliput.core.errors import ConfigError
@@ -40,9 +41,9 @@ class Constant(Schedule):
         """One step."""
         return ((0, self.bits),)
 
-    def entry(self) -> ScheduleEntry:
-        """Its ladder says all of it."""
-        return super().entry().model_copy(update={"options": {}})
+    def options(self) -> dict[str, JsonValue]:
+        """Nothing: the ladder says all of it."""
+        return {}
 
     @classmethod
     def stored(cls, entry: ScheduleEntry, tensors: Mapping[str, npt.NDArray[Any]]) -> Self:
@@ -86,10 +87,9 @@ class Static(Schedule):
         """As configured."""
         return self.at
 
-    def entry(self) -> ScheduleEntry:
-        """Its steps say all of it."""
-        rises = {"allow_raise": True} if self.allow_raise else {}
-        return super().entry().model_copy(update={"options": rises})
+    def options(self) -> dict[str, JsonValue]:
+        """Nothing, unless the widths may rise: the steps say the rest."""
+        return {"allow_raise": True} if self.allow_raise else {}
 
     @classmethod
     def stored(cls, entry: ScheduleEntry, tensors: Mapping[str, npt.NDArray[Any]]) -> Self:

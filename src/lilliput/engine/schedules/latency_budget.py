@@ -64,7 +64,7 @@ class _Timed(Run):
         known = self.step_s.get(str(cur_bits), took)
         measured = self.step_s[str(cur_bits)] = known + (took - known) / 4
         for width in self.step_s.keys() - {str(cur_bits)}:
-            self.step_s[width] += (measured * int(width) / cur_bits - self.step_s[width]) / 32
+            self.step_s[width] += (measured * int(width) / cur_bits - self.step_s[width]) / 16
         self.since += 1
         bits = next((width for width in config.ladder if self._fits(width, cur_bits)), config.ladder[-1])
         if bits > cur_bits and (not config.allow_raise or self.since < config.patience):

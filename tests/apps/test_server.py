@@ -18,9 +18,9 @@ from starlette.testclient import TestClient
 
 from lilliput.apps.server import Limits, create_app, serve
 from lilliput.apps.server.app import Sampling
+from lilliput.core.errors import ConfigError, OutOfResource
 from lilliput.engine.schedules.base import Schedule
 from lilliput.engine.schedules.text import parse
-from lilliput.core.errors import ConfigError, OutOfResource
 
 HOME = "http://127.0.0.1:8080"
 

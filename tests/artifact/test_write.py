@@ -5,6 +5,8 @@ import resource
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -322,7 +324,9 @@ def test_a_schedule_comes_and_goes_and_leaves_the_bytes_as_they_were(tmp_path: P
 def test_a_schedule_that_does_not_fit_is_refused_and_nothing_changes(tmp_path: Path) -> None:
     write_small_artifact(tmp_path / "a", bits=(2, 4))
     before = contents(tmp_path / "a")
-    with pytest.raises(ConfigError, match=r"a: schedule: the schedule has a width of 8 bits, which is not in \[2, 4\]\. "):
+    with pytest.raises(
+        ConfigError, match=r"a: schedule: the schedule has a width of 8 bits, which is not in \[2, 4\]\. "
+    ):
         set_schedule(tmp_path / "a", FALLS)
     with pytest.raises(ConfigError, match=r"^schedule: q is float32, or not finite\. "):
         set_schedule(tmp_path / "a", LEARNED, {"q": np.full(2, np.nan, dtype=np.float32)})
@@ -331,6 +335,19 @@ def test_a_schedule_that_does_not_fit_is_refused_and_nothing_changes(tmp_path: P
     with pytest.raises(InputMissing):
         set_schedule(tmp_path / "nowhere", FALLS)
     assert contents(tmp_path / "a") == before
+
+
+def failing(real: Callable[..., object], calls: int) -> Callable[..., object]:
+    """A stand-in that dies at the call after `calls` good ones."""
+
+    def fail(*args: object, **options: object) -> object:
+        nonlocal calls
+        calls -= 1
+        if calls < 0:
+            raise KeyboardInterrupt
+        return real(*args, **options)
+
+    return fail
 
 
 @pytest.mark.parametrize("call", ["replace", "fsync", "open", "unlink"])
@@ -343,20 +360,9 @@ def test_a_crash_while_a_schedule_is_set_leaves_one_or_the_other(
         folder = tmp_path / str(at)
         write_small_artifact(folder)
         first = set_schedule(folder, LEARNED, tensors)
-        real, left = getattr(os, call), [at]
-
-        def fail(*args: object, **options: object) -> object:
-            left[0] -= 1
-            if left[0] < 0:
-                raise KeyboardInterrupt
-            return real(*args, **options)
-
-        with monkeypatch.context() as broken:
-            broken.setattr(os, call, fail)
-            try:
-                set_schedule(folder, LEARNED, {"q": tensors["q"] * 2})
-            except KeyboardInterrupt:
-                pass
+        with monkeypatch.context() as broken, suppress(KeyboardInterrupt):
+            broken.setattr(os, call, failing(getattr(os, call), at))
+            set_schedule(folder, LEARNED, {"q": tensors["q"] * 2})
         with Artifact.open(folder) as artifact:
             found, _ = artifact.schedule_tensors()
             wanted = 1 if artifact.manifest == first else 2

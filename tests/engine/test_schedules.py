@@ -264,7 +264,10 @@ def test_a_switch_copies_no_weights(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"schedule": parse("5@0,2@9")}, r"^schedule 5@0,2@9: 5 bits are not in this artifact, which has 2, 3, 4, 8\. "),
+        (
+            {"schedule": parse("5@0,2@9")},
+            r"^schedule 5@0,2@9: 5 bits are not in this artifact, which has 2, 3, 4, 8\. ",
+        ),
         ({"schedule": parse("4"), "bits": 4}, r"^bits: a width and a schedule were given\. Give one of them\.$"),
         ({"draft_bits": 4, "bits": 4}, r"^draft_bits: drafts at 4 bits are no cheaper than the answer at 4\. "),
         ({"draft_bits": 5}, r"^bits: 5 bits are not in this artifact"),
@@ -429,9 +432,7 @@ def cut(row: np.ndarray, sampling: Sampling, seen: set[int]) -> np.ndarray:
     """The distribution that `Sampling` describes, in float64."""
     logits = row.astype(np.float64)
     for token in seen:
-        logits[token] *= (
-            1 / sampling.repetition_penalty if logits[token] > 0 else sampling.repetition_penalty
-        )
+        logits[token] *= 1 / sampling.repetition_penalty if logits[token] > 0 else sampling.repetition_penalty
     weights = np.exp((logits - logits.max()) / sampling.temperature)
     order = np.argsort(-weights, kind="stable")
     if sampling.top_k:

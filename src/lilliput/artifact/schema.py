@@ -10,6 +10,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from functools import cache
+from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -233,10 +234,10 @@ class ScheduleEntry(_Frozen):
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
-        if any(a <= b for a, b in zip(self.ladder, self.ladder[1:], strict=False)):
+        if any(a <= b for a, b in pairwise(self.ladder)):
             raise ValueError(f"the ladder {list(self.ladder)} does not fall")
         starts = [start for start, _ in self.steps]
-        if starts and (starts[0] != 0 or any(b <= a for a, b in zip(starts, starts[1:], strict=False))):
+        if starts and (starts[0] != 0 or any(b <= a for a, b in pairwise(starts))):
             raise ValueError(f"the steps {starts} do not ascend from 0")
         if not {bits for _, bits in self.steps} <= set(self.ladder):
             raise ValueError(f"the steps have a width that is not in the ladder {list(self.ladder)}")

@@ -263,39 +263,47 @@ def set_schedule(
     artifact at `path`.
     """
     folder = Path(path)
-    manifest = _read_manifest(folder)
+    _read_manifest(folder)
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)  # of two writers the second takes over what the first wrote
-        manifest = _read_manifest(folder)
-        files = {name: entry for name, entry in manifest.files.items() if not _SCHEDULE_FILE.fullmatch(name)}
-        if schedule is not None:
-            schedule = schedule.model_copy(update={"file": None, "model": fingerprint(manifest) if tensors else None})
+        return _exchange_schedule(folder, handle, schedule, tensors or {})
+    finally:
+        os.close(handle)
+
+
+def _exchange_schedule(
+    folder: Path, handle: int, schedule: ScheduleEntry | None, tensors: Mapping[str, npt.NDArray[np.float32]]
+) -> Manifest:
+    manifest, temporary = _read_manifest(folder), folder / _SCHEDULE_TEMPORARY
+    files = {name: entry for name, entry in manifest.files.items() if not _SCHEDULE_FILE.fullmatch(name)}
+    try:
         if schedule is not None and tensors:
-            size, digest = _write_tensors(folder / _SCHEDULE_TEMPORARY, tensors, schedule)
-            name = f"schedule-{digest[:16]}.safetensors"
-            schedule = schedule.model_copy(update={"file": name})
-            files[name] = FileEntry(sha256=digest, size=size)
-        version = version_of(manifest.spec, manifest.entries, schedule)
-        said = None if schedule is None else schedule.model_dump()
-        changes = {"schema_version": version, "schedule": said, "files": dict(sorted(files.items()))}
+            schedule = schedule.model_copy(update={"model": fingerprint(manifest)})
+            size, digest = _write_tensors(temporary, tensors, schedule)
+            schedule = schedule.model_copy(update={"file": f"schedule-{digest[:16]}.safetensors"})
+            files[str(schedule.file)] = FileEntry(sha256=digest, size=size)
+        changes: dict[str, Any] = {
+            "schema_version": version_of(manifest.spec, manifest.entries, schedule),
+            "schedule": None if schedule is None else schedule.model_dump(),
+            "files": dict(sorted(files.items())),
+        }
         try:
             changed = Manifest.model_validate(dict(manifest) | changes)
         except ValidationError as error:
             what = error.errors(include_url=False, include_context=False, include_input=False)[0]["msg"]
             fix = f"Use widths of {list(manifest.bits)}, falling, and steps that ascend from 0"
             raise ConfigError(what.removeprefix("Value error, "), f"{folder}: schedule", fix) from None
-        if schedule is not None and schedule.file is not None:
-            os.replace(folder / _SCHEDULE_TEMPORARY, folder / schedule.file)
+        if changed.schedule is not None and changed.schedule.file is not None:
+            os.replace(temporary, folder / changed.schedule.file)
             os.fsync(handle)
-        _write_whole(folder / MANIFEST_FILE, seal(changed))
-        for left in sorted(entry.name for entry in folder.iterdir() if _SCHEDULE_FILE.fullmatch(entry.name)):
-            if left not in files:
-                (folder / left).unlink()
-        os.fsync(handle)
     finally:
-        (folder / _SCHEDULE_TEMPORARY).unlink(missing_ok=True)
-        os.close(handle)
+        temporary.unlink(missing_ok=True)
+    _write_whole(folder / MANIFEST_FILE, seal(changed))
+    for left in sorted(entry.name for entry in folder.iterdir() if _SCHEDULE_FILE.fullmatch(entry.name)):
+        if left not in files:
+            (folder / left).unlink()
+    os.fsync(handle)
     return _read_manifest(folder)
 
 

@@ -302,7 +302,9 @@ def _numbers(what: str) -> Iterator[None]:
     try:
         yield
     except _native().NotANumber as error:
-        raise InputCorrupt(what, "logits", "Check the artifact with `lilliput verify`, then the source model") from error
+        raise InputCorrupt(
+            what, "logits", "Check the artifact with `lilliput verify`, then the source model"
+        ) from error
 
 
 def _is_matrix(name: str, tensor: StoredTensor) -> bool:

@@ -1,6 +1,7 @@
 """Schedules by themselves: their text, what they refuse, and when they change the width."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -162,7 +163,7 @@ def test_a_latency_budget_settles_on_the_widest_width_that_keeps_up() -> None:
     assert set(used[3:20]) == {3}
     assert used[29] == 2
     assert used[-1] == 3  # it comes back when the machine is idle again
-    assert sum(a != b for a, b in zip(used, used[1:], strict=False)) <= 5
+    assert sum(a != b for a, b in pairwise(used)) <= 5
 
 
 def test_a_latency_budget_without_a_raise_only_falls() -> None:

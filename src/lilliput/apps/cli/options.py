@@ -56,7 +56,9 @@ def kv(command: F) -> F:
 
 def schedule(command: F) -> F:
     """`--schedule`, the widths of an answer step by step, as text."""
-    text = "A width for each step, such as 4@0,3@85,2@170 or NAME:option=value,..; by default the artifact's own, if any."
+    text = (
+        "A width for each step, such as 4@0,3@85,2@170 or NAME:option=value,..; by default the artifact's own, if any."
+    )
     return click.option("--schedule", metavar="STEPS|NAME", help=text)(command)
 
 

@@ -32,10 +32,14 @@ COLOURS = {1: "magenta", 2: "red", 3: "yellow", 4: "green", 5: "green", 6: "cyan
     show_default=True,
     help="Most tokens to write; fewer where the context ends.",
 )
-@click.option("--bits", type=click.IntRange(1, 8), help="Width to run at; by default the artifact's schedule, or its widest.")
+@click.option(
+    "--bits", type=click.IntRange(1, 8), help="Width to run at; by default the artifact's schedule, or its widest."
+)
 @schedule
 @drafts
-@click.option("--show-bits", is_flag=True, help="Colour each token by the width that chose it; off a terminal, mark it.")
+@click.option(
+    "--show-bits", is_flag=True, help="Colour each token by the width that chose it; off a terminal, mark it."
+)
 @click.option(
     "--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 takes the likeliest token."
 )
@@ -152,9 +156,9 @@ class Shown:
         self.marked, self.bits, self.last = marked, 0, 0
         self.console: Console | None = None
         if marked and sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
-            from rich.console import Console
+            from rich import console
 
-            self.console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+            self.console = console.Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
 
     def width(self, bits: int) -> None:
         """Take the width of the token that is shown next."""

@@ -17,7 +17,11 @@ from lilliput.apps.cli.output import Output
 @click.option(
     "--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="Port; 0 picks a free one."
 )
-@click.option("--bits", type=click.IntRange(1, 8), help="Width of a request that names none; by default as scheduled, or the widest.")
+@click.option(
+    "--bits",
+    type=click.IntRange(1, 8),
+    help="Width of a request that names none; by default as scheduled, or the widest.",
+)
 @schedule
 @click.option("--api-key", help="Ask for this key as a Bearer token; better set in LILLIPUT_SERVE_API_KEY.")
 @click.option("--queue", type=click.IntRange(0, 1024), default=8, show_default=True, help="Requests that may wait.")

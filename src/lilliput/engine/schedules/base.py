@@ -12,6 +12,7 @@ Deviation: a width is decided before a forward and noted as that forward used it
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -118,7 +119,7 @@ class Schedule(ABC):
     allow_raise: bool = False
 
     def __post_init__(self) -> None:
-        if any(a <= b for a, b in zip(self.ladder, self.ladder[1:], strict=False)):
+        if any(a <= b for a, b in pairwise(self.ladder)):
             what = f"the ladder {'/'.join(map(str, self.ladder))} does not fall"
             raise ConfigError(what, where=f"schedule {self.name}", fix="Write the widest first, such as 4/3/2")
 

@@ -6,6 +6,7 @@ Deviation: a step for every rung of a ladder, each of its own, instead of one st
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar, Self
 
 import numpy.typing as npt
@@ -75,10 +76,10 @@ class Static(Schedule):
         starts, widths = [start for start, _ in self.at], tuple(bits for _, bits in self.at)
         if not self.at or starts[0] != 0:
             raise ConfigError("the first width does not begin at 0", f"schedule {text}", "Write it as 4@0")
-        if any(b <= a for a, b in zip(starts, starts[1:], strict=False)):
+        if any(b <= a for a, b in pairwise(starts)):
             what = "the steps are out of order"
             raise ConfigError(what, f"schedule {text}", "Let each width begin after the one before, as 4@0,3@85,2@170")
-        if not self.allow_raise and any(b >= a for a, b in zip(widths, widths[1:], strict=False)):
+        if not self.allow_raise and any(b >= a for a, b in pairwise(widths)):
             what = "the widths do not fall"
             raise ConfigError(what, f"schedule {text}", "Write the widest first, as 4@0,3@85,2@170")
         object.__setattr__(self, "ladder", tuple(sorted(set(widths), reverse=True)))

@@ -121,5 +121,3 @@ class _Calm(_Measured):
         if config.allow_raise and entropy > self._mean() + self._spike * self._deviation():
             return self._move(cur_bits, -1)
         return cur_bits
-
-

@@ -62,8 +62,13 @@ def command(
     follows = parse(schedule).fitted(engine.bits) if schedule else None if bits else engine.schedule
 
     def ready(url: str) -> None:
-        facts = {"url": url, "model": model_name(artifact), "bits": list(engine.bits)}
-        facts |= {"schedule": None if follows is None else str(follows), "context": engine.context}
+        facts = {
+            "url": url,
+            "model": model_name(artifact),
+            "bits": list(engine.bits),
+            "schedule": None if follows is None else str(follows),
+            "context": engine.context,
+        }
         out.result(facts, f"{facts['model']} at {url}/v1 ({engine.context} tokens of context); Ctrl-C ends it")
         sys.stdout.flush()
 

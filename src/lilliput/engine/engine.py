@@ -35,8 +35,9 @@ OnBits = Callable[[int], None]
 OnBatchBits = Callable[[int, int], None]
 Schedules = Schedule | Sequence[Schedule] | None
 DRAFT_TOKENS: Final = 8
-_ROW_COST: Final = 0.05
-"""One more token in a pass that verifies, as a share of a pass: what decoding in batches shows (docs/runtime.md)."""
+_ROW_COST, _FIXED_COST = 0.2, 0.2
+"""One more token in a pass that verifies, and what of a forward does not shrink with its weights, as shares of a forward:
+from the speeds of the 1.1B shape in docs/log.md. Constants, since a clock would make a seed's draws differ."""
 
 
 @dataclass(frozen=True)
@@ -350,8 +351,8 @@ class Engine:
                 what = f"drafts at {width} bits are no cheaper than the answer at {schedule.ladder[0]}"
                 raise ConfigError(what, where="draft_bits", fix="Give a narrower width than the answer's")
         wide = max((schedule.ladder[0] for schedule in schedules), default=width)
-        cost = self.weight_bytes(width) / self.weight_bytes(wide)  # decoding is bound by reading weights
-        return Drafting(width, draft_tokens, cost, _ROW_COST)
+        read = self.weight_bytes(width) / self.weight_bytes(wide)
+        return Drafting(width, draft_tokens, _FIXED_COST + (1 - _FIXED_COST) * read, _ROW_COST)
 
     def _width(self, bits: int | None) -> int:
         if bits is None:

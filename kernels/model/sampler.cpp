@@ -67,7 +67,8 @@ Sampler::Sampler(const SamplingOptions& options, int64_t vocab_size) : options_(
 
 bool Sampler::see(int32_t token) {
   if (seen_.empty() || seen_[static_cast<size_t>(token)]) return false;
-  return seen_[static_cast<size_t>(token)] = 1;
+  seen_[static_cast<size_t>(token)] = 1;
+  return true;
 }
 
 void Sampler::forget(int32_t token) { seen_[static_cast<size_t>(token)] = 0; }
@@ -131,7 +132,8 @@ int32_t Sampler::pick(double left, int32_t otherwise) const {
 
 void Sampler::spread(double sum, std::vector<float>& to) const {
   to.assign(static_cast<size_t>(vocab_size_), 0);
-  for (size_t i = 0; i < weights_.size(); ++i) to[static_cast<size_t>(order_[i])] = static_cast<float>(weights_[i] / sum);
+  for (size_t i = 0; i < weights_.size(); ++i)
+    to[static_cast<size_t>(order_[i])] = static_cast<float>(weights_[i] / sum);
 }
 
 int32_t Sampler::draw(float* logits) {
@@ -160,8 +162,8 @@ bool Sampler::verify(float* logits, const std::vector<float>& likely, int32_t dr
   const double sum = weigh(logits, best);
   spread(sum, wanted_);
   token = drafted;
-  const auto at = static_cast<size_t>(drafted);
-  if (uniform(options_.seed, draws_++) * static_cast<double>(likely[at]) < static_cast<double>(wanted_[at])) return true;
+  const double held = likely[static_cast<size_t>(drafted)], wants = wanted_[static_cast<size_t>(drafted)];
+  if (uniform(options_.seed, draws_++) * held < wants) return true;
   double rest = 0;
   for (size_t id = 0; id < wanted_.size(); ++id) rest += std::max(0.0f, wanted_[id] - likely[id]);
   const double left = uniform(options_.seed, draws_++);

@@ -10,7 +10,7 @@ from lilliput.engine.schedules import SCHEDULES
 from lilliput.engine.schedules.base import Schedule
 from lilliput.engine.schedules.fixed import Constant, Static
 
-_HELP = "Write 4, 4@0,3@85,2@170, or NAME:option=value,.. with a name of `lilliput methods`"
+_HELP = f"Write 4, 4@0,3@85,2@170, or NAME:option=value,.. with one of {', '.join(sorted(SCHEDULES))}"
 
 
 def parse(text: str) -> Schedule:

@@ -81,7 +81,9 @@ def test_steps_are_as_written() -> None:
         ("entropy:ladder=2,4", r"^schedule entropy: '4' is no option of it"),
         ("entropy:allow_raise=1", r"^schedule entropy\.allow_raise: '1' does not fit\. Give true or false\.$"),
         ("entropy:spike=-1", r"^schedule entropy\.spike: -1\.0 deviations are no spike\. "),
-        ("latency_budget", r"^schedule: 'latency_budget' leaves out an option "),
+        ("latency_budget", r"^schedule latency_budget: it needs tokens_per_s\. Write latency_budget:tokens_per_s="),
+        ("static", r"^schedule static: it needs at\. "),
+        ("static:at=4", r"^schedule static\.at: '4' does not fit\. "),
         ("latency_budget:tokens_per_s=0", r"^schedule latency_budget\.tokens_per_s: 0\.0 is out of range\. "),
     ],
 )

@@ -1,7 +1,7 @@
 """Schedules as people write them: `4`, `4@0,3@85,2@170`, `8@prompt,4@0`, or `NAME:option=value,ladder=4/3/2`."""
 
 import re
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
@@ -33,10 +33,10 @@ def parse(text: str) -> Schedule:
             what = f"{option!r} is no option of it; it has {', '.join(sorted(known))}"
             raise ConfigError(what, f"schedule {name}", "Write NAME:option=value,option=value")
         options[option] = _value(value, hints[option], f"schedule {name}.{option}")
-    try:
-        made: Schedule = kind(**options)
-    except TypeError as error:  # an option without a default
-        raise ConfigError(f"{text!r} leaves out an option ({error})", "schedule", _HELP) from None
+    missing = [field.name for field in fields(kind) if field.default is MISSING and field.name not in options]
+    if missing:
+        raise ConfigError(f"it needs {missing[0]}", f"schedule {name}", f"Write {name}:{missing[0]}=..")
+    made: Schedule = kind(**options)
     return made
 
 

@@ -164,6 +164,52 @@ void Cache::release() {
   length_ = 0;
 }
 
+void Cache::read(int64_t layer, int64_t head, float* keys, float* values) const {
+  const CacheShape& s = shape();
+  const int64_t dim = s.head_dim, stride = head_stride(dim), blocks = head_blocks(dim);
+  const int64_t newest = length_ > 0 ? (length_ - 1) / kGroup : 0;  // of the groups of an int4 cache
+  for (int64_t position = 0; position < length_; ++position, keys += dim, values += dim) {
+    const int64_t group = position / kGroup, place = position % kGroup;
+    if (s.kept == Kept::int4 && group > 0 && group < newest) {
+      const uint8_t* page = pages_[static_cast<size_t>(position / kPage)];
+      const int64_t half = group % (kPage / kGroup);
+      const uint8_t* k = page + s.key_offset(layer, head) + half * key_group_bytes(dim);
+      const uint8_t* v = page + s.value_offset(layer, head) + half * value_group_bytes(dim);
+      auto *scale = reinterpret_cast<const uint16_t*>(k + 16 * dim), *least = scale + stride;
+      for (int64_t d = 0; d < dim; ++d) {
+        const int code = k[d * 16 + place % 16] >> (place < 16 ? 0 : 4) & 15;
+        keys[d] = static_cast<float>(code) * widen_half_1(scale[d]) + widen_half_1(least[d]);
+      }
+      scale = reinterpret_cast<const uint16_t*>(v + blocks * kGroup * 16);
+      least = scale + blocks * kGroup;
+      for (int64_t d = 0; d < dim; ++d) {
+        const int64_t at = d / kGroup * kGroup + place, channel = d % kGroup;
+        const int code = v[at * 16 + channel % 16] >> (channel < 16 ? 0 : 4) & 15;
+        values[d] = static_cast<float>(code) * widen_half_1(scale[at]) + widen_half_1(least[at]);
+      }
+      continue;
+    }
+    const bool apart = s.kept == Kept::int4;
+    const int64_t at = !apart ? position % kPage : group == 0 ? place : kGroup + place;
+    const int64_t key_at = at / 16 * dim * 16 + at % 16, value_at = at * stride;
+    const uint8_t* page = apart ? nullptr : pages_[static_cast<size_t>(position / kPage)];
+    if (s.kept == Kept::int8) {
+      auto* k = reinterpret_cast<const int8_t*>(page + s.key_offset(layer, head));
+      auto* v = reinterpret_cast<const int8_t*>(page + s.value_offset(layer, head));
+      const float key_scale = reinterpret_cast<const float*>(k + kPage * dim)[at];
+      const float value_scale = reinterpret_cast<const float*>(v + kPage * stride)[at];
+      for (int64_t d = 0; d < dim; ++d) {
+        keys[d] = static_cast<float>(k[key_at + d * 16]) * key_scale;
+        values[d] = static_cast<float>(v[value_at + d]) * value_scale;
+      }
+      continue;
+    }
+    const float* k = apart ? near(layer, head) : reinterpret_cast<const float*>(page + s.key_offset(layer, head));
+    for (int64_t d = 0; d < dim; ++d) keys[d] = k[key_at + d * 16];
+    std::memcpy(values, k + kPage * dim + value_at, static_cast<size_t>(dim) * sizeof(float));
+  }
+}
+
 void Cache::round_group(int64_t layer, int64_t head, int64_t group) {
   const CacheShape& s = shape();
   const int64_t dim = s.head_dim, place = group % (kPage / kGroup);

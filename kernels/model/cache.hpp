@@ -87,6 +87,11 @@ class Cache {
   // and rounds a group when the position after it is written, so one thread at a time writes a layer and head.
   void put(int64_t layer, int64_t head, int64_t position, const float* key, const float* value);
   void advance(int64_t count) { length_ += count; }
+  // Forgets the positions from `length` on, which are then written again. Exact for float32 and int8. An int4 cache has
+  // to be at the same group of positions still: what was rounded has no floats to go back to.
+  void truncate(int64_t length) { length_ = length; }
+  // Reads all positions of one layer and head as float32, as attention sees them; keys, values: (length, head_dim).
+  void read(int64_t layer, int64_t head, float* keys, float* values) const;
   // Gives its pages to other sequences of the arena.
   void release();
 

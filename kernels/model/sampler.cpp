@@ -65,18 +65,24 @@ Sampler::Sampler(const SamplingOptions& options, int64_t vocab_size) : options_(
   if (options.repetition_penalty != 1) seen_.resize(static_cast<size_t>(vocab_size));
 }
 
-void Sampler::see(int32_t token) {
-  if (!seen_.empty()) seen_[static_cast<size_t>(token)] = 1;
+bool Sampler::see(int32_t token) {
+  if (seen_.empty() || seen_[static_cast<size_t>(token)]) return false;
+  seen_[static_cast<size_t>(token)] = 1;
+  return true;
 }
 
-int32_t Sampler::draw(float* logits) {
+void Sampler::forget(int32_t token) { seen_[static_cast<size_t>(token)] = 0; }
+
+// Applies the penalty.
+int32_t Sampler::best_of(float* logits) {
   const auto penalty = static_cast<float>(options_.repetition_penalty);
   for (size_t id = 0; id < seen_.size(); ++id)
     if (seen_[id]) logits[id] = logits[id] > 0 ? logits[id] / penalty : logits[id] * penalty;
-  const int32_t best = likeliest(logits, vocab_size_);
-  const uint64_t n = draws_++;
-  if (options_.temperature == 0) return best;
+  return likeliest(logits, vocab_size_);
+}
 
+// Fills weights_ for the first of order_, those that the cuts leave. Returns their sum.
+double Sampler::weigh(const float* logits, int32_t best) {
   // Candidates by falling logit, the lower id first among equals; sorted only where a cut needs it.
   order_.resize(static_cast<size_t>(vocab_size_));
   std::iota(order_.begin(), order_.end(), 0);
@@ -111,14 +117,68 @@ int32_t Sampler::draw(float* logits) {
       sum += w;
     }
   }
-  double left = uniform(options_.seed, n) * sum;
-  int32_t chosen = best;
+  return sum;
+}
+
+int32_t Sampler::pick(double left, int32_t otherwise) const {
+  int32_t chosen = otherwise;
   for (size_t i = 0; i < weights_.size(); ++i) {
     if (weights_[i] == 0) continue;
     chosen = order_[i];
     if ((left -= weights_[i]) < 0) break;
   }
   return chosen;
+}
+
+void Sampler::spread(double sum, std::vector<float>& to) const {
+  to.assign(static_cast<size_t>(vocab_size_), 0);
+  for (size_t i = 0; i < weights_.size(); ++i)
+    to[static_cast<size_t>(order_[i])] = static_cast<float>(weights_[i] / sum);
+}
+
+int32_t Sampler::draw(float* logits) {
+  const int32_t best = best_of(logits);
+  const uint64_t n = draws_++;
+  if (options_.temperature == 0) return best;
+  const double sum = weigh(logits, best);
+  return pick(uniform(options_.seed, n) * sum, best);
+}
+
+int32_t Sampler::draft(float* logits, std::vector<float>& likely) {
+  const int32_t best = best_of(logits);
+  likely.clear();
+  if (options_.temperature == 0) return best;
+  const double sum = weigh(logits, best);
+  spread(sum, likely);
+  return pick(uniform(options_.seed, draws_++) * sum, best);
+}
+
+bool Sampler::verify(float* logits, const std::vector<float>& likely, int32_t drafted, int32_t& token) {
+  if (options_.temperature == 0) {
+    token = draw(logits);
+    return token == drafted;
+  }
+  const int32_t best = best_of(logits);
+  const double sum = weigh(logits, best);
+  spread(sum, wanted_);
+  token = drafted;
+  const double held = likely[static_cast<size_t>(drafted)], wants = wanted_[static_cast<size_t>(drafted)];
+  if (uniform(options_.seed, draws_++) * held < wants) return true;
+  double rest = 0;
+  for (size_t id = 0; id < wanted_.size(); ++id) rest += std::max(0.0f, wanted_[id] - likely[id]);
+  const double left = uniform(options_.seed, draws_++);
+  if (rest <= 0) {  // the two agree but for rounding
+    token = pick(left * sum, best);
+    return false;
+  }
+  double until = left * rest;
+  for (size_t id = 0; id < wanted_.size(); ++id) {
+    const float more = wanted_[id] - likely[id];
+    if (more <= 0) continue;
+    token = static_cast<int32_t>(id);
+    if ((until -= more) < 0) break;
+  }
+  return false;
 }
 
 }  // namespace lilliput

@@ -11,8 +11,11 @@ from typing import IO, Any
 import pytest
 
 from lilliput.apps.cli import main
+from lilliput.apps.cli.run import Shown
+from lilliput.artifact.write import set_schedule
 from lilliput.core.errors import ConfigError
 from lilliput.engine import Engine, Sampling
+from lilliput.engine.schedules.text import parse
 from support.small_artifact import write_small_artifact
 
 
@@ -89,6 +92,70 @@ def test_run_refuses_what_cannot_be(artifact: str, capsys: pytest.CaptureFixture
     assert "context of 128" in capsys.readouterr().err
 
 
+def test_run_follows_a_schedule_and_shows_its_widths(
+    artifact: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = ["--schedule", "8@prompt,4@0,2@3"]
+    told = document(capsys, "run", artifact, "-p", "ab", "-n", "8", *steps)
+    assert (told["schedule"], told["bits"], told["prefill_bits"]) == (steps[1], None, 8)
+    assert told["widths"] == [4] * 3 + [2] * 4
+    assert told["average_bits"] == 20 / 7
+    assert main(["run", artifact, "-p", "ab", "-n", "8", *steps, "--show-bits"]) == 0
+    out, err = capsys.readouterr()
+    assert out.replace("[8]", "").replace("[4]", "").replace("[2]", "") == told["text"] + "\n"
+    assert out.startswith("[")
+    assert err.startswith("[prompt at 8 bits, 8@prompt,4@0,2@3, 2.86 bits a forward, 8 tokens, ")
+    assert main(["run", artifact, "-p", "ab", "-n", "3", *steps]) == 0
+    assert "2@3 lies beyond an answer of 3 tokens" in capsys.readouterr().err
+    kept = tmp_path / "kept.lilliput"
+    write_small_artifact(kept)
+    set_schedule(kept, parse("4@0,2@2").entry())
+    told = document(capsys, "run", str(kept), "-p", "ab", "-n", "5")
+    assert (told["schedule"], told["widths"]) == ("4@0,2@2", [4, 4, 2, 2])
+    told = document(capsys, "run", str(kept), "-p", "ab", "-n", "5", "--bits", "3")
+    assert (told["schedule"], told["bits"], told["widths"]) == (None, 3, [3] * 4)
+
+
+def test_a_terminal_shows_widths_in_colour(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    shown = Shown(marked=True)
+    for bits, piece in ((8, "Once [/bold]"), (2, " upon\n")):
+        shown.width(bits)
+        shown(piece)
+    out = capsys.readouterr().out
+    assert out == "\x1b[34mOnce [/bold]\x1b[0m\x1b[31m upon\x1b[0m\n"
+
+
+def test_drafts_write_what_the_high_rung_writes(artifact: str, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = document(capsys, "run", artifact, "-p", "ab", "-n", "30", "--bits", "8")
+    drafted = document(capsys, "run", artifact, "-p", "ab", "-n", "30", "--bits", "8", "--draft-bits", "3")
+    assert drafted["tokens"] == plain["tokens"]
+    assert drafted["drafted"] >= drafted["accepted"]
+    assert main(["run", artifact, "-p", "ab", "-n", "30", "--bits", "8", "--draft-bits", "3"]) == 0
+    assert " drafts at 3 bits kept, " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--schedule", "5@0,2@9"], "error: schedule 5@0,2@9: 5 bits are not in this artifact, which has 2, 3, 4, 8. "),
+        (["--schedule", "3@0,4@9"], "error: schedule 3@0,4@9: the widths do not fall. "),
+        (["--schedule", "entropi"], "error: schedule: 'entropi' is not known. Try entropy."),
+        (["--schedule", "4", "--bits", "4"], "error: bits: a width and a schedule were given. "),
+        (["--draft-bits", "8"], "error: draft_bits: drafts at 8 bits are no cheaper than the answer at 8. "),
+    ],
+)
+def test_a_schedule_that_cannot_be_is_one_line_and_2(
+    artifact: str, capsys: pytest.CaptureFixture[str], options: list[str], says: str
+) -> None:
+    assert main(["run", artifact, "-p", "a", *options]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(says)
+    assert err.count("\n") == 1
+
+
 def test_eval_has_a_row_a_width_and_no_original_where_none_was_given(
     artifact: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -113,6 +180,18 @@ def test_bench_has_speed_memory_and_the_machine(artifact: str, capsys: pytest.Ca
         assert row[key] > 0
     assert "peak_rss_bytes" in row
     assert told["environment"]["cores"] >= 1
+
+
+def test_bench_times_a_schedule_and_drafts(artifact: str, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["--bits", "4", "--prompt-tokens", "8", "--new-tokens", "9", "--rounds", "1", "--threads", "1"]
+    told = document(capsys, "bench", artifact, *args, "--schedule", "8@0,2@4", "--draft-bits", "2")
+    plain, falling, drafted = told["rows"]
+    assert (plain["schedule"], plain["draft_bits"], plain["average_bits"]) == (None, None, None)
+    assert (falling["schedule"], falling["bits"]) == ("8@0,2@4", 8)
+    assert 2 < falling["average_bits"] < 8
+    assert (drafted["draft_bits"], drafted["bits"]) == (2, 4)
+    assert main(["bench", artifact, *args, "--schedule", "5@0"]) == 2
+    assert "5 bits are not in this artifact" in capsys.readouterr().err
 
 
 def test_kv_reaches_the_engine_of_every_verb(

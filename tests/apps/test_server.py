@@ -19,6 +19,8 @@ from starlette.testclient import TestClient
 from lilliput.apps.server import Limits, create_app, serve
 from lilliput.apps.server.app import Sampling
 from lilliput.core.errors import ConfigError, OutOfResource
+from lilliput.engine.schedules.base import Schedule
+from lilliput.engine.schedules.text import parse
 
 HOME = "http://127.0.0.1:8080"
 
@@ -63,9 +65,11 @@ class Echo:
         sampling: Sampling,
         stop: Sequence[str],
         on_token: Callable[[str], bool | None] | None,
+        schedule: Schedule | None = None,
     ) -> Made:
         self.seen.append(
             {"prompt": list(prompt), "max": max_new_tokens, "bits": bits, "sampling": sampling, "stop": stop}
+            | ({} if schedule is None else {"schedule": schedule})
         )
         self.running += 1
         self.most_running = max(self.most_running, self.running)
@@ -120,6 +124,20 @@ def test_a_completion_has_text_usage_and_a_reason(client: TestClient, engine: Ec
     assert (answer["bits"], answer["seed"]) == (2, 7)
     assert engine.seen[0]["stop"] == ("z",)
     assert engine.seen[0]["sampling"] == Sampling(temperature=0.0, seed=7)
+
+
+def test_requests_without_a_width_follow_the_schedule(engine: Echo) -> None:
+    schedule = parse("4@0,2@9")
+    app = create_app(engine, name="tiny", schedule=schedule)
+    with TestClient(app, base_url=HOME) as it:
+        (model,) = it.get("/v1/models").json()["data"]
+        assert (model["default_bits"], model["default_schedule"]) == (None, "4@0,2@9")
+        answer = it.post("/v1/completions", json={"prompt": "hey", "max_tokens": 3}).json()
+        assert (answer["bits"], answer["schedule"]) == (None, "4@0,2@9")
+        answer = it.post("/v1/completions", json={"prompt": "hey", "max_tokens": 3, "bits": 2}).json()
+        assert answer["bits"] == 2
+        assert "schedule" not in answer
+    assert [(seen["bits"], seen.get("schedule")) for seen in engine.seen] == [(None, schedule), (2, None)]
 
 
 def test_a_chat_goes_through_the_models_own_template(client: TestClient, engine: Echo) -> None:

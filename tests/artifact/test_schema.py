@@ -81,6 +81,7 @@ PATHS = st.sampled_from(
         "tools",
         "quality",
         "layers",
+        "schedule",
         "spec/windows",
         "spec/norm",
         "spec/rotary/inv_freq",
@@ -93,7 +94,7 @@ PATHS = st.sampled_from(
 
 
 @settings(max_examples=80, deadline=None)
-@given(path=PATHS, value=VALUES, minor=st.sampled_from(["1.0", "1.3"]))
+@given(path=PATHS, value=VALUES, minor=st.sampled_from(["1.0", "1.4"]))
 def test_any_value_anywhere_is_accepted_or_refused(manifest: Manifest, path: str, value: Any, minor: str) -> None:
     raw = changed(manifest.model_copy(update={"schema_version": minor}), path, value)
     with suppress(LilliputError):
@@ -156,6 +157,19 @@ def test_what_is_no_manifest_is_named(raw: bytes, message: str) -> None:
         ("files/.hidden", {"sha256": "0" * 64, "size": 0}, "is not a plain file name"),
         ("files/new\nline", {"sha256": "0" * 64, "size": 0}, "is not a plain file name"),
         ("files/manifest.json", {"sha256": "0" * 64, "size": 0}, "`files` lists the manifest"),
+        ("schedule", {"name": "static", "prefill_bits": 4, "ladder": [3, 2]}, "a width of 3 bits, which is not in"),
+        ("schedule", {"name": "static", "prefill_bits": 8, "ladder": [4, 2]}, "a width of 8 bits, which is not in"),
+        ("schedule", {"name": "static", "prefill_bits": 4, "ladder": [2, 4]}, r"the ladder \[2, 4\] does not fall"),
+        ("schedule", {"name": "s", "prefill_bits": 4, "ladder": [4, 2], "steps": [[1, 4]]}, "do not ascend from 0"),
+        ("schedule", {"name": "s", "prefill_bits": 4, "ladder": [4, 2], "steps": [[0, 4], [0, 2]]}, "do not ascend"),
+        ("schedule", {"name": "s", "prefill_bits": 4, "ladder": [4], "steps": [[0, 2]]}, "a width that is not in"),
+        ("schedule", {"name": "s", "prefill_bits": 4, "ladder": [4], "file": "a"}, "lacks the model or the horizon"),
+        (
+            "schedule",
+            {"name": "s", "prefill_bits": 4, "ladder": [4], "file": "a", "model": "0" * 64, "horizon": 9},
+            "`files` lacks a, which the schedule names",
+        ),
+        ("schedule", {"name": "../s", "prefill_bits": 4, "ladder": [4]}, "should match pattern"),
         ("files/config.json/size", -1, "greater than or equal to 0"),
         ("files/config.json/sha256", "../../etc/passwd", "should match pattern"),
     ],
@@ -176,14 +190,14 @@ def test_a_newer_major_is_refused_by_name(manifest: Manifest) -> None:
 
 
 def test_a_newer_minor_may_say_more_but_not_mean_more(manifest: Manifest) -> None:
-    assert schema.SCHEMA_VERSION == "1.2"  # with the next minor, raise the numbers below
+    assert schema.SCHEMA_VERSION == "1.3"  # with the next minor, raise the numbers below
     newer = manifest.model_copy(update={"schema_version": "1.7"})
     for path in ("carbon_footprint", "source/licence", "files/config.json/mime"):
         read = load_manifest(changed(newer, path, "x"), "m")
         assert read.entries == manifest.entries
         assert read.schema_version == "1.7"
     for path in ("spec/sinks", "spec/kind", "entries/layers.0.attn.q_proj/codebook"):
-        with pytest.raises(Unsupported, match=r"schema 1\.7 says .*Extra inputs.*Update lilliput, this one knows 1\.2"):
+        with pytest.raises(Unsupported, match=r"schema 1\.7 says .*Extra inputs.*Update lilliput, this one knows 1\.3"):
             load_manifest(changed(newer, path, "x"), "m")
     with pytest.raises(Unsupported, match=r"schema 1\.7 says spec\.activation"):
         load_manifest(changed(newer, "spec/activation", "mish"), "m")

@@ -5,6 +5,7 @@ its first use, and then its header is held against the manifest: names, dtypes, 
 hashed here; `verify` does that.
 """
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,9 @@ from lilliput.artifact.plan import Plan
 from lilliput.artifact.schema import FLOAT_FILE, MANIFEST_FILE, MANIFEST_LIMIT, Manifest, load_manifest, rung_file
 from lilliput.core.errors import ConfigError, InputCorrupt, InputMissing
 from lilliput.numerics.packing import LEVEL_MIDDLE, serving_width, unpack_fields, untile_groups, untile_table
+
+SCHEDULE_LIMIT = 256 << 20
+"""Bytes of the largest file of a learned schedule we read."""
 
 _FIX = "Copy the artifact again from its source, or make it again"
 
@@ -194,6 +198,23 @@ class Artifact:
             names += [f"{name}.{kind}.{width}" for kind in entry.grids(width)]
         for name in names:
             self._container(self.plan.home[name][0]).read_ahead(name)
+
+    def schedule_tensors(self) -> tuple[dict[str, npt.NDArray[Any]], dict[str, str]]:
+        """Return what the stored schedule learned, by name, own memory, and the file's metadata; empty without a file.
+
+        Raises InputCorrupt when the file is not what `files` says or no safetensors file.
+        """
+        entry = self.manifest.schedule
+        if entry is None or entry.file is None:
+            return {}, {}
+        where = self._folder.where(entry.file)
+        raw = self._folder.read(entry.file, SCHEDULE_LIMIT)
+        if hashlib.sha256(raw).hexdigest() != self.manifest.files[entry.file].sha256:
+            raise InputCorrupt("the contents do not match their SHA-256", where, _FIX)
+        container = Container(*self._folder.open(entry.file), where)
+        header = container.header
+        found = {name: container.view(name).copy() for name, slot in header.slots.items() if not slot.padding}
+        return found, dict(header.metadata)
 
     def dequantize(self, name: str, bits: int | None = None) -> npt.NDArray[np.float32]:
         """Return a matrix or a float tensor in float32: the reference every runner is held against.

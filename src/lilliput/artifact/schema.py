@@ -10,6 +10,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from functools import cache
+from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -30,7 +31,7 @@ from lilliput.core.errors import InputCorrupt, Unsupported
 from lilliput.core.spec import AnySpec, EncoderSpec, ModelSpec, PatchInputs
 from lilliput.numerics.packing import TABLE_BITS, fields_of, serving_width
 
-SCHEMA_VERSION = "1.2"
+SCHEMA_VERSION = "1.3"
 MANIFEST_FILE = "manifest.json"
 INDEX_FILE = "model.safetensors.index.json"
 FLOAT_FILE = "float.safetensors"
@@ -212,6 +213,39 @@ class LayerRecord(_Frozen):
     note: str = ""
 
 
+class ScheduleEntry(_Frozen):
+    """How widths follow each other in an answer, unless the caller says otherwise (1.3).
+
+    name: of a registered schedule. prefill_bits: reads the prompt. ladder: widths it decodes at, falling. steps: (from
+    decode forward, bits) where they are known beforehand. options: its other settings. horizon: tokens of the answers it
+    was made for. file: what it learned, beside the other files; model: `fingerprint` of the artifact it learned that
+    from. note: on what it was made.
+    """
+
+    name: Annotated[str, StringConstraints(pattern=r"^[a-z0-9_]{1,64}$")]
+    prefill_bits: int = Field(ge=1, le=8)
+    ladder: Annotated[tuple[int, ...], Field(min_length=1, max_length=8)]
+    steps: Annotated[tuple[tuple[Count, int], ...], Field(max_length=4096)] = ()
+    options: dict[str, JsonValue] = {}
+    horizon: Annotated[int, Field(ge=1, le=_LARGEST)] | None = None
+    file: FileName | None = None
+    model: Sha256 | None = None
+    note: Annotated[str, StringConstraints(max_length=1000)] = ""
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        if any(a <= b for a, b in pairwise(self.ladder)):
+            raise ValueError(f"the ladder {list(self.ladder)} does not fall")
+        starts = [start for start, _ in self.steps]
+        if starts and (starts[0] != 0 or any(b <= a for a, b in pairwise(starts))):
+            raise ValueError(f"the steps {starts} do not ascend from 0")
+        if not {bits for _, bits in self.steps} <= set(self.ladder):
+            raise ValueError(f"the steps have a width that is not in the ladder {list(self.ladder)}")
+        if self.file is not None and (self.model is None or self.horizon is None):
+            raise ValueError("what it learned lacks the model or the horizon it was learned for")
+        return self
+
+
 class Manifest(_Frozen):
     """Everything an artifact says about itself. Holds no time of day: the same run twice gives the same bytes."""
 
@@ -229,6 +263,7 @@ class Manifest(_Frozen):
     """Versions of what computed the numbers."""
     quality: tuple[Quality, ...] = ()
     layers: tuple[LayerRecord, ...] = ()
+    schedule: ScheduleEntry | None = None
     entries: dict[TensorName, QuantEntry]
     """Quantized matrices by module, "layers.0.attn.q_proj", "embed_tokens", "lm_head"."""
     floats: dict[TensorName, FloatEntry]
@@ -245,6 +280,12 @@ class Manifest(_Frozen):
         absent = {FLOAT_FILE, INDEX_FILE, *map(rung_file, self.bits)} - self.files.keys()
         if absent or MANIFEST_FILE in self.files:
             raise ValueError(f"`files` lacks {', '.join(sorted(absent))}" if absent else "`files` lists the manifest")
+        if self.schedule is not None:
+            unknown = {self.schedule.prefill_bits, *self.schedule.ladder} - set(self.bits)
+            if unknown:
+                raise ValueError(f"the schedule has a width of {min(unknown)} bits, which is not in {list(self.bits)}")
+            if self.schedule.file is not None and self.schedule.file not in self.files:
+                raise ValueError(f"`files` lacks {self.schedule.file}, which the schedule names")
         return self
 
 
@@ -285,8 +326,16 @@ def inconsistencies(
     yield from misshapen
 
 
-def version_of(spec: AnySpec, entries: Mapping[str, QuantEntry]) -> str:
-    """Return the oldest schema version that has all that the spec and these entries say."""
+def fingerprint(manifest: Manifest) -> str:
+    """Return the SHA-256 over the digests of the tensor files: which model at which widths, whatever it is called."""
+    names = (FLOAT_FILE, *map(rung_file, manifest.bits))
+    return hashlib.sha256("".join(f"{name} {manifest.files[name].sha256}\n" for name in names).encode()).hexdigest()
+
+
+def version_of(spec: AnySpec, entries: Mapping[str, QuantEntry], schedule: ScheduleEntry | None = None) -> str:
+    """Return the oldest schema version that has all that the spec, these entries and the schedule say."""
+    if schedule is not None:
+        return "1.3"
     if isinstance(spec, EncoderSpec):
         return "1.2"
     return "1.1" if any(entry.tables for entry in entries.values()) else "1.0"
@@ -355,6 +404,8 @@ def seal(manifest: Manifest) -> bytes:
     data = manifest.model_dump(mode="json")
     for field in ("spec", "entries", "floats"):  # an older reader refuses what it does not know here, so say no more
         data |= manifest.model_dump(mode="json", include={field}, exclude_defaults=True)  # than there is to say
+    if manifest.schedule is None:
+        del data["schedule"]
     return _sealed(data, MANIFEST_FILE)
 
 

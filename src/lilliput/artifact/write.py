@@ -5,6 +5,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -15,10 +16,10 @@ from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import JsonValue
+from pydantic import JsonValue, ValidationError
 
 from lilliput.artifact import strict_json
-from lilliput.artifact.container import PlannedFile, check_free_space
+from lilliput.artifact.container import Layout, Planned, PlannedFile, check_free_space
 from lilliput.artifact.folder import Folder
 from lilliput.artifact.plan import Plan as Plan
 from lilliput.artifact.schema import (
@@ -32,7 +33,9 @@ from lilliput.artifact.schema import (
     Manifest,
     QualityEntry,
     QuantEntry,
+    ScheduleEntry,
     SourceInfo,
+    fingerprint,
     load_manifest,
     plain_name,
     seal,
@@ -46,6 +49,8 @@ JOURNAL_FILE = ".written"
 """In a partial folder until it is published: the run's key, then the name of each tensor that is on disk for good."""
 
 _CHUNK = 1 << 23  # codes packed at once: bounds memory for an embedding of a hundred thousand rows
+_SCHEDULE_FILE = re.compile(r"schedule-[0-9a-f]{16}\.safetensors")
+_SCHEDULE_TEMPORARY = ".schedule.tmp"
 F16 = npt.NDArray[np.float16]
 
 
@@ -245,6 +250,84 @@ def amend(
     return _read_manifest(folder)
 
 
+def set_schedule(
+    path: str | Path, schedule: ScheduleEntry | None, tensors: Mapping[str, npt.NDArray[np.float32]] | None = None
+) -> Manifest:
+    """Give a finished artifact the schedule it follows by default, in place of the one it has; None takes that away.
+
+    tensors: what it learned, by name, float32; with them goes a file named by its digest, and `schedule.file` and
+    `schedule.model` are filled in. The new manifest takes the place of the old one in a single step: whoever opens the
+    artifact meanwhile, or after a crash, has one schedule or the other, whole. (A crash can leave a file of a schedule
+    that no manifest names; the next call removes it.)
+    Raises ConfigError for a schedule that does not fit the artifact, InputMissing or InputCorrupt when there is no
+    artifact at `path`.
+    """
+    folder = Path(path)
+    _read_manifest(folder)
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)  # of two writers the second takes over what the first wrote
+        return _exchange_schedule(folder, handle, schedule, tensors or {})
+    finally:
+        os.close(handle)
+
+
+def _exchange_schedule(
+    folder: Path, handle: int, schedule: ScheduleEntry | None, tensors: Mapping[str, npt.NDArray[np.float32]]
+) -> Manifest:
+    manifest, temporary = _read_manifest(folder), folder / _SCHEDULE_TEMPORARY
+    files = {name: entry for name, entry in manifest.files.items() if not _SCHEDULE_FILE.fullmatch(name)}
+    try:
+        if schedule is not None and tensors:
+            schedule = schedule.model_copy(update={"model": fingerprint(manifest)})
+            size, digest = _write_tensors(temporary, tensors, schedule)
+            schedule = schedule.model_copy(update={"file": f"schedule-{digest[:16]}.safetensors"})
+            files[str(schedule.file)] = FileEntry(sha256=digest, size=size)
+        changes: dict[str, Any] = {
+            "schema_version": version_of(manifest.spec, manifest.entries, schedule),
+            "schedule": None if schedule is None else schedule.model_dump(),
+            "files": dict(sorted(files.items())),
+        }
+        try:
+            changed = Manifest.model_validate(dict(manifest) | changes)
+        except ValidationError as error:
+            what = error.errors(include_url=False, include_context=False, include_input=False)[0]["msg"]
+            fix = f"Use widths of {list(manifest.bits)}, falling, and steps that ascend from 0"
+            raise ConfigError(what.removeprefix("Value error, "), f"{folder}: schedule", fix) from None
+        if changed.schedule is not None and changed.schedule.file is not None:
+            os.replace(temporary, folder / changed.schedule.file)
+            os.fsync(handle)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _write_whole(folder / MANIFEST_FILE, seal(changed))
+    for left in sorted(entry.name for entry in folder.iterdir() if _SCHEDULE_FILE.fullmatch(entry.name)):
+        if left not in files:
+            (folder / left).unlink()
+    os.fsync(handle)
+    return _read_manifest(folder)
+
+
+def _write_tensors(
+    path: Path, tensors: Mapping[str, npt.NDArray[np.float32]], schedule: ScheduleEntry
+) -> tuple[int, str]:
+    """Write a safetensors file that says what it was learned for, and return its size and SHA-256."""
+    path.unlink(missing_ok=True)
+    metadata = {"format": "lilliput", "horizon": str(schedule.horizon), "model": str(schedule.model)}
+    plan = [Planned(name, "F32", array.shape) for name, array in tensors.items()]
+    file = PlannedFile.create(path, Layout.of(plan, metadata))
+    try:
+        for name, array in tensors.items():
+            if array.dtype != np.float32 or not np.isfinite(array).all():
+                what = f"{name} is {array.dtype}, or not finite"
+                raise ConfigError(what, "schedule", "Give finite float32 numbers")
+            file.write(name, np.ascontiguousarray(array), 0)
+        file.sync()
+    finally:
+        file.close()
+    with path.open("rb") as written:
+        return os.fstat(written.fileno()).st_size, hashlib.file_digest(written, "sha256").hexdigest()
+
+
 def check_output(out: Path, *, overwrite: bool) -> None:
     """Raise ConfigError unless `publish` may put an artifact at `out`; call it before the work starts.
 
@@ -438,7 +521,7 @@ def _temporary(name: str) -> str:
     return f".{name}.tmp"
 
 
-_TEMPORARIES = {_temporary(name) for name in (MANIFEST_FILE, INDEX_FILE)}
+_TEMPORARIES = {_SCHEDULE_TEMPORARY, *(_temporary(name) for name in (MANIFEST_FILE, INDEX_FILE))}
 
 
 def _write_whole(path: Path, data: bytes) -> None:

@@ -4,11 +4,12 @@ Every op takes `variant`, one of `variants(op)`; the empty name takes the best t
 give the same bits. Arrays are float32 and contiguous unless said otherwise.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import import_module
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +28,47 @@ GROUP: Final = 32
 SHARE: Final = 16
 """Rows that one call of the attention kernel takes at most."""
 Activations = Literal["int8", "float"]
+Course = tuple[int, Sequence[tuple[int, int]]]
+"""Width of the prompt, and (from decode forward, width) ascending from 0; no steps where `next_bits` is asked."""
+
+
+class Glimpse(Protocol):
+    """What a schedule may look at while `next_bits` runs; copies. Raises ValueError afterwards."""
+
+    def logits(self) -> F32: ...
+    def keys_values(self, layer: int) -> tuple[F32, F32]: ...
+
+
+NextBits = Callable[[int, int, Glimpse], int]
+
+
+@dataclass(frozen=True)
+class Drafting:
+    """Self-speculation: up to `most` tokens are drafted at `bits` and read in one pass of the answer's width.
+
+    cost: of a forward at `bits`; row_cost: of one more row of a pass; as shares of a forward of the answer's width.
+    """
+
+    bits: int
+    most: int
+    cost: float
+    row_cost: float
+
+
+class Made(NamedTuple):
+    """One continued prompt.
+
+    tokens: without the end-of-sequence token. finish: "stop" | "length" | "cancelled". decode_s: from the end of all
+    prefills to the last token. widths: of every decode forward, those that draft and verify included.
+    """
+
+    tokens: list[int]
+    finish: str
+    prefill_s: float
+    decode_s: float
+    widths: list[int]
+    drafted: int
+    accepted: int
 
 
 @cache
@@ -213,28 +255,56 @@ class Model:
         self,
         prompts: Sequence[Sequence[int]],
         *,
-        bits: int,
+        bits: int | None = None,
+        courses: Sequence[Course] | None = None,
         max_new_tokens: int,
         context: int,
         eos: Sequence[int],
         sampling: Sampling,
+        drafting: Drafting | None = None,
         on_token: Callable[[int, int], bool] | None = None,
         on_prefill: Callable[[int, int], bool | None] | None = None,
-    ) -> list[tuple[list[int], str, float, float]]:
+        on_bits: Callable[[int, int], None] | None = None,
+        next_bits: NextBits | None = None,
+    ) -> list[Made]:
         """Continue every prompt; on_token(sequence, token) returns False to end that sequence.
 
+        bits: of all of it; or courses, one a prompt. next_bits(sequence, decode forward, glimpse) is asked for the
+        width of every decode forward of a course without steps. drafting: courses must then have one step.
         on_prefill(tokens of prompts done, tokens of all) is called after every chunk; False cancels all sequences.
+        on_bits(sequence, bits) is called before on_token with the width whose forward chose the token, or drafted it
+        where the verifying one agreed.
 
-        Returns for each: tokens without the end-of-sequence token, "stop" | "length" | "cancelled", seconds of
-        prefill, seconds from the end of all prefills to the sequence's last token.
         Raises InputCorrupt when the model computes NaN; whatever on_token raises; KeyboardInterrupt.
         """
-        options = (bits, max_new_tokens, context, list(eos), asdict(sampling), self._kv, on_token, on_prefill)
-        try:
-            return list(self._core.generate([list(p) for p in prompts], *options))
-        except _native().NotANumber as error:
-            fix = "Check the artifact with `lilliput verify`, then the source model"
-            raise InputCorrupt("the model computes NaN for this prompt", where="logits", fix=fix) from error
+        if courses is None:
+            courses = [(bits or 0, [(0, bits or 0)])] * len(prompts)
+        drafts = None if drafting is None else (drafting.bits, drafting.most, drafting.cost, drafting.row_cost)
+        listeners = (on_token, on_prefill, on_bits, next_bits)
+        options = (max_new_tokens, context, list(eos), asdict(sampling), self._kv, drafts, *listeners)
+        with _numbers("the model computes NaN for this prompt"):
+            made = self._core.generate([list(p) for p in prompts], list(courses), *options)
+        return [Made(*result) for result in made]
+
+    def follow(
+        self, tokens: Sequence[int], prompt: int, course: Course, next_bits: NextBits | None = None
+    ) -> tuple[F32, list[int]]:
+        """Return the logits after the first `prompt` tokens and after each other one, and the width of each of those.
+
+        Logits: (tokens - prompt + 1, vocab). The widths are those of the course, as if `generate` had chosen the tokens.
+        """
+        rows, widths = self._core.follow(list(tokens), prompt, course, self._kv, next_bits)
+        return _f32(rows), list(widths)
+
+
+@contextmanager
+def _numbers(what: str) -> Iterator[None]:
+    try:
+        yield
+    except _native().NotANumber as error:
+        raise InputCorrupt(
+            what, "logits", "Check the artifact with `lilliput verify`, then the source model"
+        ) from error
 
 
 def _is_matrix(name: str, tensor: StoredTensor) -> bool:

@@ -19,9 +19,15 @@ from lilliput.artifact.read import Artifact
 from lilliput.core.errors import ConfigError, OutOfResource, Unsupported
 from lilliput.core.progress import Progress, Silent
 from lilliput.core.spec import ModelSpec
+from lilliput.engine.schedules.base import Schedule
+from lilliput.engine.schedules.stored import stored_schedule
+from lilliput.engine.schedules.text import parse
 
 if TYPE_CHECKING:
     from lilliput.engine import Engine
+
+STORED = "stored"
+"""In the place of a schedule's text: the one the artifact keeps."""
 
 
 class LatencyRound(BaseModel):
@@ -41,6 +47,10 @@ class LatencyRound(BaseModel):
     weight_bytes_read_per_token: int
     memory_bytes_per_s: float
     foreign_cores: float | None
+    schedule: str | None = None
+    draft_bits: int | None = None
+    average_bits: float | None = None
+    acceptance: float | None = None
 
 
 class LatencyRow(BaseModel):
@@ -54,6 +64,10 @@ class LatencyRow(BaseModel):
     threads in the same processes; bandwidth_share: weight bytes decoding read a second over that (above 1 where the
     weights fit in a cache). decode_limit_tokens_per_s: new tokens a second if decoding did nothing but read its weights
     at memory_bytes_per_s; no engine gets above it while the weights are read from memory. foreign_cores: cores other processes kept busy meanwhile, the largest of the rounds.
+
+    schedule: what the widths followed, `bits` being the widest of them; draft_bits: what drafted for `bits`. With either
+    average_bits is the mean width of the decode forwards, and weight_bytes_read_per_token a mean over new tokens.
+    acceptance: share of the drafts that were kept.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -73,6 +87,10 @@ class LatencyRow(BaseModel):
     bandwidth_share: float
     decode_limit_tokens_per_s: float
     foreign_cores: float | None
+    schedule: str | None = None
+    draft_bits: int | None = None
+    average_bits: float | None = None
+    acceptance: float | None = None
 
 
 def bench(
@@ -85,12 +103,16 @@ def bench(
     threads: int | None = None,
     activations: Literal["int8", "float"] = "int8",
     kv: Literal["float", "int8", "int4"] = "float",
+    schedule: str | None = None,
+    draft_bits: int | None = None,
+    draft_tokens: int = 8,
     timeout_s: float = 3600,
     progress: Progress | None = None,
 ) -> list[LatencyRow]:
-    """Time an artifact at each width; one row a width, in the order of `bits`.
+    """Time an artifact at each width; one row a width, in the order of `bits`, then one for a schedule and one for drafts.
 
     artifact: its path, or an open engine, whose path and threads are taken. activations, kv: as `Engine` takes them.
+    schedule: the text of one, or STORED for the artifact's own. draft_bits: drafts for the widest of `bits`.
     timeout_s: for one process.
     Raises ConfigError for sizes below 1 (new_tokens below 2), a width that is not there, or where a process fails, with
     its last line; OutOfResource for more tokens than the context holds, or where a process was killed or ran past its
@@ -109,7 +131,12 @@ def bench(
             raise ConfigError(f"{name} is {value}", where="bench", fix=f"Give {least} or more")
     _check_fit(path, bits, prompt_tokens + new_tokens)
     progress = progress or Silent()
-    progress.begin("timing", rounds * len(bits))
+    jobs: list[dict[str, Any]] = [{"bits": width} for width in bits]
+    if schedule is not None:
+        jobs.append({"schedule": schedule, "bits": max(_fitted(path, schedule).widths)})
+    if draft_bits is not None:
+        jobs.append({"draft_bits": draft_bits, "draft_tokens": draft_tokens, "bits": max(bits)})
+    progress.begin("timing", rounds * len(jobs))
     job = {
         "artifact": str(path),
         "prompt_tokens": prompt_tokens,
@@ -118,12 +145,24 @@ def bench(
         "activations": activations,
         "kv": kv,
     }
-    found: dict[int, list[LatencyRound]] = {width: [] for width in bits}
+    found: list[list[LatencyRound]] = [[] for _ in jobs]
     for _ in range(rounds):
-        for width in found:
-            found[width].append(_round(job | {"bits": width}, timeout_s))
+        for own, made in zip(jobs, found, strict=True):
+            made.append(_round(job | own, timeout_s))
             progress.advance(1)
-    return [summarize(found[width]) for width in bits]
+    return [summarize(made) for made in found]
+
+
+def _fitted(path: Path, text: str) -> Schedule:
+    """The schedule that `text` names, with the artifact's widths. Raises ConfigError."""
+    with Artifact.open(path) as artifact:
+        if text != STORED:
+            return parse(text).fitted(artifact.bits)
+        stored = stored_schedule(artifact)
+    if stored is None:
+        what = "the artifact keeps no schedule that this copy can follow"
+        raise ConfigError(what, where="schedule", fix="Write one out, such as 4@0,2@64")
+    return stored
 
 
 def _check_fit(path: Path, bits: Sequence[int], tokens: int) -> None:
@@ -149,7 +188,8 @@ def summarize(rounds: Sequence[LatencyRound]) -> LatencyRow:
     peaks = [r.peak_rss_bytes for r in rounds if r.peak_rss_bytes is not None]
     foreign = [r.foreign_cores for r in rounds if r.foreign_cores is not None]
     decode = median(r.decoded_tokens / r.decode_s for r in rounds)
-    memory, read = median(r.memory_bytes_per_s for r in rounds), first.weight_bytes_read_per_token
+    memory = median(r.memory_bytes_per_s for r in rounds)
+    read = int(median(r.weight_bytes_read_per_token for r in rounds))
     return LatencyRow(
         bits=first.bits,
         threads=first.threads,
@@ -166,6 +206,10 @@ def summarize(rounds: Sequence[LatencyRound]) -> LatencyRow:
         bandwidth_share=decode * read / memory,
         decode_limit_tokens_per_s=memory / read,
         foreign_cores=max(foreign, default=None),
+        schedule=first.schedule,
+        draft_bits=first.draft_bits,
+        average_bits=None if first.average_bits is None else median(r.average_bits or 0.0 for r in rounds),
+        acceptance=None if first.acceptance is None else median(r.acceptance or 0.0 for r in rounds),
     )
 
 

@@ -1,7 +1,7 @@
 """One width, one process: `python -m lilliput.measure.latency_worker JOB` prints one LatencyRound as JSON.
 
 JOB is a JSON object: artifact, bits, prompt_tokens, new_tokens, threads (null for the engine's own choice), and if
-wanted activations and kv.
+wanted activations and kv; schedule (a text, or "stored") in the place of bits for decoding; draft_bits and draft_tokens.
 """
 
 import json
@@ -14,8 +14,10 @@ import numpy as np
 
 from lilliput.core.errors import LilliputError
 from lilliput.engine import Engine, native
+from lilliput.engine.schedules.base import average_bits
+from lilliput.engine.schedules.text import parse
 from lilliput.measure.environment import ForeignLoad, cores
-from lilliput.measure.latency import LatencyRound
+from lilliput.measure.latency import STORED, LatencyRound
 from lilliput.measure.memory import peak_rss_bytes
 
 BUFFER_BYTES: Final = 1 << 28
@@ -31,9 +33,11 @@ def run(job: dict[str, Any], open_engine: Callable[..., Any]) -> LatencyRound:
     options = {name: job[name] for name in ("threads", "activations", "kv") if name in job}
     engine = open_engine(job["artifact"], context=job["prompt_tokens"] + job["new_tokens"] + 1, **options)
     load_s = time.perf_counter() - start
-    bits = job["bits"]
+    how = _how(job, engine)
+    used: list[int] = []
+    drafted, accepted = 0, 0
     prompts = [prompt(engine, job["prompt_tokens"], salt) for salt in range(_ATTEMPTS + 1)]
-    engine.generate(prompts[-1], max_new_tokens=2, bits=bits)  # first touch of the pages, scratch memory, code paths
+    engine.generate(prompts[-1], max_new_tokens=2, **how)  # first touch of the pages, scratch memory, code paths
     decoded, decode_s, prefill_s, first_s = 0, 0.0, [], []
     for attempt in range(_ATTEMPTS):
         seen: list[float] = []
@@ -41,7 +45,7 @@ def run(job: dict[str, Any], open_engine: Callable[..., Any]) -> LatencyRound:
         done = engine.generate(
             prompts[attempt],
             max_new_tokens=job["new_tokens"],
-            bits=bits,
+            **how,
             on_token=lambda *_, seen=seen: seen.append(time.perf_counter()),
         )
         if seen:
@@ -52,14 +56,20 @@ def run(job: dict[str, Any], open_engine: Callable[..., Any]) -> LatencyRound:
         if (steps := len(done.tokens) - (done.finish_reason != "stop")) > 0:
             decoded += steps
             decode_s += done.decode_s
+            if set(how) != {"bits"}:
+                used += done.widths
+                drafted, accepted = drafted + done.drafted, accepted + done.accepted
         if decoded >= job["new_tokens"] - 1:
             break
     if not decoded:
         raise ValueError("the model ended every text at once: nothing to time")
     peak = peak_rss_bytes()  # before the memory test adds its buffer
     threads = int(getattr(engine, "threads", None) or job["threads"] or cores())
+    read = engine.weight_bytes(job["bits"])
+    if used:
+        read = sum(engine.weight_bytes(width) for width in used) / decoded
     return LatencyRound(
-        bits=bits,
+        bits=job["bits"],
         threads=threads,
         prompt_tokens=job["prompt_tokens"],
         decoded_tokens=decoded,
@@ -68,10 +78,21 @@ def run(job: dict[str, Any], open_engine: Callable[..., Any]) -> LatencyRound:
         decode_s=decode_s,
         time_to_first_token_s=float(np.median(first_s or prefill_s)),
         peak_rss_bytes=peak,
-        weight_bytes_read_per_token=int(engine.weight_bytes(bits)),
+        weight_bytes_read_per_token=int(read),
         memory_bytes_per_s=memory_bytes_per_s(threads),
         foreign_cores=foreign.cores(),
+        schedule=str(how["schedule"]) if "schedule" in how else None,
+        draft_bits=how.get("draft_bits"),
+        average_bits=average_bits(used),
+        acceptance=accepted / drafted if drafted else None,
     )
+
+
+def _how(job: dict[str, Any], engine: Any) -> dict[str, Any]:
+    """What `Engine.generate` is to be told of widths."""
+    if "schedule" in job:
+        return {"schedule": engine.schedule if job["schedule"] == STORED else parse(job["schedule"])}
+    return {name: job[name] for name in ("bits", "draft_bits", "draft_tokens") if name in job}
 
 
 def prompt(engine: Any, length: int, salt: int) -> list[int]:

@@ -54,6 +54,24 @@ def kv(command: F) -> F:
     return click.option("--kv", type=choice, default="float", show_default=True, help=text)(command)
 
 
+def schedule(command: F) -> F:
+    """`--schedule`, the widths of an answer step by step, as text."""
+    text = (
+        "A width for each step, such as 4@0,3@85,2@170 or NAME:option=value,..; by default the artifact's own, if any."
+    )
+    return click.option("--schedule", metavar="STEPS|NAME", help=text)(command)
+
+
+def drafts(command: F) -> F:
+    """`--draft-bits` and `--draft-tokens`: a narrow width drafts, the width of the answer reads its drafts."""
+    for flag, kind, default, text in (
+        ("--draft-tokens", click.IntRange(1, 64), 8, "Most tokens drafted at a time."),
+        ("--draft-bits", click.IntRange(1, 8), None, "Draft at this width and verify at --bits: faster, same tokens."),
+    ):
+        command = click.option(flag, type=kind, default=default, show_default=default is not None, help=text)(command)
+    return command
+
+
 def common(command: F) -> F:
     """`--json` and `--quiet`, which may stand before the verb or after it."""
 

@@ -13,6 +13,7 @@ import uvicorn
 from lilliput.apps.server.app import Generator, create_app
 from lilliput.apps.server.guard import Limits, is_loopback
 from lilliput.core.errors import OutOfResource
+from lilliput.engine.schedules.base import Schedule
 
 __all__ = ["Limits", "create_app", "model_name", "serve"]
 
@@ -31,6 +32,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8080,
     bits: int | None = None,
+    schedule: Schedule | None = None,
     api_key: str | None = None,
     limits: Limits | None = None,
     ready: Callable[[str], None] = lambda url: None,
@@ -45,7 +47,9 @@ def serve(
             "Set LILLIPUT_SERVE_API_KEY, or listen on 127.0.0.1.",
             host,
         )
-    app = create_app(engine, name=model_name(artifact), host=host, bits=bits, api_key=api_key, limits=limits)
+    app = create_app(
+        engine, name=model_name(artifact), host=host, bits=bits, schedule=schedule, api_key=api_key, limits=limits
+    )
     listener = _listen(host, port)
     shown = f"[{host}]" if ":" in host else host
     ready(f"http://{shown}:{listener.getsockname()[1]}")

@@ -26,6 +26,7 @@ from lilliput.apps.server.schema import ChatRequest, CompletionRequest
 from lilliput.apps.server.turns import Job, Turns
 from lilliput.core.errors import LilliputError
 from lilliput.engine.sampling import Sampling
+from lilliput.engine.schedules.base import Schedule
 
 log = logging.getLogger("lilliput.server")
 R = TypeVar("R", CompletionRequest, ChatRequest)
@@ -67,6 +68,7 @@ class Generator(Protocol):
         sampling: Sampling,
         stop: Sequence[str],
         on_token: Callable[[str], bool | None] | None,
+        schedule: Schedule | None = None,
     ) -> Generated: ...
 
 
@@ -76,15 +78,17 @@ def create_app(
     name: str,
     host: str = "127.0.0.1",
     bits: int | None = None,
+    schedule: Schedule | None = None,
     api_key: str | None = None,
     limits: Limits | None = None,
 ) -> Starlette:
     """Return the ASGI application that serves `engine` under the model name `name`.
 
     host: the address it will be bound to; on a loopback address only loopback names are answered. bits: the width of
-    requests that name none, by default the widest.
+    requests that name none; otherwise those follow the schedule, if there is one, or run at the widest.
     """
-    service = _Service(engine, name, bits or max(engine.bits, default=None), limits or Limits())
+    default = bits or (max(engine.bits, default=None) if schedule is None else None)
+    service = _Service(engine, name, default, None if bits else schedule, limits or Limits())
     routes = [
         Route("/health", service.health, methods=["GET"]),
         Route("/v1/models", service.models, methods=["GET"]),
@@ -108,8 +112,10 @@ class _Task:
 
 
 class _Service:
-    def __init__(self, engine: Generator, name: str, bits: int | None, limits: Limits) -> None:
-        self.engine, self.name, self.bits, self.limits = engine, name, bits, limits
+    def __init__(
+        self, engine: Generator, name: str, bits: int | None, schedule: Schedule | None, limits: Limits
+    ) -> None:
+        self.engine, self.name, self.bits, self.schedule, self.limits = engine, name, bits, schedule, limits
         self.turns, self.started = Turns(limits.queue), int(time.time())
 
     async def health(self, request: Request) -> Response:
@@ -120,6 +126,7 @@ class _Service:
         """The one model, with the context and the widths it really serves."""
         model = {"id": self.name, "object": "model", "created": self.started, "owned_by": "lilliput"}
         served = {"context": self.engine.context, "bits": list(self.engine.bits), "default_bits": self.bits}
+        served |= {} if self.schedule is None else {"default_schedule": str(self.schedule)}
         return JSONResponse({"object": "list", "data": [model | served]})
 
     async def completions(self, request: Request) -> Response:
@@ -202,7 +209,7 @@ class _Service:
             "model": self.name,
             "bits": task.bits,
             "seed": task.sampling.seed,
-        }
+        } | ({} if task.bits or self.schedule is None else {"schedule": str(self.schedule)})
         if asked.stream:
             usage = asked.stream_options is not None and asked.stream_options.include_usage
             return _Stream(self, task, shape, head, usage=usage)
@@ -232,6 +239,7 @@ class _Service:
 
     def generate(self, task: _Task, on_token: Callable[[str], bool]) -> Generated:
         """Run the engine; called in a thread."""
+        follows: dict[str, Any] = {} if task.bits or self.schedule is None else {"schedule": self.schedule}
         return self.engine.generate(
             task.prompt,
             max_new_tokens=task.most,
@@ -239,6 +247,7 @@ class _Service:
             sampling=task.sampling,
             stop=task.stops,
             on_token=on_token,
+            **follows,
         )
 
 

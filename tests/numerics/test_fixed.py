@@ -226,9 +226,7 @@ def test_attention_is_near_the_real_softmax_and_the_same_in_chunks(monkeypatch: 
     assert np.abs(fixed.values(found, to) - real).max() <= 2 * to.scale
     monkeypatch.setattr(fixed, "_CELLS", 500)
     again: list[np.ndarray] = []
-    assert np.array_equal(
-        found, fixed.attend(q, k, v, (G8, G8, G8, to), node, (hi, lo, None), start=0, scores=again)
-    )
+    assert np.array_equal(found, fixed.attend(q, k, v, (G8, G8, G8, to), node, (hi, lo, None), start=0, scores=again))
     assert np.array_equal(told[0], again[0])
 
 

@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 
 from lilliput.apps.cli import main
 from lilliput.artifact.read import Artifact
 from lilliput.artifact.verify import verify
+from lilliput.artifact.write import amend
 from lilliput.core.errors import ConfigError, InputCorrupt, QualityFailed, Unsupported
 from lilliput.core.progress import Silent
+from lilliput.data.streams import batches
 from lilliput.engine import Engine
 from lilliput.engine.oracle import Oracle
 from lilliput.methods import METHODS
@@ -68,7 +69,7 @@ def test_the_artifact_serves_the_graph_and_everyone_else(made: Path) -> None:
     assert artifact.manifest.entries["embed_tokens"].bits == (8,)
     told = artifact.manifest.integer
     assert told is not None
-    assert told.record == {"rows": 4}
+    assert told.record == {"rows": 6}
     assert told.quality is not None
     assert told.quality.bits == 4
     assert 0 < told.quality.kl < 5
@@ -78,9 +79,9 @@ def test_the_artifact_serves_the_graph_and_everyone_else(made: Path) -> None:
     model = artifact.integer()
     assert model is not None
     assert model.bits == 4
-    said, weights = Oracle(model).logits(TOKENS), Engine(made, activations="float").logits(TOKENS)
-    assert np.abs(said - weights).max() < 0.35 * np.abs(weights).max()
-    assert np.corrcoef(said.ravel(), weights.ravel())[0, 1] > 0.9
+    whole, weights = Oracle(model).logits(TOKENS), Engine(made, activations="float").logits(TOKENS)
+    assert np.abs(whole - weights).max() < 0.35 * np.abs(weights).max()
+    assert np.corrcoef(whole.ravel(), weights.ravel())[0, 1] > 0.9
 
 
 def test_with_sixteen_bits_everywhere_the_graph_is_its_weights_in_float(
@@ -89,9 +90,12 @@ def test_with_sixteen_bits_everywhere_the_graph_is_its_weights_in_float(
     run(model, tmp_path / "out", text, wide=True)
     graph, weights = Artifact.open(tmp_path / "out").integer(), Engine(tmp_path / "out", activations="float")
     assert graph is not None
-    seen = weights.tokenizer.encode(TEXT)[:30]  # text within the ranges it was calibrated on
-    real = weights.logits(seen)
-    assert np.abs(Oracle(graph).logits(seen) - real).max() < 0.02 * np.abs(real).max()
+    for batch in batches(
+        [TEXT], weights.tokenizer, length=32, samples=6
+    ):  # what it was calibrated on: nothing is cut off
+        for row in batch:
+            real = weights.logits(row)
+            assert np.abs(Oracle(graph).logits(row) - real).max() < 0.01 * np.abs(real).max()
 
 
 def test_a_run_that_stopped_after_the_method_goes_on_from_there(
@@ -167,8 +171,6 @@ def test_a_changed_byte_in_either_file_is_found(name: str, made: Path, tmp_path:
 
 
 def test_a_graph_sealed_with_a_fault_is_found(made: Path, tmp_path: Path) -> None:
-    from lilliput.artifact.write import amend
-
     copy = tmp_path / "copy"
     shutil.copytree(made, copy)
     text = (copy / "integer.json").read_text()
@@ -181,22 +183,31 @@ def test_a_graph_sealed_with_a_fault_is_found(made: Path, tmp_path: Path) -> Non
         Artifact.open(copy).integer()
 
 
-def test_the_command_line_describes_and_measures_the_graph(made: Path, text: Path) -> None:
-    told = CliRunner().invoke(main, ["--json", "inspect", str(made)])
-    graph = json.loads(told.output)["integer"]
+def said(capsys: pytest.CaptureFixture[str], *args: str, code: int = 0) -> str:
+    assert main([*args]) == code
+    told = capsys.readouterr()
+    return told.err if code else told.out
+
+
+def test_the_command_line_describes_and_measures_the_graph(
+    made: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    graph = json.loads(said(capsys, "inspect", str(made), "--json"))["integer"]
     assert graph["positions"] == 256
     assert set(graph["edges"]) == {"8", "16"}
-    assert "integer graph" in CliRunner().invoke(main, ["inspect", str(made)]).output
-    asked = ["--json", "eval", str(made), "--text", str(text), "--length", "32", "--limit", "2", "--runner", "oracle"]
-    rows = json.loads(CliRunner().invoke(main, asked).output)["rows"]
+    assert "integer graph" in said(capsys, "inspect", str(made))
+    asked = ["eval", str(made), "--text", str(text), "--length", "32", "--limit", "2", "--runner", "oracle", "--json"]
+    rows = json.loads(said(capsys, *asked))["rows"]
     assert [row["bits"] for row in rows] == [4]
     assert rows[0]["tokens"] == 62
 
 
-def test_an_artifact_without_a_graph_says_so(model: Path, text: Path, tmp_path: Path) -> None:
-    compress(model, tmp_path / "out", recipe=[{"rtn": {"bits": [8]}}], gate=False, progress=Silent())
-    assert Artifact.open(tmp_path / "out").integer() is None
-    assert b'"integer"' not in (tmp_path / "out" / "manifest.json").read_bytes()
-    found = CliRunner().invoke(main, ["eval", str(tmp_path / "out"), "--text", str(text), "--runner", "oracle"])
-    assert found.exit_code == 2
-    assert "has no integer graph" in found.output
+def test_an_artifact_without_a_graph_says_so(
+    model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    compress(model, out, recipe=[{"rtn": {"bits": [8], "group_size": 32}}], gate=False, progress=Silent())
+    assert Artifact.open(out).integer() is None
+    assert b'"integer"' not in (out / "manifest.json").read_bytes()
+    told = said(capsys, "eval", str(out), "--text", str(text), "--runner", "oracle", code=2)
+    assert "has no integer graph" in told

@@ -10,9 +10,9 @@ from torch import Tensor
 from lilliput.core.graph import Grid
 from lilliput.methods.base import IntegerMethod, Integers
 from lilliput.models.sites import site_policy
-from support.integers import observed, row_codes
+from support.integers import observed, row_codes, span
 
-ROWS = 4
+ROWS = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,5 @@ class MinMax(IntegerMethod):
 
 
 def _union(a: Grid, b: Grid) -> Grid:
-    from support.integers import span
-
     ends = [[g.scale * (end - g.zero) for end in (g.low, g.high)] for g in (a, b)]
     return span(min(e[0] for e in ends), max(e[1] for e in ends), a.bits)

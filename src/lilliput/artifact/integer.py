@@ -14,7 +14,6 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-
 from pydantic import ValidationError
 
 from lilliput.artifact import strict_json
@@ -316,7 +315,11 @@ class _Check:
         for edge, heads in ((q, node.heads), (y, node.heads), (k, node.kv_heads), (v, node.kv_heads)):
             if edge.width != heads * node.head_dim:
                 raise _Fault(f"{edge.width} channels are not {heads} heads of {node.head_dim}")
-        if not 0 <= node.window <= _LONGEST or not np.isfinite(node.scale) or not (node.softcap is None or 0 < node.softcap < np.inf):
+        if (
+            not 0 <= node.window <= _LONGEST
+            or not np.isfinite(node.scale)
+            or not (node.softcap is None or 0 < node.softcap < np.inf)
+        ):
             raise _Fault("its window, scale or soft-cap is not one")
         if node.scores.bits != 16 or (node.capped is not None and node.capped.bits != 16):
             raise _Fault("scores have 16 bits")

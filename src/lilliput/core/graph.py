@@ -145,9 +145,7 @@ class Sum(_Frozen):
     shift: int
 
 
-Node = Annotated[
-    Embed | Linear | Norm | Rotate | Attend | Table | Multiply | Sum, Field(discriminator="op")
-]
+Node = Annotated[Embed | Linear | Norm | Rotate | Attend | Table | Multiply | Sum, Field(discriminator="op")]
 
 
 class Graph(_Frozen):

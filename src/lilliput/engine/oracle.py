@@ -6,7 +6,7 @@ nothing is a float, which `strict` has every operation prove.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Self
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -80,9 +80,7 @@ class Oracle:
             value = (np.tanh(value / np.float32(cap)) * np.float32(cap)).astype(np.float32)
         return value
 
-    def sites(
-        self, tokens: Sequence[int] | npt.NDArray[np.integer[Any]], *, scores: bool = False
-    ) -> dict[str, Codes]:
+    def sites(self, tokens: Sequence[int] | npt.NDArray[np.integer[Any]], *, scores: bool = False) -> dict[str, Codes]:
         """The codes of every edge for one fresh sequence, (length, width).
 
         scores: those inside attention too, "layers.N.attn.scores" and, with a soft-cap, ".capped", (heads, length,
@@ -134,7 +132,8 @@ class Oracle:
         grid = self._grid(node.y)
         steps = np.rint(rows / np.float32(grid.scale))
         held = np.clip(steps, np.float32(grid.low - grid.zero), np.float32(grid.high - grid.zero))
-        return (held.astype(np.int64) + grid.zero).astype(np.int16)
+        codes: I16 = (held.astype(np.int64) + grid.zero).astype(np.int16)
+        return codes
 
     def _linear(self, node: Linear, edges: dict[str, Codes], state: State) -> Codes:
         bias, multiplier, shift = (self._constants[f"{node.y}.{kind}"] for kind in ("bias", "multiplier", "shift"))
@@ -227,7 +226,7 @@ class WholeArray(np.ndarray[Any, np.dtype[Any]]):
         _refuse(np.empty(0, dtype), "astype")
         return super().astype(dtype, *args, **kwargs)
 
-    def __array_finalize__(self, of: Self | None) -> None:
+    def __array_finalize__(self, of: npt.NDArray[Any] | None) -> None:
         """Look at views and copies."""
         _refuse(self, "view")
 

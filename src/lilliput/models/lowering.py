@@ -151,7 +151,9 @@ class _Lowering:
         own, to = self._grid(x), self._grid(y)
         empty = scales == 0
         if (whole[empty] != 0).any():
-            what = f"row {int(np.flatnonzero(empty & (whole != 0).any(1))[0])} has a scale of 0 for weights that are not"
+            what = (
+                f"row {int(np.flatnonzero(empty & (whole != 0).any(1))[0])} has a scale of 0 for weights that are not"
+            )
             raise ConfigError(what, where=matrix, fix="Give it the scale its weights need")
         scales = np.where(empty, _EMPTY_ROW * to.scale / own.scale, scales)
         bias = self._tensor(f"{matrix}.bias") if f"{matrix}.bias" in self.tensors else np.zeros(len(scales))

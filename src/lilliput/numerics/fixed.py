@@ -233,7 +233,9 @@ def multiply(a: Whole, of_a: Grid, b: Whole, of_b: Grid, multiplier: int, shift:
 
 def add(parts: Sequence[tuple[Whole, Grid]], multipliers: Sequence[int], shift: int, to: Grid) -> I64:
     """The sum of edges, rounded once."""
-    total = sum((wide(x) - grid.zero) * m for (x, grid), m in zip(parts, multipliers, strict=True))
+    total: Whole = np.zeros_like(parts[0][0], dtype=np.int64)
+    for (x, grid), m in zip(parts, multipliers, strict=True):
+        total = total + (wide(x) - grid.zero) * m
     return clamp((total + (1 << (shift - 1))) >> shift, to)
 
 

@@ -145,7 +145,9 @@ def compress(
     if target:
         work = replace(work, needs_calibration=True)
         check_target(work, target)
-    whole = bool(target or work.tuners or work.maker) or any(isinstance(method, ModelMethod) for run in work.runs for method in run)
+    whole = bool(target or work.tuners or work.maker) or any(
+        isinstance(method, ModelMethod) for run in work.runs for method in run
+    )
     spent = budget(work, max_ram=max_ram, length=length, whole=whole)
     if work.needs_calibration and not calibration and not dry_run:
         learns = "widths are chosen by what the model loses on a" if target else "it has a method that learns from"
@@ -505,9 +507,7 @@ class Run:
         (self.folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
         (self.folder / "recipe.yaml").write_text(self.recipe.text(), "utf-8")
 
-    def _describe(
-        self, quality: Sequence[QualityEntry | EmbeddingQuality], graph: QualityEntry | None
-    ) -> Manifest:
+    def _describe(self, quality: Sequence[QualityEntry | EmbeddingQuality], graph: QualityEntry | None) -> Manifest:
         card = model_card(self._provenance(), self.work.plan, self.recipe, quality, graph)
         (self.folder / "README.md").write_text(card, "utf-8")
         return amend(self.folder, quality=quality, graph_quality=graph)

@@ -112,9 +112,7 @@ def compare(said: F32, meant: F32, bits: int, kind: str = "logits") -> None:
         raise QualityFailed(what, where=where, fix="This is a fault of ours or of the disk: run verify, then report it")
 
 
-def judge(
-    quality: Sequence[QualityEntry | EmbeddingQuality], integer: QualityEntry | None = None
-) -> list[str]:
+def judge(quality: Sequence[QualityEntry | EmbeddingQuality], integer: QualityEntry | None = None) -> list[str]:
     """One line for every width, and the integer graph, whose divergence from the original is beyond its limit."""
     lines = []
     if integer is not None and not integer.kl <= (limit := INTEGER_LIMITS[integer.bits]):

@@ -18,6 +18,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
 from lilliput.core.errors import ConfigError
+from lilliput.core.graph import Grid
 from lilliput.methods import METHODS
 from lilliput.numerics.nested import Quantized
 from lilliput.numerics.statistics import Accumulator, Gram, InputNorm
@@ -274,6 +275,34 @@ class Tuner(Method, ABC):
         original: the float model, left as it was. student: a decoder with the float tensors the artifact will hold,
         the method's own to change. coded: every quantized matrix by canonical name, "embed_tokens" among them.
         batches: (batch, length) int32 token arrays. folder: where progress may be kept so that a killed run goes on.
+        """
+
+
+@dataclass(frozen=True)
+class Integers:
+    """A model of whole numbers, before it is lowered to a graph; see docs/integer.md.
+
+    model: the decoder with the float tensors that belong to the codes (norms, biases, positions). codes: every matrix
+    of `spec.matrices()`, each of one width, one group a row, its zeros one half. grids: by edge, and of
+    "layers.N.attn.probabilities" in steps of 1 / 255 or 1 / 65535. record: what the method tells, as plain data.
+    """
+
+    model: "Decoder"
+    codes: Mapping[str, Quantized]
+    grids: Mapping[str, Grid]
+    record: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class IntegerMethod(Method, ABC):
+    """Makes whole numbers of a whole decoder, weights and activations; the last stage of a recipe."""
+
+    @abstractmethod
+    def make(self, model: "Decoder", batches: "Batches", folder: "Path", progress: "Progress") -> Integers:
+        """Return the integer model.
+
+        model: float32, the method's own to change. batches: (batch, length) int32 token arrays. folder: where progress
+        may be kept so that a killed run goes on.
         """
 
 

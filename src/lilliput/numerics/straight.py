@@ -22,11 +22,12 @@ class _Rounded(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, step: Tensor, zero: Tensor, low: int, high: int) -> Tensor:
-        """x: any shape. step, zero: of a shape that x's broadcasts; zero whole, within low .. high."""
-        near = torch.round(x / step)
-        code = torch.minimum(torch.maximum(near, low - zero), high - zero)
-        out = code * step
-        ctx.save_for_backward(x, out, near == code, step)
+        """x: any shape. step: a scalar, or one a row. zero: a whole scalar within low .. high."""
+        near, shift = (x / step).round_(), float(zero)
+        code = near.clamp(low - shift, high - shift)
+        inside = near == code
+        out = code.mul_(step)
+        ctx.save_for_backward(x, out, inside, step)
         return out
 
     @staticmethod
@@ -37,7 +38,7 @@ class _Rounded(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             by_step = (grad * out - by_x * x).sum_to_size(step.shape) / step
         if ctx.needs_input_grad[2]:
-            by_zero = (by_x - grad).sum_to_size(step.shape) * step
+            by_zero = (by_x - grad).sum() * step
         return by_x if ctx.needs_input_grad[0] else None, by_step, by_zero, None, None
 
 
@@ -72,7 +73,7 @@ def on_rows(weight: Tensor, share: Tensor | float, bits: int, nudge: Tensor | No
     step, top = row_steps(weight, share, bits), 2 ** (bits - 1)
     if nudge is not None:
         weight = weight + nudge * step.detach()
-    out: Tensor = _Rounded.apply(weight, step, torch.zeros_like(step), -top, top - 1)  # type: ignore[no-untyped-call]
+    out: Tensor = _Rounded.apply(weight, step, torch.zeros(()), -top, top - 1)  # type: ignore[no-untyped-call]
     return out
 
 

@@ -43,7 +43,7 @@ from lilliput.methods.ranges import Loudness, Ranges, sensitivity, widest
 from lilliput.models.decoder import Block, Decoder
 from lilliput.models.pairs import Pair, pairs, smoothing
 from lilliput.models.simulate import Simulation
-from lilliput.models.sites import Site, run_block, run_end, run_start, site_policy
+from lilliput.models.sites import PROBABILITIES, Site, run_block, run_end, run_start, site_policy
 from lilliput.numerics.learned import cosine
 from lilliput.numerics.nested import Quantized
 from lilliput.numerics.observers import Rule
@@ -169,7 +169,7 @@ class Student:
             self._place |= {name: (bits, i) for i, name in enumerate(own)}
             self.values[f"step/{bits}"] = torch.tensor([g.scale for g in own.values()]).log()
             self.values[f"zero/{bits}"] = torch.tensor([g.zero / 2.0 ** (bits - 1) for g in own.values()])
-        self._fixed = {n for n in grids if not method.ranges or n.endswith("probabilities")}
+        self._fixed = {n: g for n, g in grids.items() if not method.ranges or n.endswith(PROBABILITIES)}
 
     def rates(self) -> dict[str, float]:
         """Peak rates of the tensors that are trained, by name."""
@@ -209,6 +209,8 @@ class Student:
     def site(self, name: str, x: Tensor, seen: Tensor | None = None) -> Tensor:
         """As `models.sites.Site`."""
         bits, at = self._place[name]
+        if bits == 16 and name in self._fixed and torch.is_grad_enabled():
+            return x  # nothing to learn, and nothing to learn from
         step, zero = self.values[f"step/{bits}"][at].exp(), self.values[f"zero/{bits}"][at] * 2 ** (bits - 1)
         if name in self._fixed:
             step, zero = step.detach(), zero.detach()
@@ -259,7 +261,7 @@ class Student:
             top = 2 ** (bits - 1)
             zero = round(float(self.values[f"zero/{bits}"][at]) * top)
             scale = float(self.values[f"step/{bits}"][at].exp())
-            found[name] = Grid(bits=8 if bits == 8 else 16, scale=scale, zero=max(-top, min(top - 1, zero)))
+            found[name] = self._fixed.get(name) or Grid(bits=8 if bits == 8 else 16, scale=scale, zero=max(-top, min(top - 1, zero)))
         return found
 
 
@@ -329,6 +331,8 @@ class _Run:
                 own = dict(block.named_parameters())
                 for pair in pairs(block):
                     if pair.kind == "query_key":
+                        if m.let:
+                            pair.fold(block, _balance(spec, pair, loud, layer))
                         continue
                     edge = _edge(spec, layer, _source(spec, pair.multiplied[0]))
                     weights = [own[f"{name}.weight"].data for name in pair.multiplied]
@@ -598,9 +602,25 @@ def _relative(found: Tensor, target: Tensor) -> Tensor:
     return (found - target).square().mean() / target.square().mean()
 
 
+def _balance(spec: Any, pair: Pair, loud: Loudness, layer: int) -> Tensor:
+    """Scales that bring the peaks of queries and keys together, channel by channel: (width,)."""
+    q, k = (loud.peak(_edge(spec, layer, name)) for name in _turned(spec))
+    keys = torch.zeros(pair.width).scatter_reduce(0, pair.rows.expand(len(k) // len(pair.rows), -1).reshape(-1), k, "amax")
+    asked = pair.columns.expand(len(q) // len(pair.columns), -1).reshape(-1)
+    queries = torch.zeros(pair.width).scatter_reduce(0, asked, q, "amax")
+    return torch.where((keys > 0) & (queries > 0), keys / queries, torch.ones_like(keys)).sqrt()
+
+
+def _turned(spec: Any) -> tuple[str, str]:
+    """The edges of queries and keys that the scores are made of."""
+    if spec.rotary is not None:
+        return "attn.q", "attn.k"
+    return ("attn.q_norm", "attn.k_norm") if spec.qk_norm is not None else ("attn.q_proj", "attn.k_proj")
+
+
 def _inputs(spec: Any) -> list[str]:
-    """Edges of a block that linear layers read."""
-    found = ["attn_norm", "attn.mixed", "mlp.inner" if spec.gated_mlp else "mlp.act"]
+    """Edges of a block whose channels are looked at: those that linear layers read, queries and keys."""
+    found = [*_turned(spec), "attn_norm", "attn.mixed", "mlp.inner" if spec.gated_mlp else "mlp.act"]
     return found if spec.shared_block_norm else [*found, "mlp_norm"]
 
 

@@ -74,8 +74,6 @@ class MobileQuant(IntegerMethod):
     without gain before training ends. held: share of the rows held out. seed: of the order of rows.
     """
 
-    bits: int = 8
-    end_bits: int = 8
     sites: dict[str, int] = field(default_factory=dict, hash=False)
     budget16: int | float | None = None
     alpha: float | None = 0.5
@@ -99,9 +97,7 @@ class MobileQuant(IntegerMethod):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for key in ("bits", "end_bits"):
-            if (bits := getattr(self, key)) not in (4, 8):
-                raise ConfigError(f"{key} is {bits}", where=f"{self.name}.{key}", fix="Give 8 or 4")
+        super().__post_init__()
         for key, least in (("steps", 0), ("batch", 1), ("patience", 1)):
             if (value := getattr(self, key)) < least:
                 raise ConfigError(f"{key} is {value}", where=f"{self.name}.{key}", fix=f"Give at least {least}")

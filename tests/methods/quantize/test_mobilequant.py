@@ -102,11 +102,12 @@ def test_free_scales_across_a_rotation_would_not_be_exact(tmp_path: Path, monkey
 
 def test_without_grids_and_codes_it_is_the_float_model_and_at_16_bits_close_to_it(tmp_path: Path) -> None:
     integers = made(decoder_of(tmp_path, **SMALL), tmp_path / "work", steps=0, sites={"*": 16})
+    seen = torch.from_numpy(text().rows.astype(np.int64))  # nothing of it is out of range
     with torch.no_grad():
-        expected = integers.model(tokens())
+        expected = integers.model(seen)
     size = expected.abs().max()
-    assert (Simulation(integers.model, {}, {}).run(tokens()) - expected).abs().max() <= 1e-5 * size
-    assert (Simulation(integers.model, {}, integers.grids).run(tokens()) - expected).abs().max() <= 5e-3 * size
+    assert (Simulation(integers.model, {}, {}).run(seen) - expected).abs().max() <= 1e-5 * size
+    assert (Simulation(integers.model, {}, integers.grids).run(seen) - expected).abs().max() <= 2e-3 * size
 
 
 @pytest.mark.parametrize("bits", [8, 4])

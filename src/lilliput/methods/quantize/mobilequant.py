@@ -599,12 +599,29 @@ def _relative(found: Tensor, target: Tensor) -> Tensor:
 
 
 def _balance(spec: Any, pair: Pair, loud: Loudness, layer: int) -> Tensor:
-    """Scales that bring the peaks of queries and keys together, channel by channel: (width,)."""
-    q, k = (loud.peak(_edge(spec, layer, name)) for name in _turned(spec))
-    keys = torch.zeros(pair.width).scatter_reduce(0, pair.rows.expand(len(k) // len(pair.rows), -1).reshape(-1), k, "amax")
-    asked = pair.columns.expand(len(q) // len(pair.columns), -1).reshape(-1)
-    queries = torch.zeros(pair.width).scatter_reduce(0, asked, q, "amax")
-    return torch.where((keys > 0) & (queries > 0), keys / queries, torch.ones_like(keys)).sqrt()
+    """Scales between queries and keys with which their two roundings disturb the scores least: (width,).
+
+    Of scales k**a / q**(1 - a), k and q being the peaks of channels. An edge's rounding is noise of the size of its
+    largest peak in every channel, which scores see times the other side.
+    """
+    names = _turned(spec)
+    sides = []
+    for name, shared in zip(names, (pair.columns, pair.rows), strict=True):
+        edge = _edge(spec, layer, name)
+        peak, energy = loud.peak(edge), loud.energy(edge)
+        own = shared.expand(len(peak) // len(shared), -1).reshape(-1)  # one set may be for all heads
+        most = torch.zeros(pair.width).scatter_reduce(0, own, peak, "amax")
+        sides.append((most, torch.zeros(pair.width).scatter_reduce(0, own, energy, "mean", include_self=False)))
+    (q, q_energy), (k, k_energy) = sides
+    used = (q > 0) & (k > 0)
+    best, least = torch.ones(pair.width), torch.inf
+    for tenth in range(11):
+        scale = torch.where(used, k ** (tenth / 10) / q ** (1 - tenth / 10), torch.ones_like(k))
+        noise = (k / scale).amax().square() * (q_energy * scale.square()).sum()
+        noise += (q * scale).amax().square() * (k_energy / scale.square()).sum()
+        if float(noise) < least:
+            best, least = scale, float(noise)
+    return best
 
 
 def _turned(spec: Any) -> tuple[str, str]:

@@ -164,8 +164,7 @@ def _attention(spec: ModelSpec, layer: int, tensors: Tensors, x: Tensor, site: S
     if spec.rotary is not None:
         turned = rotate(heads[0], heads[1], spec.rotary)
         heads[:2] = [
-            site(f"{at}{c}", y.flatten(2)).unflatten(-1, (-1, spec.head_dim))
-            for c, y in zip("qk", turned, strict=True)
+            site(f"{at}{c}", y.flatten(2)).unflatten(-1, (-1, spec.head_dim)) for c, y in zip("qk", turned, strict=True)
         ]
     mixed = site(f"{at}mixed", _attend(spec, layer, heads, site))
     return site(f"{at}o_proj", _linear(tensors, "attn.o_proj", mixed))

@@ -110,8 +110,7 @@ def test_without_grids_and_codes_it_is_the_float_model_and_at_16_bits_close_to_i
     assert (Simulation(integers.model, {}, integers.grids).run(seen) - expected).abs().max() <= 2e-3 * size
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("loss", ["logits", "hidden"])
+@pytest.mark.parametrize(("bits", "loss"), [(8, "hidden"), (4, "logits")])
 def test_training_helps_and_end_to_end_is_no_worse_than_block_by_block(bits: int, loss: str, tmp_path: Path) -> None:
     rows = text(32)
     options: dict[str, Any] = {"bits": bits, "rule": "minmax", "loss": loss}
@@ -183,7 +182,9 @@ def test_a_loss_that_is_not_finite_names_step_and_edge_and_keeps_the_state_befor
         run.student = run._begin()
     run.original = run._originals()
     run.student.ends["embed_tokens.weight"][:, 0] = torch.nan
-    with pytest.raises(QualityFailed, match=r"^mobilequant: the loss is nan in step 1, first at layers\.0\.input\. Lower"):
+    with pytest.raises(
+        QualityFailed, match=r"^mobilequant: the loss is nan in step 1, first at layers\.0\.input\. Lower"
+    ):
         run._train()
     assert run.file.exists()
 

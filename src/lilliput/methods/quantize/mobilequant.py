@@ -2,18 +2,20 @@
 
 Every edge of docs/integer.md has one grid fixed in advance, every matrix symmetric rows. SmoothQuant's scales are folded
 into all legal pairs, ranges are read off calibration text, and then the logarithms of the pairs' scales, the clipping of
-every row and the step and zero of every edge are trained together, through all blocks, with straight-through gradients,
+every row, the rounding of every weight and the step and zero of every edge are trained together, through all blocks, with straight-through gradients,
 against what the original puts out: the last block's states, or the logits' distribution. Blocks are run again for the
 gradient and the targets lie on disk, so memory is that of one block and of the states between blocks.
 
 A part of the text is held out. The state that does best there is kept, the one before training among the candidates.
 
 Source: Tan et al., "MobileQuant: Mobile-friendly Quantization for On-device Language Models", EMNLP Findings 2024,
-sections 3 and 4; Xiao et al., "SmoothQuant", ICML 2023, eq. 4; Shao et al., "OmniQuant", ICLR 2024, eq. 2.
+sections 3 and 4; Xiao et al., "SmoothQuant", ICML 2023, eq. 4; Shao et al., "OmniQuant", ICLR 2024, eq. 2; Cheng et
+al., "Optimize Weight Rounding via Signed Gradient Descent", 2024, eq. 3, for `rounding`.
 Deviation: scales and steps are trained as logarithms and zeros relative to their range, so that one set of rates serves
 every model; queries and keys are tied as their rotation needs and values as their groups do, where the paper's code is
 inexact or skips the pair; clipping starts from the least weighted error and not from 0.98; ranges of 16 bits have room;
-the divergence of the logits is the default target; weights have one grid a row at 8 bits too; early stopping.
+the divergence of the logits is the default target; weights have one grid a row at 8 bits too; roundings are trained as
+well, by Adam; early stopping.
 """
 
 import hashlib
@@ -45,7 +47,6 @@ from lilliput.models.pairs import Pair, pairs, smoothing
 from lilliput.models.simulate import Simulation
 from lilliput.models.sites import PROBABILITIES, Site, run_block, run_end, run_start, site_policy
 from lilliput.numerics.learned import cosine
-from lilliput.numerics.nested import Quantized
 from lilliput.numerics.observers import Rule
 from lilliput.numerics.straight import best_share, coded_rows, on_grid, on_rows
 
@@ -77,22 +78,22 @@ class MobileQuant(IntegerMethod):
     sites: dict[str, int] = field(default_factory=dict, hash=False)
     budget16: int | float | None = None
     alpha: float | None = 0.5
-    rule: Rule = "minmax"
+    rule: Rule = "percentile"
     share: float = 1e-4
     apart: bool = False
     let: bool = True
     lwc: bool = True
     ranges: bool = True
-    rounding: bool = False
+    rounding: bool = True
     scope: Literal["end_to_end", "block"] = "end_to_end"
     loss: Literal["hidden", "logits"] = "logits"
     steps: int = 300
     batch: int = 4
-    let_rate: float = 0.005
-    clip_rate: float = 0.02
-    range_rate: float = 0.005
-    rounding_rate: float = 0.005
-    patience: int = 3
+    let_rate: float = 0.015
+    clip_rate: float = 0.03
+    range_rate: float = 0.01
+    rounding_rate: float = 0.02
+    patience: int = 4
     held: float = 0.125
     seed: int = 0
 
@@ -137,7 +138,9 @@ class Student:
     of steps and "zero/B" zeros in halves of the range, one number an edge of B bits.
     """
 
-    def __init__(self, method: MobileQuant, model: Decoder, shares: Mapping[str, Tensor], grids: Mapping[str, Grid]) -> None:
+    def __init__(
+        self, method: MobileQuant, model: Decoder, shares: Mapping[str, Tensor], grids: Mapping[str, Grid]
+    ) -> None:
         self.method, self.spec = method, model.spec
         state = {name: value.detach() for name, value in model.state_dict().items()}
         self.base = [_within(state, i) for i in range(model.spec.num_layers)]
@@ -257,7 +260,9 @@ class Student:
             top = 2 ** (bits - 1)
             zero = round(float(self.values[f"zero/{bits}"][at]) * top)
             scale = float(self.values[f"step/{bits}"][at].exp())
-            found[name] = self._fixed.get(name) or Grid(bits=8 if bits == 8 else 16, scale=scale, zero=max(-top, min(top - 1, zero)))
+            found[name] = self._fixed.get(name) or Grid(
+                bits=8 if bits == 8 else 16, scale=scale, zero=max(-top, min(top - 1, zero))
+            )
         return found
 
 
@@ -401,9 +406,7 @@ class _Run:
             x, clean = self._stream(f"rounded-{now}"), self._stream(f"float-{now}")
             with torch.no_grad():
                 base = self.student.base[layer]
-                self._write(
-                    f"float-{after}", (run_block(self.spec, layer, base, b) for b in clean.batches(m.batch))
-                )
+                self._write(f"float-{after}", (run_block(self.spec, layer, base, b) for b in clean.batches(m.batch)))
             target = self._stream(f"float-{after}")
 
             def loss(
@@ -582,7 +585,9 @@ class _Training:
 
     def _stop(self, what: str, step: int) -> None:
         self._save(step)
-        fix = f"Lower the rates; the state before is in {self.own.file.name} and the best one is of step {self.best_step}"
+        fix = (
+            f"Lower the rates; the state before is in {self.own.file.name} and the best one is of step {self.best_step}"
+        )
         raise QualityFailed(what, where=self.own.method.name, fix=fix)
 
     def _save(self, step: int) -> None:

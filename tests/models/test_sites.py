@@ -10,7 +10,7 @@ from torch import Tensor
 from lilliput.core.errors import ConfigError
 from lilliput.models import Checkpoint, load_decoder
 from lilliput.models.decoder import Decoder
-from lilliput.models.sites import Site, plain, run_block, run_end, site_policy, sites
+from lilliput.models.sites import Site, plain, run_block, run_end, run_start, site_policy, sites
 from support.families import VOCAB, write_checkpoint
 
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -39,7 +39,7 @@ def tokens() -> Tensor:
 
 @torch.no_grad()
 def run(decoder: Decoder, site: Site) -> Tensor:
-    hidden = decoder.embed(tokens())
+    hidden = run_start(decoder.spec, decoder.state_dict(), tokens())
     for layer, block in enumerate(decoder.blocks):
         hidden = run_block(decoder.spec, layer, dict(block.named_parameters()), hidden, site)
     return run_end(decoder.spec, decoder.state_dict(), hidden, site)

@@ -93,6 +93,18 @@ def site_policy(spec: AnySpec, overrides: Mapping[str, int]) -> dict[str, int]:
     return policy
 
 
+def run_start(spec: ModelSpec, tensors: Tensors, tokens: Tensor) -> Tensor:
+    """Hidden states before the first block: (batch, length, hidden). tokens: (batch, length), at most as many as positions.
+
+    tensors: "embed_tokens.weight" and, where positions are learned, "embed_positions.weight", by canonical name.
+    """
+    hidden = F.embedding(tokens, tensors["embed_tokens.weight"]) * spec.embed_scale
+    if spec.position_offset is None:
+        return hidden
+    places = torch.arange(tokens.shape[1], device=tokens.device) + spec.position_offset
+    return hidden + F.embedding(places, tensors["embed_positions.weight"])
+
+
 def run_block(spec: ModelSpec, layer: int, tensors: Tensors, x: Tensor, site: Site = plain) -> Tensor:
     """What block `layer` puts out: (batch, length, hidden), before the site of whoever reads it.
 

@@ -10,9 +10,22 @@ import pytest
 import torch
 from torch import Tensor
 
+from lilliput.core.progress import Silent
+from lilliput.data.streams import Batches
 from lilliput.methods import METHODS
-from lilliput.methods.base import BlockMethod, BlockQuantizer, LayerMethod, ModelMethod, Quantizer, Statistic, build
+from lilliput.methods.base import (
+    BlockMethod,
+    BlockQuantizer,
+    IntegerMethod,
+    LayerMethod,
+    ModelMethod,
+    Quantizer,
+    Statistic,
+    build,
+)
 from lilliput.models import Checkpoint, Decoder, load_decoder
+from lilliput.models.lowering import lower
+from lilliput.models.sites import sites
 from lilliput.numerics.grids import nearest
 from lilliput.numerics.nested import Quantized
 from support.blocks import calibration, followed_by, state, tiny_block
@@ -23,6 +36,7 @@ LAYER_METHODS = [name for name in METHODS if issubclass(METHODS.load(name), Laye
 BLOCK_METHODS = [name for name in METHODS if issubclass(METHODS.load(name), BlockMethod)]
 BLOCK_QUANTIZERS = [name for name in METHODS if issubclass(METHODS.load(name), BlockQuantizer)]
 MODEL_METHODS = [name for name in METHODS if issubclass(METHODS.load(name), ModelMethod)]
+INTEGER_METHODS = [name for name in METHODS if issubclass(METHODS.load(name), IntegerMethod)]
 EXACT: dict[str, dict[str, object]] = {"awq": {"clip": False}}
 """Options without which a block method changes the float output, by its own account."""
 
@@ -231,3 +245,23 @@ def test_makes_the_model_it_announces_and_repeats_itself(name: str, decoder: Dec
     assert all(torch.isfinite(value).all() for value in made[0].values())
     assert method.respec(decoder.spec, before) == (spec, tensors)
     assert decoder.tensors() == before
+
+
+@pytest.mark.parametrize("name", INTEGER_METHODS)
+def test_an_integer_method_makes_the_codes_it_announces_a_grid_for_every_edge_and_repeats_itself(
+    name: str, decoder: Decoder, tmp_path: Path
+) -> None:
+    method = build(name, {"bits": 4, "steps": 2})
+    assert isinstance(method, IntegerMethod)
+    rows = torch.randint(3, 300, (6, 12), generator=torch.Generator().manual_seed(0)).int().numpy()
+    made = [method.make(deepcopy(decoder), Batches(rows, 2), tmp_path / f"work-{i}", Silent()) for i in range(2)]
+    one, other = made
+    assert set(one.codes) == set(decoder.spec.matrices())
+    for layer, codes in one.codes.items():
+        assert (codes.bits, codes.group_size) == ((method.width(layer),), -1)
+        assert bool((codes.zero[codes.bits[0]] == 0.5).all())
+        assert torch.equal(codes.codes, other.codes[layer].codes)
+    assert set(sites(decoder.spec)) == set(one.grids)
+    assert one.grids == other.grids
+    assert json.loads(json.dumps(dict(one.record))) == dict(other.record)
+    lower(decoder.spec, one.grids, one.model.state_dict(), one.codes)

@@ -9,6 +9,7 @@ METHODS = Registry(
     gptq="lilliput.methods.quantize.gptq:GPTQ",
     hadamard="lilliput.methods.quantize.hadamard:Hadamard",
     leanquant="lilliput.methods.quantize.leanquant:LeanQuant",
+    mobilequant="lilliput.methods.quantize.mobilequant:MobileQuant",
     omniquant="lilliput.methods.quantize.omniquant:OmniQuant",
     rtn="lilliput.methods.quantize.rtn:RTN",
     smoothquant="lilliput.methods.quantize.smoothquant:SmoothQuant",

@@ -25,6 +25,8 @@ from torch import Tensor
 
 from lilliput.models.decoder import Block
 
+_FLOOR = 1e-5
+
 Kind = Literal["norm", "value", "inner", "query_key"]
 
 
@@ -115,6 +117,17 @@ def pairs(block: Block) -> list[Pair]:
         inner = torch.arange(spec.intermediate_size)
         found.append(Pair("inner", len(inner), "mlp.up_proj", ("mlp.down_proj",), inner, inner))
     return found
+
+
+def smoothing(pair: Pair, peaks: Tensor, weights: list[Tensor], alpha: float) -> Tensor:
+    """SmoothQuant's scale of a pair, max |X|**alpha / max |W|**(1 - alpha): (width,).
+
+    peaks: (in,) largest size of each input of the multiplied side; weights: its matrices, (out, in) each. Inputs that were never active are left alone.
+    """
+    loud = pair.most(peaks)
+    heavy = pair.most(torch.stack([w.abs().amax(0) for w in weights]).amax(0))
+    scale = loud.clamp_min(_FLOOR) ** alpha / heavy.clamp_min(_FLOOR) ** (1 - alpha)
+    return torch.where(loud > 0, scale, torch.ones_like(scale)).clamp_min(_FLOOR)
 
 
 def _value(block: Block) -> Pair:

@@ -19,12 +19,11 @@ from lilliput.core.errors import ConfigError
 from lilliput.methods.base import BlockData, BlockMethod, Quantizer
 from lilliput.methods.calibration import inputs_of, linear, peaks_of, sample
 from lilliput.models.decoder import Block
-from lilliput.models.pairs import Pair, pairs
+from lilliput.models.pairs import Pair, pairs, smoothing
 from lilliput.numerics.grids import nearest
 from lilliput.numerics.observers import rounded_per_token
 
 _KINDS = ("norm", "value", "inner")
-_FLOOR = 1e-5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,17 +82,6 @@ class SmoothQuant(BlockMethod):
             kept = any(fnmatchcase(prefix + n, p) for n in (pair.divided, *pair.multiplied) for p in self.exclude)
             if pair.kind in self.kinds and any(prefix + n in after for n in pair.multiplied) and not kept:
                 yield pair
-
-
-def smoothing(pair: Pair, peaks: Tensor, weights: list[Tensor], alpha: float) -> Tensor:
-    """Eq. 4 for every scale of a pair: (width,). peaks: (in,) largest size of each input; weights: (out, in) each.
-
-    Inputs that were never active are left alone.
-    """
-    loud = pair.most(peaks)
-    heavy = pair.most(torch.stack([w.abs().amax(0) for w in weights]).amax(0))
-    scale = loud.clamp_min(_FLOOR) ** alpha / heavy.clamp_min(_FLOOR) ** (1 - alpha)
-    return torch.where(loud > 0, scale, torch.ones_like(scale)).clamp_min(_FLOOR)
 
 
 def _error(x: Tensor, weights: list[Tensor], columns: Tensor, grids: list[Quantizer | None]) -> float:

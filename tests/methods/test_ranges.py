@@ -47,6 +47,7 @@ def test_loudness_is_of_every_channel() -> None:
     loud("a", x / 2)
     loud("b", x)
     assert loud.peak("a").tolist() == [3.0, 4.0]
+    assert loud.variance("a")[0] == pytest.approx(loud.energy("a")[0] - 0.75**2)
     assert loud.energy("a").tolist() == [(1 + 9) / 2 * 1.25 / 2, (16 + 4) / 2 * 1.25 / 2]
 
 

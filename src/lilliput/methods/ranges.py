@@ -24,10 +24,11 @@ ROOM = 1.25
 
 
 class Loudness:
-    """A Site that keeps, of every channel of the edges named, the largest size and the mean square: (channels,) each."""
+    """A Site that keeps, of every channel of the edges named, largest size, mean square and variance: (channels,) each."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self.peaks: dict[str, Tensor | None] = dict.fromkeys(names)
+        self._sums: dict[str, Tensor] = {}
         self._squares: dict[str, Tensor] = {}
         self._tokens: dict[str, int] = {}
 
@@ -37,6 +38,7 @@ class Loudness:
             flat = x.detach().flatten(0, -2)
             peak, old = flat.abs().amax(0), self.peaks[name]
             self.peaks[name] = peak if old is None else torch.maximum(old, peak)
+            self._sums[name] = self._sums.get(name, torch.zeros(())) + flat.sum(0)
             self._squares[name] = self._squares.get(name, torch.zeros(())) + flat.square().sum(0)
             self._tokens[name] = self._tokens.get(name, 0) + len(flat)
         return x
@@ -50,6 +52,10 @@ class Loudness:
     def energy(self, name: str) -> Tensor:
         """Mean squares at an edge that was met."""
         return self._squares[name] / self._tokens[name]
+
+    def variance(self, name: str) -> Tensor:
+        """Variances over the tokens at an edge that was met."""
+        return self.energy(name) - (self._sums[name] / self._tokens[name]).square()
 
 
 class Ranges:

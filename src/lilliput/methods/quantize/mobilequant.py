@@ -89,10 +89,10 @@ class MobileQuant(IntegerMethod):
     loss: Literal["hidden", "logits"] = "logits"
     steps: int = 300
     batch: int = 4
-    let_rate: float = 0.015
+    let_rate: float = 0.01
     clip_rate: float = 0.03
     range_rate: float = 0.01
-    rounding_rate: float = 0.02
+    rounding_rate: float = 0.01
     patience: int = 4
     held: float = 0.125
     seed: int = 0

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lilliput.core.errors import QualityFailed
 from lilliput.core.graph import Grid
 from lilliput.models.simulate import Rounding, Simulation
 from lilliput.models.sites import PROBABILITIES
@@ -72,9 +73,12 @@ class Ranges:
         """Numbers a position at every edge that was met."""
 
     def __call__(self, name: str, x: Tensor, seen: Tensor | None = None) -> Tensor:
-        """As `models.sites.Site`. Raises ValueError for what is not finite."""
+        """As `models.sites.Site`. Raises QualityFailed, naming the edge, for what is not finite."""
         self.sizes[name] = x.numel() / (len(x) * x.shape[1 if seen is None else 2])
         if name in self._fine:
+            if not bool((x if seen is None else x[..., seen]).isfinite().all()):
+                fix = "The weights are broken, or the text is not for this model"
+                raise QualityFailed("not finite on the calibration text", where=name, fix=fix)
             rows = x.detach() if seen is None else x.detach()[..., seen].flatten()[None, :, None]
             self._wide[name].add(rows)
             if self._fine[name] is not self._wide[name]:

@@ -254,9 +254,7 @@ def test_an_integer_method_makes_the_codes_it_announces_a_grid_for_every_edge_an
     method = build(name, {"bits": 4, "steps": 2})
     assert isinstance(method, IntegerMethod)
     rows = torch.randint(3, 300, (6, 12), generator=torch.Generator().manual_seed(0)).int().numpy()
-    made = [
-        method.make(deepcopy(decoder), Batches(rows, 2), tmp_path / f"work-{i}", Silent()) for i in range(2)
-    ]
+    made = [method.make(deepcopy(decoder), Batches(rows, 2), tmp_path / f"work-{i}", Silent()) for i in range(2)]
     one, other = made
     assert set(one.codes) == set(decoder.spec.matrices())
     for layer, codes in one.codes.items():

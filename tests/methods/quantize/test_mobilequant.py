@@ -8,17 +8,22 @@ import pytest
 import torch
 from torch import Tensor
 
+from lilliput.artifact.integer import IntegerModel
+from lilliput.artifact.stored import StoredTensor
 from lilliput.core.errors import ConfigError, QualityFailed
 from lilliput.core.progress import Silent
 from lilliput.data.streams import Batches
+from lilliput.engine.oracle import Oracle
 from lilliput.methods.base import Integers
 from lilliput.methods.quantize import mobilequant
 from lilliput.methods.quantize.mobilequant import MobileQuant
 from lilliput.models import Checkpoint, Decoder, load_decoder
+from lilliput.models.lowering import lower
 from lilliput.models.pairs import Pair
 from lilliput.models.simulate import Simulation
 from lilliput.models.sites import site_policy, sites
 from support.families import VOCAB, write_checkpoint
+from support.integers import stored_linear
 
 SMALL: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "head_dim": 8}
 FAMILIES: list[tuple[str, dict[str, Any]]] = [
@@ -124,6 +129,25 @@ def test_training_helps_and_end_to_end_is_no_worse_than_block_by_block(bits: int
     ends = [divergence(one, tmp_path, rows) for one in (start, whole, block)]
     assert ends[1] < ends[0]
     assert ends[1] <= 1.1 * ends[2]
+
+
+def test_the_oracle_of_its_graph_says_what_the_simulation_says(tmp_path: Path) -> None:
+    decoder = decoder_of(tmp_path, "qwen2", **SMALL)
+    integers = made(decoder, tmp_path / "work", steps=4, bits=4)
+    state = integers.model.state_dict()
+    graph, constants = lower(decoder.spec, integers.grids, state, integers.codes)
+    linears = {name: stored_linear(name, codes) for name, codes in integers.codes.items()}
+    floats = {
+        name: StoredTensor("F32", tuple(value.shape), value.numpy())
+        for name, value in state.items()
+        if name.removesuffix(".weight") not in integers.codes
+    }
+    oracle = Oracle(IntegerModel(decoder.spec, graph, constants, linears, floats))
+    simulation = Simulation(integers.model, integers.codes, integers.grids)
+    row = np.random.default_rng(3).integers(3, VOCAB, 60).astype(np.int32)
+    whole, simulated = oracle.logits(row), simulation.logits(row)
+    assert np.abs(whole - simulated).mean() <= 0.01 * np.abs(simulated).mean()
+    assert (whole.argmax(-1) == simulated.argmax(-1)).mean() >= 0.99
 
 
 @pytest.mark.parametrize("switch", ["let", "lwc", "ranges"])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lilliput.core.errors import QualityFailed
 from lilliput.methods.ranges import ROOM, Loudness, Ranges, spanning, widest
 
 
@@ -47,6 +48,7 @@ def test_loudness_is_of_every_channel() -> None:
     loud("a", x / 2)
     loud("b", x)
     assert loud.peak("a").tolist() == [3.0, 4.0]
+    assert loud.variance("a")[0] == pytest.approx(loud.energy("a")[0] - 0.75**2)
     assert loud.energy("a").tolist() == [(1 + 9) / 2 * 1.25 / 2, (16 + 4) / 2 * 1.25 / 2]
 
 
@@ -56,3 +58,11 @@ def test_widest_takes_a_number_or_a_share_of_bytes() -> None:
     assert widest(found, 0.2, sizes) == ["b", "c"]
     assert widest(found, 1.0, sizes) == ["b", "c", "a"]
     assert widest(found, 0, sizes) == []
+
+
+def test_what_is_not_finite_is_named_and_what_the_mask_hides_may_be() -> None:
+    ranges = Ranges(["layers.0.attn.scores", "layers.0.mlp.inner"], "minmax", 0.0, False)
+    seen = torch.ones(2, 2, dtype=torch.bool).tril()
+    ranges("layers.0.attn.scores", torch.zeros(1, 1, 2, 2).masked_fill(~seen, torch.inf), seen)
+    with pytest.raises(QualityFailed, match=r"^layers\.0\.mlp\.inner: not finite on the calibration text\."):
+        ranges("layers.0.mlp.inner", torch.tensor([[[1.0, torch.nan]]]))

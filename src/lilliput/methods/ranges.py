@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lilliput.core.errors import QualityFailed
 from lilliput.core.graph import Grid
 from lilliput.models.simulate import Rounding, Simulation
 from lilliput.models.sites import PROBABILITIES
@@ -24,10 +25,11 @@ ROOM = 1.25
 
 
 class Loudness:
-    """A Site that keeps, of every channel of the edges named, the largest size and the mean square: (channels,) each."""
+    """A Site that keeps, of every channel of the edges named, largest size, mean square and variance: (channels,) each."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self.peaks: dict[str, Tensor | None] = dict.fromkeys(names)
+        self._sums: dict[str, Tensor] = {}
         self._squares: dict[str, Tensor] = {}
         self._tokens: dict[str, int] = {}
 
@@ -37,6 +39,7 @@ class Loudness:
             flat = x.detach().flatten(0, -2)
             peak, old = flat.abs().amax(0), self.peaks[name]
             self.peaks[name] = peak if old is None else torch.maximum(old, peak)
+            self._sums[name] = self._sums.get(name, torch.zeros(())) + flat.sum(0)
             self._squares[name] = self._squares.get(name, torch.zeros(())) + flat.square().sum(0)
             self._tokens[name] = self._tokens.get(name, 0) + len(flat)
         return x
@@ -50,6 +53,10 @@ class Loudness:
     def energy(self, name: str) -> Tensor:
         """Mean squares at an edge that was met."""
         return self._squares[name] / self._tokens[name]
+
+    def variance(self, name: str) -> Tensor:
+        """Variances over the tokens at an edge that was met."""
+        return self.energy(name) - (self._sums[name] / self._tokens[name]).square()
 
 
 class Ranges:
@@ -66,9 +73,12 @@ class Ranges:
         """Numbers a position at every edge that was met."""
 
     def __call__(self, name: str, x: Tensor, seen: Tensor | None = None) -> Tensor:
-        """As `models.sites.Site`. Raises ValueError for what is not finite."""
+        """As `models.sites.Site`. Raises QualityFailed, naming the edge, for what is not finite."""
         self.sizes[name] = x.numel() / (len(x) * x.shape[1 if seen is None else 2])
         if name in self._fine:
+            if not bool((x if seen is None else x[..., seen]).isfinite().all()):
+                fix = "The weights are broken, or the text is not for this model"
+                raise QualityFailed("not finite on the calibration text", where=name, fix=fix)
             rows = x.detach() if seen is None else x.detach()[..., seen].flatten()[None, :, None]
             self._wide[name].add(rows)
             if self._fine[name] is not self._wide[name]:

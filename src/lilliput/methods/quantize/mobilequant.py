@@ -89,10 +89,10 @@ class MobileQuant(IntegerMethod):
     loss: Literal["hidden", "logits"] = "logits"
     steps: int = 300
     batch: int = 4
-    let_rate: float = 0.015
+    let_rate: float = 0.01
     clip_rate: float = 0.03
     range_rate: float = 0.01
-    rounding_rate: float = 0.02
+    rounding_rate: float = 0.01
     patience: int = 4
     held: float = 0.125
     seed: int = 0
@@ -607,16 +607,17 @@ def _balance(spec: Any, pair: Pair, loud: Loudness, layer: int) -> Tensor:
     """Scales between queries and keys with which their two roundings disturb the scores least: (width,).
 
     Of scales k**a / q**(1 - a), k and q being the peaks of channels. An edge's rounding is noise of the size of its
-    largest peak in every channel, which scores see times the other side.
+    largest peak in every channel, which scores see times the other side; of the keys only what differs from key to key,
+    since a softmax does not see what is added to all scores of a query.
     """
     names = _turned(spec)
     sides = []
     for name, shared in zip(names, (pair.columns, pair.rows), strict=True):
         edge = _edge(spec, layer, name)
-        peak, energy = loud.peak(edge), loud.energy(edge)
+        peak, energy = loud.peak(edge), loud.energy(edge) if name == names[0] else loud.variance(edge)
         own = shared.expand(len(peak) // len(shared), -1).reshape(-1)  # one set may be for all heads
         most = torch.zeros(pair.width).scatter_reduce(0, own, peak, "amax")
-        sides.append((most, torch.zeros(pair.width).scatter_reduce(0, own, energy, "mean", include_self=False)))
+        sides.append((most, torch.zeros(pair.width).scatter_reduce(0, own, energy, "sum")))
     (q, q_energy), (k, k_energy) = sides
     used = (q > 0) & (k > 0)
     best, least = torch.ones(pair.width), torch.inf

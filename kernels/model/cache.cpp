@@ -118,6 +118,14 @@ void round_values(const float* values, int64_t dim, uint8_t* codes) {
     }
 }
 
+template <class Stored, class Given>
+void place_codes(const Given* key, const Given* value, int64_t dim, int64_t at, Stored* keys, Stored* values) {
+  if (key)
+    for (int64_t d = 0; d < dim; ++d) keys[key_place(dim, at, d)] = static_cast<Stored>(key[d]);
+  if (value)
+    for (int64_t d = 0; d < dim; ++d) values[value_place(dim, at, d)] = static_cast<Stored>(value[d]);
+}
+
 }  // namespace
 
 Arena::Arena(const CacheShape& shape, int64_t pages, int64_t sequences)
@@ -196,6 +204,26 @@ void Cache::put(int64_t layer, int64_t head, int64_t position, const float* key,
   float* v = k + kPage * dim + value_at;  // values stand behind keys
   for (int64_t d = 0; d < dim; ++d) k[key_at + d * 16] = key[d];
   std::memcpy(v, value, static_cast<size_t>(dim) * sizeof(float));
+}
+
+void Cache::put_codes(int64_t layer, int64_t head, int64_t position, const void* key, int key_bits, const void* value,
+                      int value_bits) {
+  const CacheShape& s = shape();
+  uint8_t* page = pages_[static_cast<size_t>(position / kPage)];
+  uint8_t *keys = page + s.key_offset(layer, head), *values = page + s.value_offset(layer, head);
+  const auto put = [&](const void* from, int bits, bool is_key) {
+    const int64_t at = position % kPage, dim = s.head_dim;
+    const auto place = [&](const auto* codes) {
+      const auto *k = is_key ? codes : nullptr, *v = is_key ? nullptr : codes;
+      if (s.kept == Kept::codes8)
+        place_codes(k, v, dim, at, reinterpret_cast<int8_t*>(keys), reinterpret_cast<int8_t*>(values));
+      else
+        place_codes(k, v, dim, at, reinterpret_cast<int16_t*>(keys), reinterpret_cast<int16_t*>(values));
+    };
+    bits == 8 ? place(static_cast<const int8_t*>(from)) : place(static_cast<const int16_t*>(from));
+  };
+  put(key, key_bits, true);
+  put(value, value_bits, false);
 }
 
 }  // namespace lilliput

@@ -16,7 +16,7 @@ int64_t pages_of(const CacheShape& shape, int64_t prompt, const GenerateOptions&
   return shape.pages(std::min(options.context, prompt + options.max_new_tokens));
 }
 
-std::vector<Generated> generate(Model& model, const std::vector<std::vector<int32_t>>& prompts,
+std::vector<Generated> generate(Runner& model, const std::vector<std::vector<int32_t>>& prompts,
                                 const GenerateOptions& options, const Hooks& hooks) {
   const auto vocab = static_cast<size_t>(model.spec().vocab_size);
   std::vector<Generated> results(prompts.size());
@@ -106,7 +106,7 @@ std::vector<Generated> generate(Model& model, const std::vector<std::vector<int3
   return results;
 }
 
-void logits(Model& model, const std::vector<int32_t>& tokens, int bits, Kept kept, float* to,
+void logits(Runner& model, const std::vector<int32_t>& tokens, int bits, Kept kept, float* to,
             const std::function<void()>& poll) {
   const auto count = static_cast<int64_t>(tokens.size());
   const CacheShape shape = model.cache_shape(kept);

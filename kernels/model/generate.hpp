@@ -37,14 +37,14 @@ struct Hooks {
 // Prompts are not empty and shorter than the context. They are worked off in chunks that take from each what is fair,
 // and then decoded together. The tokens of a sequence do not depend on the others. Hooks may throw; nothing is kept
 // then. Throws std::bad_alloc when the cache for all of it cannot be had.
-std::vector<Generated> generate(Model& model, const std::vector<std::vector<int32_t>>& prompts,
+std::vector<Generated> generate(Runner& model, const std::vector<std::vector<int32_t>>& prompts,
                                 const GenerateOptions& options, const Hooks& hooks);
 
 // Pages that `generate` asks for one sequence.
 int64_t pages_of(const CacheShape& shape, int64_t prompt, const GenerateOptions& options);
 
 // Logits of every position of a fresh sequence: (tokens, vocab) float32.
-void logits(Model& model, const std::vector<int32_t>& tokens, int bits, Kept kept, float* to,
+void logits(Runner& model, const std::vector<int32_t>& tokens, int bits, Kept kept, float* to,
             const std::function<void()>& poll);
 
 }  // namespace lilliput

@@ -71,7 +71,8 @@ class IntegerModel : public Runner {
   void add_matrix(const std::string& name, Matrix matrix) { matrices_[name] = std::move(matrix); }
   // Numbers that stay where they are: `bytes` of them at `data`.
   void add_constant(const std::string& name, const void* data, int64_t bytes) { constants_[name] = {data, bytes}; }
-  // Resolves names, checks every shape and range. Throws std::invalid_argument naming what is missing or wrong.
+  // Resolves names and checks shapes; that numbers are in their ranges is for artifact/integer.py to see to. Throws
+  // std::invalid_argument naming what is missing or wrong.
   void finish();
 
   const Spec& spec() const override { return spec_; }

@@ -44,12 +44,12 @@ struct TileFactors {
 };
 
 // 16 codes of one token from its sums: `high` of the codes, or of their upper parts with `low` of the lower.
-template <int Parts, bool Wide, class Code>
+template <int Parts, class Code>
 LILLIPUT_INLINE void tile_codes(const TileFactors& f, const int32_t* high, const int32_t* low, int64_t minus, int64_t zero,
                                 Code* to) {
   constexpr int64_t kLow = -(int64_t{1} << (8 * sizeof(Code) - 1)), kHigh = -kLow - 1;
   alignas(64) int64_t product[kTileRows];
-  if constexpr (!Wide) {
+  if constexpr (Parts == 1) {  // the sum fits in 32 bits
     alignas(64) int32_t a[kTileRows];
     for (int r = 0; r < kTileRows; ++r)
       a[r] = static_cast<int32_t>(static_cast<uint32_t>(high[r]) +
@@ -57,8 +57,7 @@ LILLIPUT_INLINE void tile_codes(const TileFactors& f, const int32_t* high, const
     for (int r = 0; r < kTileRows; ++r) product[r] = int64_t{a[r]} * f.multiplier[r] + f.half[r];
   } else {
     for (int r = 0; r < kTileRows; ++r)
-      product[r] = ((Parts == 1 ? int64_t{high[r]} : 256 * int64_t{high[r]} + low[r]) + (f.bias[r] - minus)) *
-                       f.multiplier[r] + f.half[r];
+      product[r] = (256 * int64_t{high[r]} + low[r] + (f.bias[r] - minus)) * f.multiplier[r] + f.half[r];
   }
   alignas(64) int32_t code[kTileRows];
   for (int r = 0; r < kTileRows; ++r) {
@@ -70,17 +69,17 @@ LILLIPUT_INLINE void tile_codes(const TileFactors& f, const int32_t* high, const
   for (int r = 0; r < kTileRows; ++r) to[r] = static_cast<Code>(code[r]);
 }
 
-template <int Parts, bool Wide, class Code>
+template <int Parts, class Code>
 LILLIPUT_INLINE void put_codes(const TileFactors& f, const int32_t* dots, const int32_t* sum, int32_t middle, int64_t zero,
                                int64_t tokens, int64_t rows, Code* y, int64_t ldy) {
   for (int64_t t = 0; t < tokens; ++t) {
     const int32_t* high = dots + t * Parts * kTileRows;
     const int64_t total = Parts == 1 ? sum[t] : 256 * int64_t{sum[2 * t]} + sum[2 * t + 1];
     if (rows == kTileRows) {
-      tile_codes<Parts, Wide, Code>(f, high, high + kTileRows, middle * total, zero, y + t * ldy);
+      tile_codes<Parts, Code>(f, high, high + kTileRows, middle * total, zero, y + t * ldy);
     } else {
       Code made[kTileRows];
-      tile_codes<Parts, Wide, Code>(f, high, high + kTileRows, middle * total, zero, made);
+      tile_codes<Parts, Code>(f, high, high + kTileRows, middle * total, zero, made);
       for (int64_t r = 0; r < rows; ++r) y[t * ldy + r] = made[r];
     }
   }
@@ -111,11 +110,9 @@ LILLIPUT_INLINE void multiply_codes(const IntegerJob& job, int64_t row_tile, con
   const int32_t* sum = job.x.sum + first;
   const auto put = [&](auto* y) __attribute__((always_inline)) {
     if (job.x.parts == 2)
-      put_codes<2, true>(f, dots, sum, middle, job.grid.zero, tokens, rows, y, job.ldy);
-    else if (job.rows.wide)
-      put_codes<1, true>(f, dots, sum, middle, job.grid.zero, tokens, rows, y, job.ldy);
+      put_codes<2>(f, dots, sum, middle, job.grid.zero, tokens, rows, y, job.ldy);
     else
-      put_codes<1, false>(f, dots, sum, middle, job.grid.zero, tokens, rows, y, job.ldy);
+      put_codes<1>(f, dots, sum, middle, job.grid.zero, tokens, rows, y, job.ldy);
   };
   if (job.grid.bits == 8)
     put(static_cast<int8_t*>(job.y) + at);

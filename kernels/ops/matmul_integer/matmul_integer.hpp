@@ -24,12 +24,11 @@ struct CodesView {
   int parts;            // 1 for codes of 8 bits; 2 for 16: h of a token, then l
 };
 
-// |a| is below 2^31, or below 2^40 where x has 16 bits or the rows are wide.
+// |a| is below 2^31, or up to 2^39 where x has 16 bits.
 struct RowFactors {
   const int64_t* bias;        // (out,)
   const int32_t* multiplier;  // (out,), below 2^23
   const int8_t* shift;        // (out,), 1 .. 62
-  bool wide;                  // a may need more than 32 bits
 };
 
 // Rows [16 * tile_begin, min(16 * tile_end, out)) of y, (tokens, ldy) of int8 or int16 as `grid` says. w: one group a

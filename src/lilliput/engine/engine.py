@@ -17,7 +17,7 @@ from lilliput.core.errors import ConfigError, OutOfResource, Unsupported
 from lilliput.core.spec import ModelSpec
 from lilliput.data.tokenizer import Tokenizer
 from lilliput.engine.machine import available_bytes, usable_cores
-from lilliput.engine.native import F32, KV, Activations, Model
+from lilliput.engine.native import F32, KV, Activations, IntegerModel, Model
 from lilliput.engine.sampling import Sampling
 from lilliput.engine.streaming import TextStream, stop_strings
 
@@ -52,7 +52,8 @@ class Engine:
 
     spec: what the model is. tokenizer: its own. bits: widths that can be asked for, ascending; empty when nothing is
     quantized. context: tokens of prompt and answer together. threads: that share the work of a call. kv: how keys and
-    values are kept while an answer is made. activations: what enters a quantized matrix, "int8" or "float".
+    values are kept while an answer is made. activations: what enters a quantized matrix, "int8" or "float", or
+    "integer" where the artifact's integer graph runs; then keys and values are kept as the codes they are, whatever kv.
     """
 
     spec: ModelSpec
@@ -78,7 +79,8 @@ class Engine:
         to one byte each, with a scale for each head and token, and needs about a quarter of the memory; "int4" rounds
         groups of 32 tokens, all but the first and the newest, to half a byte each, about a sixth in long contexts.
         activations: "int8" rounds what enters a quantized matrix to eight bits, several times faster; "float" computes
-        what the artifact's formula says.
+        what the artifact's formula says; "integer" runs the artifact's integer graph (docs/integer.md), which has one
+        width and keeps keys and values as codes. It is never chosen by itself, since its logits are other ones.
         Raises what `Artifact.open` and `Tokenizer.open` raise, InputCorrupt when tensors do not fit the spec,
         ConfigError for options that make no sense, Unsupported when the compiled kernels do not load.
         """
@@ -98,12 +100,24 @@ class Engine:
         if activations not in get_args(Activations):
             what = f"activations cannot be {activations!r}"
             raise ConfigError(what, where="activations", fix=f"Give {' or '.join(get_args(Activations))}")
+        if activations == "integer" and kv != "float":
+            what = f"an integer graph keeps keys and values as codes, not as {kv!r}"
+            raise ConfigError(what, where="kv", fix="Leave it out")
         self.kv, self.activations, self._read_ahead_for = kv, activations, set[int]()
         self.tokenizer = Tokenizer.open(artifact.path)
         self._floats = {name: artifact.tensor(name) for name in artifact.manifest.floats}
         self._linears = {name: artifact.linear(name) for name in artifact.quantized}
         cores = threads or usable_cores()
-        self._model = Model(self.spec, self._floats, self._linears, threads=cores, kv=kv, activations=activations)
+        self._model: Model | IntegerModel
+        if activations == "integer":
+            integer = artifact.integer()
+            if integer is None:
+                what, fix = "it has no integer graph", 'Leave activations out, or compress with "mobilequant"'
+                raise ConfigError(what, where=str(artifact.path), fix=fix)
+            self.bits, self.context = (integer.bits,), min(self.context, integer.graph.positions)
+            self._model = IntegerModel(integer, threads=cores)
+        else:
+            self._model = Model(self.spec, self._floats, self._linears, threads=cores, kv=kv, activations=activations)
         self.threads = self._model.threads
 
     def logits(self, tokens: Tokens, *, bits: int | None = None) -> F32:

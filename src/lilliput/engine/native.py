@@ -4,7 +4,8 @@ Every op takes `variant`, one of `variants(op)`; the empty name takes the best t
 give the same bits. Arrays are float32 and contiguous unless said otherwise.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cache
 from importlib import import_module
@@ -13,8 +14,10 @@ from typing import Any, Final, Literal
 import numpy as np
 import numpy.typing as npt
 
+from lilliput.artifact.integer import IntegerModel as StoredInteger
 from lilliput.artifact.read import StoredLinear, StoredTensor
 from lilliput.core.errors import InputCorrupt, Unsupported
+from lilliput.core.graph import Embed, Graph, Linear
 from lilliput.core.spec import ModelSpec
 from lilliput.engine.sampling import Sampling
 
@@ -26,7 +29,7 @@ GROUP: Final = 32
 """Positions, and channels of values, that an int4 cache rounds together."""
 SHARE: Final = 16
 """Rows that one call of the attention kernel takes at most."""
-Activations = Literal["int8", "float"]
+Activations = Literal["int8", "float", "integer"]
 
 
 @cache
@@ -190,11 +193,7 @@ class Model:
             raise InputCorrupt(str(error), where=f"weights of a {spec.family} model", fix=fix) from error
 
     def _add_nested(self, name: str, m: StoredLinear, bias: F32 | None) -> None:
-        scales = [(bits, _bytes(values)) for bits, values in m.scale.items()]
-        zeros = [(bits, _bytes(values)) for bits, values in m.zero.items()]
-        tables = [(bits, _bytes(values)) for bits, values in m.table.items()]
-        planes = [_bytes(plane) for plane in m.planes]
-        self._core.add_nested(name, planes, list(m.fields), scales, zeros, tables, m.out, m.columns, _group(m), bias)
+        self._core.add_nested(name, *_stored(m), m.out, m.columns, _group(m), bias)
 
     @property
     def threads(self) -> int:
@@ -230,11 +229,95 @@ class Model:
         Raises InputCorrupt when the model computes NaN; whatever on_token raises; KeyboardInterrupt.
         """
         options = (bits, max_new_tokens, context, list(eos), asdict(sampling), self._kv, on_token, on_prefill)
-        try:
+        with _numbers("the model computes NaN for this prompt"):
             return list(self._core.generate([list(p) for p in prompts], *options))
-        except _native().NotANumber as error:
-            fix = "Check the artifact with `lilliput verify`, then the source model"
-            raise InputCorrupt("the model computes NaN for this prompt", where="logits", fix=fix) from error
+
+
+class IntegerModel:
+    """An integer graph in C++ over arrays that stay where they are; `docs/integer.md` has the arithmetic.
+
+    Its codes are those of `engine.oracle`, whatever the variant, the threads and the company in a batch. `bits` of its
+    methods changes nothing: matrices of a graph have one width each.
+    """
+
+    def __init__(self, model: StoredInteger, *, threads: int, variant: str = "") -> None:
+        """variant: runs every op that has it in that variant; for tests.
+
+        Raises InputCorrupt for a graph the kernels do not run, such as one whose layers have heads of different widths.
+        """
+        self._model = model  # whose arrays are read in place
+        self._core = _native().IntegerModel(model.spec.model_dump(), model.graph.model_dump(), threads, variant)
+        try:
+            for name, values in model.constants.items():
+                self._core.add_constant(name, _bytes(values))
+            for name in _matrices(model.graph):
+                if name in model.linears:
+                    m = model.linears[name]
+                    self._core.add_nested(name, *_stored(m), m.out, m.columns, _group(m))
+                else:
+                    weight = model.floats[f"{name}.weight"]
+                    self._core.add_float(name, _bytes(weight.data), weight.dtype, *weight.shape)
+            self._core.finish()
+        except ValueError as error:
+            fix = "Run it with other activations, or make the artifact again"
+            raise InputCorrupt(str(error), where="integer graph", fix=fix) from error
+
+    @property
+    def threads(self) -> int:
+        """Threads that share the work."""
+        return int(self._core.threads)
+
+    def cache_bytes(self, positions: int) -> int:
+        """Bytes of the codes of keys and values of one sequence, in whole pages."""
+        return int(self._core.cache_bytes(positions))
+
+    def logits(self, tokens: Sequence[int], bits: int = 0) -> F32:
+        """Return (tokens, vocab) for a fresh sequence: scale * (code - zero), through the soft-cap if there is one."""
+        with _numbers(_EMBEDDING):
+            return _f32(self._core.logits(list(tokens)))
+
+    def sites(self, tokens: Sequence[int], *, chunk: int = 256) -> dict[str, npt.NDArray[np.int16]]:
+        """Return the codes of every edge for one fresh sequence run `chunk` tokens at a time, (tokens, width) each."""
+        with _numbers(_EMBEDDING):
+            found = self._core.sites(list(tokens), chunk)
+        return {name: np.asarray(codes).astype(np.int16) for name, codes in found.items()}
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        bits: int = 0,
+        max_new_tokens: int,
+        context: int,
+        eos: Sequence[int],
+        sampling: Sampling,
+        on_token: Callable[[int, int], bool] | None = None,
+        on_prefill: Callable[[int, int], bool | None] | None = None,
+    ) -> list[tuple[list[int], str, float, float]]:
+        """Continue every prompt, as `Model.generate` does."""
+        options = (max_new_tokens, context, list(eos), asdict(sampling), on_token, on_prefill)
+        with _numbers(_EMBEDDING):
+            return list(self._core.generate([list(p) for p in prompts], *options))
+
+
+_EMBEDDING = "an embedding is not finite"
+
+
+@contextmanager
+def _numbers(what: str) -> Iterator[None]:
+    """Raise InputCorrupt where the kernels meet what is no number."""
+    try:
+        yield
+    except _native().NotANumber as error:
+        fix = "Check the artifact with `lilliput verify`, then the source model"
+        raise InputCorrupt(what, where="logits", fix=fix) from error
+
+
+def _matrices(graph: Graph) -> list[str]:
+    """Names of the matrices a graph reads."""
+    found = {node.matrix for node in graph.nodes if isinstance(node, Embed | Linear)}
+    found |= {node.positions for node in graph.nodes if isinstance(node, Embed) and node.positions is not None}
+    return sorted(found)
 
 
 def _is_matrix(name: str, tensor: StoredTensor) -> bool:
@@ -244,6 +327,12 @@ def _is_matrix(name: str, tensor: StoredTensor) -> bool:
 
 def _group(m: StoredLinear) -> int:
     return m.columns if m.group_size == -1 else m.group_size
+
+
+def _stored(m: StoredLinear) -> tuple[Any, ...]:
+    """Planes, their widths, and the grids of every width."""
+    grids = ([(bits, _bytes(values)) for bits, values in grid.items()] for grid in (m.scale, m.zero, m.table))
+    return [_bytes(plane) for plane in m.planes], list(m.fields), *grids
 
 
 def _nested(m: StoredLinear, bits: int) -> tuple[Any, ...]:

@@ -83,7 +83,7 @@ def bench(
     new_tokens: int = 128,
     rounds: int = 3,
     threads: int | None = None,
-    activations: Literal["int8", "float"] = "int8",
+    activations: Literal["int8", "float", "integer"] = "int8",
     kv: Literal["float", "int8", "int4"] = "float",
     timeout_s: float = 3600,
     progress: Progress | None = None,

@@ -282,8 +282,8 @@ class Tuner(Method, ABC):
 class Integers:
     """A model of whole numbers, ready to be lowered (`models.lowering`).
 
-    model: the decoder it means in float: norms and biases rescaled as the method left them, and every matrix as its codes
-    say. codes: every matrix of the spec by canonical name, one width of 4 or 8 bits, one group a row, the zero 0.5.
+    model: the decoder in float: norms and biases as the method left them, every matrix as it was before it was rounded.
+    codes: every matrix of the spec by canonical name, one width of 4 or 8 bits, one group a row, the zero 0.5.
     grids: one for every edge of `models.sites.sites`. record: plain data on how it went, for the manifest.
     """
 

@@ -94,21 +94,15 @@ struct IntegerJob {
   int64_t ldy;
 };
 
-// One row of tiles against `count` of `T` rows of x from `first` on; the places beyond compute the first once more.
-template <class I, Cut C, int T, class Source>
-LILLIPUT_INLINE void multiply_codes(const IntegerJob& job, int64_t row_tile, const Source& source, int64_t first,
-                                    int64_t count) {
-  alignas(64) int32_t dots[T * kTileRows];
-  const int8_t* x[T];
-  for (int t = 0; t < T; ++t) x[t] = job.x.codes + (first + (t < count ? t : 0)) * job.x.stride;
-  tile_dots<I, C, T>(source, x, job.x.stride / kTileInputs, dots);
+// From sums of products to codes, for one row of tiles and `count` rows of x from `first` on.
+static __attribute__((noinline, unused)) void finish_codes(const IntegerJob& job, int64_t row_tile, int32_t middle,
+                                                           const int32_t* dots, int64_t first, int64_t count) {
   const int64_t rest = job.w.out - row_tile * kTileRows, rows = rest < kTileRows ? rest : kTileRows;
-  const int32_t middle = I::kSigned && job.w.bits == 8 ? 0 : 1 << (job.w.bits - 1);
   TileFactors f;
   f.fill(job.rows, row_tile * kTileRows, rows);
   const int64_t tokens = count / job.x.parts, at = first / job.x.parts * job.ldy + row_tile * kTileRows;
   const int32_t* sum = job.x.sum + first;
-  const auto put = [&](auto* y) __attribute__((always_inline)) {
+  const auto put = [&](auto* y) {
     if (job.x.parts == 2)
       put_codes<2>(f, dots, sum, middle, job.grid.zero, tokens, rows, y, job.ldy);
     else
@@ -118,6 +112,17 @@ LILLIPUT_INLINE void multiply_codes(const IntegerJob& job, int64_t row_tile, con
     put(static_cast<int8_t*>(job.y) + at);
   else
     put(static_cast<int16_t*>(job.y) + at);
+}
+
+// One row of tiles against `count` of `T` rows of x from `first` on; the places beyond compute the first once more.
+template <class I, Cut C, int T, class Source>
+LILLIPUT_INLINE void multiply_codes(const IntegerJob& job, int64_t row_tile, const Source& source, int64_t first,
+                                    int64_t count) {
+  alignas(64) int32_t dots[T * kTileRows];
+  const int8_t* x[T];
+  for (int t = 0; t < T; ++t) x[t] = job.x.codes + (first + (t < count ? t : 0)) * job.x.stride;
+  tile_dots<I, C, T>(source, x, job.x.stride / kTileInputs, dots);
+  finish_codes(job, row_tile, I::kSigned && job.w.bits == 8 ? 0 : 1 << (job.w.bits - 1), dots, first, count);
 }
 
 template <class I, Cut C, class Source>

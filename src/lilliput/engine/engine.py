@@ -114,7 +114,7 @@ class Engine:
             if integer is None:
                 what, fix = "it has no integer graph", 'Leave activations out, or compress with "mobilequant"'
                 raise ConfigError(what, where=str(artifact.path), fix=fix)
-            self.bits, self.context = (integer.bits,), min(self.context, integer.graph.positions)
+            self.context = min(self.context, integer.graph.positions)
             self._model = IntegerModel(integer, threads=cores)
         else:
             self._model = Model(self.spec, self._floats, self._linears, threads=cores, kv=kv, activations=activations)

@@ -17,11 +17,12 @@ import numpy.typing as npt
 from lilliput.artifact.integer import IntegerModel as StoredInteger
 from lilliput.artifact.read import StoredLinear, StoredTensor
 from lilliput.core.errors import InputCorrupt, Unsupported
-from lilliput.core.graph import Embed, Graph, Linear
+from lilliput.core.graph import Attend, Embed, Graph, Grid, Linear, Rotate
 from lilliput.core.spec import ModelSpec
 from lilliput.engine.sampling import Sampling
 
 F32 = npt.NDArray[np.float32]
+Codes = npt.NDArray[np.int16]
 KV = Literal["float", "int8", "int4"]
 PAGE: Final = 64
 """Positions in a page of the cache; a sequence takes whole pages."""
@@ -72,6 +73,101 @@ def quantize_i8(
 def matmul_nested_i8(linear: StoredLinear, bits: int, x: F32, *, variant: str = "") -> F32:
     """Like `matmul_nested`, with x rounded to int8 by `quantize_i8` for the matrix's groups: (tokens, out)."""
     return _f32(_native().matmul_nested_i8(*_nested(linear, bits), _floats(x), variant))
+
+
+def matmul_integer(
+    linear: StoredLinear,
+    x: Codes,
+    own: Grid,
+    bias: npt.NDArray[np.int64],
+    multiplier: npt.NDArray[np.int32],
+    shift: npt.NDArray[np.int8],
+    to: Grid,
+    *,
+    variant: str = "",
+) -> Codes:
+    """`numerics.fixed.linear` of a stored matrix at its widest. x: (tokens, columns) codes of the bits of `own`."""
+    factors = (np.ascontiguousarray(bias), np.ascontiguousarray(multiplier), np.ascontiguousarray(shift))
+    return _codes(
+        _native().matmul_integer(*_nested(linear, linear.bits[-1]), _shorts(x), own.bits, *factors, _pair(to), variant)
+    )
+
+
+def attention_integer(
+    q: Codes,
+    keys: Codes,
+    values: Codes,
+    grids: tuple[Grid, Grid, Grid, Grid],
+    node: Attend,
+    constants: tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.int16] | None],
+    *,
+    position: int,
+    share: int = SHARE,
+    variant: str = "",
+) -> Codes:
+    """`numerics.fixed.attend` of one key-value head: q (queries, heads, head_dim), keys and values (positions, head_dim).
+
+    grids: of q, keys, values and the result. constants: hi, lo, cap. The rest as in `attention`.
+    """
+    of_q, of_k, of_v, to = map(_pair, grids)
+    hi, lo, cap = constants
+    ratios = (node.multiplier, node.shift), (node.out_multiplier, node.out_shift)
+    arrays = _shorts(q), _shorts(keys), _shorts(values), position, node.window
+    tables = None if cap is None else _shorts(cap), hi, lo, node.probability
+    edges = (of_q, of_k, of_v, _pair(node.scores), to)
+    return _codes(_native().attention_integer(*arrays, edges, *ratios, *tables, share, variant))
+
+
+def norm_integer(
+    x: Codes,
+    own: Grid,
+    gain: npt.NDArray[np.int32],
+    offset: npt.NDArray[np.int64] | None,
+    to: Grid,
+    *,
+    layer: bool,
+    eps: int,
+    shift: int,
+    variant: str = "",
+) -> Codes:
+    """`numerics.fixed.norm` of one run of channels, (n,)."""
+    return _codes(_native().norm_integer(_shorts(x), _pair(own), gain, offset, layer, eps, shift, _pair(to), variant))
+
+
+def rotary_integer(
+    x: Codes,
+    own: Grid,
+    cos: npt.NDArray[np.int16],
+    sin: npt.NDArray[np.int16],
+    node: Rotate,
+    to: Grid,
+    *,
+    variant: str = "",
+) -> Codes:
+    """`numerics.fixed.rotate` of one position: x (heads, head_dim), cos and sin (dim / 2,)."""
+    ratios = (node.multiplier, node.shift), (node.plain_multiplier, node.plain_shift)
+    return _codes(_native().rotary_integer(_shorts(x), _pair(own), cos, sin, *ratios, _pair(to), variant))
+
+
+def multiply_integer(
+    a: Codes, of_a: Grid, b: Codes, of_b: Grid, multiplier: int, shift: int, to: Grid, *, variant: str = ""
+) -> Codes:
+    """`numerics.fixed.multiply` of (n,)."""
+    pairs = _shorts(a), _pair(of_a), _shorts(b), _pair(of_b), (multiplier, shift), _pair(to)
+    return _codes(_native().multiply_integer(*pairs, variant))
+
+
+def sum_integer(
+    parts: Sequence[tuple[Codes, Grid]], multipliers: Sequence[int], shift: int, to: Grid, *, variant: str = ""
+) -> Codes:
+    """`numerics.fixed.add` of edges (n,)."""
+    codes, grids = [_shorts(x) for x, _ in parts], [_pair(grid) for _, grid in parts]
+    return _codes(_native().sum_integer(codes, grids, list(multipliers), shift, _pair(to), variant))
+
+
+def table_integer(x: Codes, bits: int, table: npt.NDArray[np.int16], to: Grid, *, variant: str = "") -> Codes:
+    """`numerics.fixed.look_up` of (n,), with codes of `to`'s bits in the table."""
+    return _codes(_native().table_integer(_shorts(x), bits, table, to.bits, variant))
 
 
 def nested_rows(linear: StoredLinear, bits: int) -> F32:
@@ -276,11 +372,11 @@ class IntegerModel:
         with _numbers(_EMBEDDING):
             return _f32(self._core.logits(list(tokens)))
 
-    def sites(self, tokens: Sequence[int], *, chunk: int = 256) -> dict[str, npt.NDArray[np.int16]]:
+    def sites(self, tokens: Sequence[int], *, chunk: int = 256) -> dict[str, Codes]:
         """Return the codes of every edge for one fresh sequence run `chunk` tokens at a time, (tokens, width) each."""
         with _numbers(_EMBEDDING):
             found = self._core.sites(list(tokens), chunk)
-        return {name: np.asarray(codes).astype(np.int16) for name, codes in found.items()}
+        return {name: _codes(codes) for name, codes in found.items()}
 
     def generate(
         self,
@@ -358,3 +454,15 @@ def _floats(array: npt.NDArray[Any]) -> F32:
 
 def _f32(array: Any) -> F32:
     return np.asarray(array, dtype=np.float32)
+
+
+def _shorts(codes: npt.NDArray[Any]) -> Codes:
+    return np.ascontiguousarray(codes, dtype=np.int16)
+
+
+def _pair(grid: Grid) -> tuple[int, int]:
+    return grid.bits, grid.zero
+
+
+def _codes(array: Any) -> Codes:
+    return np.asarray(array).astype(np.int16)

@@ -118,12 +118,16 @@ void round_values(const float* values, int64_t dim, uint8_t* codes) {
     }
 }
 
-template <class Stored, class Given>
-void place_codes(const Given* key, const Given* value, int64_t dim, int64_t at, Stored* keys, Stored* values) {
-  if (key)
-    for (int64_t d = 0; d < dim; ++d) keys[key_place(dim, at, d)] = static_cast<Stored>(key[d]);
-  if (value)
-    for (int64_t d = 0; d < dim; ++d) values[value_place(dim, at, d)] = static_cast<Stored>(value[d]);
+// Codes of one position to where `place` says; each is as wide as what it goes to, or narrower.
+template <class Place>
+void place_codes(const void* from, int bits, int64_t dim, Kept kept, uint8_t* to, const Place& place) {
+  for (int64_t d = 0; d < dim; ++d) {
+    const int16_t code = bits == 8 ? static_cast<const int8_t*>(from)[d] : static_cast<const int16_t*>(from)[d];
+    if (kept == Kept::codes8)
+      reinterpret_cast<int8_t*>(to)[place(d)] = static_cast<int8_t>(code);
+    else
+      reinterpret_cast<int16_t*>(to)[place(d)] = code;
+  }
 }
 
 }  // namespace
@@ -211,19 +215,9 @@ void Cache::put_codes(int64_t layer, int64_t head, int64_t position, const void*
   const CacheShape& s = shape();
   uint8_t* page = pages_[static_cast<size_t>(position / kPage)];
   uint8_t *keys = page + s.key_offset(layer, head), *values = page + s.value_offset(layer, head);
-  const auto put = [&](const void* from, int bits, bool is_key) {
-    const int64_t at = position % kPage, dim = s.head_dim;
-    const auto place = [&](const auto* codes) {
-      const auto *k = is_key ? codes : nullptr, *v = is_key ? nullptr : codes;
-      if (s.kept == Kept::codes8)
-        place_codes(k, v, dim, at, reinterpret_cast<int8_t*>(keys), reinterpret_cast<int8_t*>(values));
-      else
-        place_codes(k, v, dim, at, reinterpret_cast<int16_t*>(keys), reinterpret_cast<int16_t*>(values));
-    };
-    bits == 8 ? place(static_cast<const int8_t*>(from)) : place(static_cast<const int16_t*>(from));
-  };
-  put(key, key_bits, true);
-  put(value, value_bits, false);
+  const int64_t at = position % kPage, dim = s.head_dim;
+  place_codes(key, key_bits, dim, s.kept, keys, [&](int64_t d) { return key_place(dim, at, d); });
+  place_codes(value, value_bits, dim, s.kept, values, [&](int64_t d) { return value_place(dim, at, d); });
 }
 
 }  // namespace lilliput

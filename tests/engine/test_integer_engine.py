@@ -2,17 +2,23 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
 
 from lilliput.artifact.integer import IntegerModel
+from lilliput.artifact.read import Artifact
+from lilliput.core.errors import ConfigError
 from lilliput.core.graph import Attend, Node
-from lilliput.engine import Sampling, native
+from lilliput.engine import Engine, Sampling, native
 from lilliput.engine.oracle import Oracle
+from lilliput.methods import METHODS
 from lilliput.numerics.fixed import multiplier
-from support.families import VOCAB
+from lilliput.pipeline import compress
+from support.families import VOCAB, write_checkpoint
 from support.integers import integer_model, some_tokens, tiny_decoder
+from support.small_artifact import write_small_artifact
 
 VARIANTS = sorted({"reference", *native.variants("matmul_integer"), *native.variants("attention_integer")})
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "gpt_neox", "opt", "stablelm"]
@@ -122,3 +128,27 @@ def test_tokens_beyond_the_vocabulary_and_the_graph_are_refused(tmp_path: Path) 
         core.logits([VOCAB])
     with pytest.raises(ValueError, match="position 256 is beyond the 256 of the graph"):
         core.logits([5] * 257)
+
+
+def test_an_engine_runs_the_graph_of_an_artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METHODS, "min_max", "support.min_max:MinMax")
+    write_checkpoint(tmp_path / "model", "llama", 3)
+    (tmp_path / "text.txt").write_text("The old man and the child went on and on, and the sea went with them. " * 60)
+    compress(
+        tmp_path / "model", tmp_path / "out", recipe=[{"min_max": {}}], calibration=[tmp_path / "text.txt"], samples=4,
+        length=32, gate=False,
+    )  # fmt: skip
+    engine, tokens = Engine(tmp_path / "out", activations="integer", threads=2), some_tokens(30, seed=8)
+    oracle = Oracle(cast(IntegerModel, Artifact.open(tmp_path / "out").integer()))
+    assert np.array_equal(engine.logits(tokens), oracle.logits(tokens))
+    answer = engine.generate(tokens, max_new_tokens=1)
+    assert answer.tokens == (int(oracle.logits(tokens)[-1].argmax()),) or answer.finish_reason == "stop"
+    assert engine.kv_bytes(65) < Engine(tmp_path / "out", kv="int8").kv_bytes(65)
+    with pytest.raises(ConfigError, match=r"kv: an integer graph keeps keys and values as codes, not as 'int8'\. Leave"):
+        Engine(tmp_path / "out", activations="integer", kv="int8")
+
+
+def test_an_artifact_without_a_graph_is_refused(tmp_path: Path) -> None:
+    write_small_artifact(tmp_path / "small.lilliput")
+    with pytest.raises(ConfigError, match=r"small\.lilliput: it has no integer graph\. Leave activations out"):
+        Engine(tmp_path / "small.lilliput", activations="integer")

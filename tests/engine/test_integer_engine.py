@@ -33,7 +33,9 @@ def made(folder: Path, family: str, bits: int = 8, overrides: dict[str, int] | N
 def assert_equal_sites(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> None:
     assert found.keys() == wanted.keys()
     for name, codes in wanted.items():
-        assert np.array_equal(found[name], codes), f"{name}: {(found[name] != codes).sum()} of {codes.size} codes differ"
+        assert np.array_equal(found[name], codes), (
+            f"{name}: {(found[name] != codes).sum()} of {codes.size} codes differ"
+        )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -78,7 +80,9 @@ def test_probabilities_of_8_bits(variant: str, tmp_path: Path) -> None:
 
     nodes = tuple(coarse(node) for node in model.graph.nodes)
     model = replace(model, graph=model.graph.model_copy(update={"nodes": nodes}))
-    assert_equal_sites(native.IntegerModel(model, threads=1, variant=variant).sites(tokens), Oracle(model).sites(tokens))
+    assert_equal_sites(
+        native.IntegerModel(model, threads=1, variant=variant).sites(tokens), Oracle(model).sites(tokens)
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
@@ -144,7 +148,9 @@ def test_an_engine_runs_the_graph_of_an_artifact(tmp_path: Path, monkeypatch: py
     answer = engine.generate(tokens, max_new_tokens=1)
     assert answer.tokens == (int(oracle.logits(tokens)[-1].argmax()),) or answer.finish_reason == "stop"
     assert engine.kv_bytes(65) < Engine(tmp_path / "out", kv="int8").kv_bytes(65)
-    with pytest.raises(ConfigError, match=r"kv: an integer graph keeps keys and values as codes, not as 'int8'\. Leave"):
+    with pytest.raises(
+        ConfigError, match=r"kv: an integer graph keeps keys and values as codes, not as 'int8'\. Leave"
+    ):
         Engine(tmp_path / "out", activations="integer", kv="int8")
 
 

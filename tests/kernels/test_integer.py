@@ -81,11 +81,18 @@ def test_attention_is_its_definition(
     variant: str, window: int, widths: tuple[int, int, int, int], probability: int
 ) -> None:
     rng = np.random.default_rng(2)
-    for dim, group, queries, position, sharp in [(16, 1, 1, 0, 1), (64, 4, 5, 61, 40), (33, 2, 9, 130, 2), (128, 3, 1, 200, 8)]:
+    for dim, group, queries, position, sharp in [
+        (16, 1, 1, 0, 1),
+        (64, 4, 5, 61, 40),
+        (33, 2, 9, 130, 2),
+        (128, 3, 1, 200, 8),
+    ]:
         grids = tuple(grid(rng, bits) for bits in widths)
-        of_q, of_k, of_v, to = grids
         count = position + queries
-        q, k, v = (codes(rng, g, *shape) for g, shape in zip(grids, [(queries, group * dim), (count, dim), (count, dim)], strict=False))
+        q, k, v = (
+            codes(rng, g, *shape)
+            for g, shape in zip(grids, [(queries, group * dim), (count, dim), (count, dim)], strict=False)
+        )
         size = 2.0 ** (widths[0] + widths[1])
         m, s = fixed.multiplier(2.0**17 / size / dim**0.5)
         out_m, out_s = fixed.multiplier(2.0 ** (widths[3] - widths[2]) / probability * 1.3)
@@ -134,7 +141,9 @@ def test_rotary_is_its_definition(variant: str, x_bits: int, y_bits: int) -> Non
     for head_dim, dim, heads in [(2, 2, 1), (64, 64, 3), (80, 32, 2), (256, 256, 2), (9, 4, 5)]:
         own, to = grid(rng, x_bits), grid(rng, y_bits)
         m, s = fixed.multiplier(2.0 ** (y_bits - x_bits - 14) * 0.9)
-        node = Rotate(x="x", y="y", head_dim=head_dim, dim=dim, multiplier=m, shift=s, plain_multiplier=m - 5, plain_shift=s)
+        node = Rotate(
+            x="x", y="y", head_dim=head_dim, dim=dim, multiplier=m, shift=s, plain_multiplier=m - 5, plain_shift=s
+        )
         cos, sin = fixed.turns([0.01 * (i + 1) for i in range(dim // 2)], 40)
         x = codes(rng, own, heads, head_dim)
         wanted = fixed.rotate(x.reshape(1, -1), own, cos[37:38], sin[37:38], node, to)

@@ -95,7 +95,7 @@ def windows(model: IntegerModel, count: int) -> Iterator[np.ndarray]:
 
 def exactness(model: IntegerModel, name: str, count: int) -> None:
     """Emit how many codes differ from the oracle's, by variant and phase."""
-    variants = sorted({"reference", *native.variants("matmul_integer"), *native.variants("attention_integer")})
+    variants = native.variants("matmul_integer")[1:]  # without the reference, which is slow and has tests of its own
     cores = {variant: native.IntegerModel(model, threads=2, variant=variant) for variant in variants}
     differ = {variant: [0, 0] for variant in variants}
     oracle, codes = Oracle(model), 0

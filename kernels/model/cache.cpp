@@ -115,6 +115,18 @@ void round_values(const float* values, int64_t dim, uint8_t* codes) {
     }
 }
 
+// Codes of one position to where `place` says; each is as wide as what it goes to, or narrower.
+template <class Place>
+void place_codes(const void* from, int bits, int64_t dim, Kept kept, uint8_t* to, const Place& place) {
+  for (int64_t d = 0; d < dim; ++d) {
+    const int16_t code = bits == 8 ? static_cast<const int8_t*>(from)[d] : static_cast<const int16_t*>(from)[d];
+    if (kept == Kept::codes8)
+      reinterpret_cast<int8_t*>(to)[place(d)] = static_cast<int8_t>(code);
+    else
+      reinterpret_cast<int16_t*>(to)[place(d)] = code;
+  }
+}
+
 }  // namespace
 
 Arena::Arena(const CacheShape& shape, int64_t pages, int64_t sequences)
@@ -239,6 +251,16 @@ void Cache::put(int64_t layer, int64_t head, int64_t position, const float* key,
   float* v = k + kPage * dim + value_at;  // values stand behind keys
   for (int64_t d = 0; d < dim; ++d) k[key_at + d * 16] = key[d];
   std::memcpy(v, value, static_cast<size_t>(dim) * sizeof(float));
+}
+
+void Cache::put_codes(int64_t layer, int64_t head, int64_t position, const void* key, int key_bits, const void* value,
+                      int value_bits) {
+  const CacheShape& s = shape();
+  uint8_t* page = pages_[static_cast<size_t>(position / kPage)];
+  uint8_t *keys = page + s.key_offset(layer, head), *values = page + s.value_offset(layer, head);
+  const int64_t at = position % kPage, dim = s.head_dim;
+  place_codes(key, key_bits, dim, s.kept, keys, [&](int64_t d) { return key_place(dim, at, d); });
+  place_codes(value, value_bits, dim, s.kept, values, [&](int64_t d) { return value_place(dim, at, d); });
 }
 
 }  // namespace lilliput

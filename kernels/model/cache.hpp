@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "ops/attention/attention.hpp"
+#include "ops/attention_integer/attention_integer.hpp"
 
 namespace lilliput {
 
@@ -15,12 +16,15 @@ struct CacheShape {
   int64_t layers, kv_heads, head_dim;
   Kept kept = Kept::float32;  // loses nothing
 
+  int64_t code_bytes() const { return kept == Kept::codes8 ? 1 : kept == Kept::codes16 ? 2 : 0; }  // of one code
   // Bytes of one layer and head: its keys, then its values.
   int64_t key_bytes() const {
+    if (code_bytes() > 0) return code_bytes() * kPage * 2 * channel_pairs(head_dim);
     if (kept == Kept::int4) return kPage / kGroup * key_group_bytes(head_dim);
     return kPage * (kept == Kept::int8 ? head_dim + 4 : 4 * head_dim);
   }
   int64_t value_bytes() const {
+    if (code_bytes() > 0) return code_bytes() * kPage * head_stride(head_dim);
     if (kept == Kept::int4) return kPage / kGroup * value_group_bytes(head_dim);
     return kPage * (kept == Kept::int8 ? head_stride(head_dim) + 4 : 4 * head_stride(head_dim));
   }
@@ -81,11 +85,17 @@ class Cache {
     return {pages_.data(), s.key_offset(layer, head), s.value_offset(layer, head), s.head_dim, s.kept, scale, softcap,
             window,        keys,                      keys ? keys + kPage * s.head_dim : nullptr};
   }
+  CodePages codes(int64_t layer, int64_t head) const {
+    return {pages_.data(), shape().key_offset(layer, head), shape().value_offset(layer, head), shape().kept};
+  }
   // Makes room for positions below `positions`. Throws std::bad_alloc.
   void reserve(int64_t positions);
   // Writes one position of one layer and head; key and value: (head_dim,). An int4 cache is written in ascending order
   // and rounds a group when the position after it is written, so one thread at a time writes a layer and head.
   void put(int64_t layer, int64_t head, int64_t position, const float* key, const float* value);
+  // The same of codes of 8 or 16 bits; a cache of 8 takes no codes of 16.
+  void put_codes(int64_t layer, int64_t head, int64_t position, const void* key, int key_bits, const void* value,
+                 int value_bits);
   void advance(int64_t count) { length_ += count; }
   // Forgets the positions from `length` on, which are then written again. Exact for float32 and int8. An int4 cache has
   // to be at the same group of positions still: what was rounded has no floats to go back to.

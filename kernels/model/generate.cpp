@@ -72,7 +72,7 @@ struct Request {
 
 class Loop {
  public:
-  Loop(Model& model, const std::vector<std::vector<int32_t>>& prompts, const GenerateOptions& options,
+  Loop(Runner& model, const std::vector<std::vector<int32_t>>& prompts, const GenerateOptions& options,
        const Hooks& hooks, Arena& arena)
       : model_(model), options_(options), hooks_(hooks), vocab_(model.spec().vocab_size) {
     for (size_t n = 0; n < prompts.size(); ++n) {
@@ -306,7 +306,7 @@ class Loop {
     end_or_keep(n, tell(n, token, bits), still);
   }
 
-  Model& model_;
+  Runner& model_;
   const GenerateOptions& options_;
   const Hooks& hooks_;
   const int64_t vocab_;
@@ -325,7 +325,7 @@ int64_t pages_of(const CacheShape& shape, int64_t prompt, const GenerateOptions&
   return shape.pages(std::min(options.context, prompt + options.max_new_tokens));
 }
 
-std::vector<Generated> generate(Model& model, const std::vector<std::vector<int32_t>>& prompts,
+std::vector<Generated> generate(Runner& model, const std::vector<std::vector<int32_t>>& prompts,
                                 const GenerateOptions& options, const Hooks& hooks) {
   if (options.max_new_tokens <= 0 || prompts.empty()) return std::vector<Generated>(prompts.size());
   const CacheShape shape = model.cache_shape(options.kept);
@@ -335,7 +335,7 @@ std::vector<Generated> generate(Model& model, const std::vector<std::vector<int3
   return Loop(model, prompts, options, hooks, arena).all();
 }
 
-void logits(Model& model, const std::vector<int32_t>& tokens, int bits, Kept kept, float* to,
+void logits(Runner& model, const std::vector<int32_t>& tokens, int bits, Kept kept, float* to,
             const std::function<void()>& poll) {
   const auto count = static_cast<int64_t>(tokens.size());
   const CacheShape shape = model.cache_shape(kept);
@@ -346,7 +346,7 @@ void logits(Model& model, const std::vector<int32_t>& tokens, int bits, Kept kep
                   to + at * model.spec().vocab_size, poll);
 }
 
-std::vector<int> follow(Model& model, const std::vector<int32_t>& tokens, int64_t prompt, const Course& course,
+std::vector<int> follow(Runner& model, const std::vector<int32_t>& tokens, int64_t prompt, const Course& course,
                         Kept kept, float* to, const Hooks& hooks) {
   const auto count = static_cast<int64_t>(tokens.size()), vocab = model.spec().vocab_size;
   const CacheShape shape = model.cache_shape(kept);

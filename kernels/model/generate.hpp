@@ -66,19 +66,19 @@ struct Hooks {
 // and then decoded together, those of one width in one forward. The tokens of a sequence do not depend on the others.
 // With drafting they are those of the answer's width alone where the temperature is 0, and distributed as those where
 // it is not. Hooks may throw; nothing is kept then. Throws std::bad_alloc when the cache for all of it cannot be had.
-std::vector<Generated> generate(Model& model, const std::vector<std::vector<int32_t>>& prompts,
+std::vector<Generated> generate(Runner& model, const std::vector<std::vector<int32_t>>& prompts,
                                 const GenerateOptions& options, const Hooks& hooks);
 
 // Pages that `generate` asks for one sequence.
 int64_t pages_of(const CacheShape& shape, int64_t prompt, const GenerateOptions& options);
 
 // Logits of every position of a fresh sequence: (tokens, vocab) float32.
-void logits(Model& model, const std::vector<int32_t>& tokens, int bits, Kept kept, float* to,
+void logits(Runner& model, const std::vector<int32_t>& tokens, int bits, Kept kept, float* to,
             const std::function<void()>& poll);
 
 // Logits along a given text whose first `prompt` tokens are read as a prompt and the others as if they had been chosen
 // one by one: (tokens - prompt + 1, vocab) float32. Returns the width of each of those forwards.
-std::vector<int> follow(Model& model, const std::vector<int32_t>& tokens, int64_t prompt, const Course& course,
+std::vector<int> follow(Runner& model, const std::vector<int32_t>& tokens, int64_t prompt, const Course& course,
                         Kept kept, float* to, const Hooks& hooks);
 
 }  // namespace lilliput

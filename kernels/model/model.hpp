@@ -67,7 +67,20 @@ struct Slice {
   Rows rows;
 };
 
-class Model {
+// What the decode loop runs.
+class Runner {
+ public:
+  virtual ~Runner() = default;
+  virtual const Spec& spec() const = 0;
+  virtual CacheShape cache_shape(Kept kept) const = 0;
+
+  // Runs the slices at one width and appends to their caches, which are all of one arena. logits: (rows, vocab)
+  // float32, the rows the slices want one after the other. `poll` is called now and then and may throw. Tokens in
+  // [0, vocab), counts >= 1; caches grow as needed. Calls from several threads take turns.
+  virtual void forward(const std::vector<Slice>& slices, int bits, float* logits, const std::function<void()>& poll) = 0;
+};
+
+class Model : public Runner {
  public:
   // `variant` names one variant for every op that has it; empty takes the best. `int8` rounds the inputs of nested
   // matrices to int8 wherever their groups allow it.
@@ -78,14 +91,11 @@ class Model {
   // Resolves names to layers and checks every shape. Throws std::invalid_argument naming what is missing or wrong.
   void finish();
 
-  const Spec& spec() const { return spec_; }
-  CacheShape cache_shape(Kept kept) const { return {spec_.num_layers, spec_.num_kv_heads, spec_.head_dim, kept}; }
+  const Spec& spec() const override { return spec_; }
+  CacheShape cache_shape(Kept kept) const override { return {spec_.num_layers, spec_.num_kv_heads, spec_.head_dim, kept}; }
   int threads() const { return pool_.threads(); }
 
-  // Runs the slices at one width and appends to their caches, which are all of one arena. logits: (rows, vocab)
-  // float32, the rows the slices want one after the other. `poll` is called now and then and may throw. Tokens in
-  // [0, vocab), counts >= 1; caches grow as needed. Calls from several threads take turns.
-  void forward(const std::vector<Slice>& slices, int bits, float* logits, const std::function<void()>& poll);
+  void forward(const std::vector<Slice>& slices, int bits, float* logits, const std::function<void()>& poll) override;
 
  private:
   struct Norm {

@@ -62,6 +62,27 @@ constexpr Variant<RotaryOp> kRotary[] = {
 constexpr Variant<ActivationOp> kActivation[] = {
 #include "ops/activation/variants.inc"
 };
+constexpr Variant<AttentionInteger> kAttentionInteger[] = {
+#include "ops/attention_integer/variants.inc"
+};
+constexpr Variant<MatmulInteger> kMatmulInteger[] = {
+#include "ops/matmul_integer/variants.inc"
+};
+constexpr Variant<MultiplyInteger> kMultiplyInteger[] = {
+#include "ops/multiply_integer/variants.inc"
+};
+constexpr Variant<NormInteger> kNormInteger[] = {
+#include "ops/norm_integer/variants.inc"
+};
+constexpr Variant<RotaryInteger> kRotaryInteger[] = {
+#include "ops/rotary_integer/variants.inc"
+};
+constexpr Variant<SumInteger> kSumInteger[] = {
+#include "ops/sum_integer/variants.inc"
+};
+constexpr Variant<TableInteger> kTableInteger[] = {
+#include "ops/table_integer/variants.inc"
+};
 #undef VARIANT
 
 template <class Run, size_t N>
@@ -92,6 +113,13 @@ std::vector<std::string> variants(const std::string& op) {
   if (op == "norm") return names(kNorm);
   if (op == "rotary") return names(kRotary);
   if (op == "activation") return names(kActivation);
+  if (op == "attention_integer") return names(kAttentionInteger);
+  if (op == "matmul_integer") return names(kMatmulInteger);
+  if (op == "multiply_integer") return names(kMultiplyInteger);
+  if (op == "norm_integer") return names(kNormInteger);
+  if (op == "rotary_integer") return names(kRotaryInteger);
+  if (op == "sum_integer") return names(kSumInteger);
+  if (op == "table_integer") return names(kTableInteger);
   throw std::invalid_argument("there is no op " + op);
 }
 
@@ -103,5 +131,12 @@ Attention* attention(const std::string& name) { return pick(kAttention, name); }
 NormOp* norm(const std::string& name) { return pick(kNorm, name); }
 RotaryOp* rotary(const std::string& name) { return pick(kRotary, name); }
 ActivationOp* activation(const std::string& name) { return pick(kActivation, name); }
+AttentionInteger* attention_integer(const std::string& name) { return pick(kAttentionInteger, name); }
+MatmulInteger* matmul_integer(const std::string& name) { return pick(kMatmulInteger, name); }
+MultiplyInteger* multiply_integer(const std::string& name) { return pick(kMultiplyInteger, name); }
+NormInteger* norm_integer(const std::string& name) { return pick(kNormInteger, name); }
+RotaryInteger* rotary_integer(const std::string& name) { return pick(kRotaryInteger, name); }
+SumInteger* sum_integer(const std::string& name) { return pick(kSumInteger, name); }
+TableInteger* table_integer(const std::string& name) { return pick(kTableInteger, name); }
 
 }  // namespace lilliput

@@ -59,5 +59,5 @@ def test_an_engine_rounds_unless_told_otherwise(tmp_path: Path) -> None:
     write_small_artifact(tmp_path / "small.lilliput")
     assert Engine(tmp_path / "small.lilliput").activations == "int8"
     assert Engine(tmp_path / "small.lilliput", activations="float").activations == "float"
-    with pytest.raises(ConfigError, match=r"activations: .* Give int8 or float"):
+    with pytest.raises(ConfigError, match=r"activations: .* Give int8 or float or integer"):
         Engine(tmp_path / "small.lilliput", activations="int4")  # type: ignore[arg-type]

@@ -40,8 +40,8 @@ constexpr int64_t kQueryRows = 16;  // queries that one call takes at most
 
 constexpr int64_t kGroup = 32;      // positions, and channels of values, that an int4 cache rounds together
 
-// How keys and values are kept.
-enum class Kept : int { float32, int8, int4 };
+// How keys and values are kept; codes are those of an integer graph, laid out as ops/attention_integer says.
+enum class Kept : int { float32, int8, int4, codes8, codes16 };
 
 constexpr int64_t head_stride(int64_t head_dim) { return (head_dim + 15) / 16 * 16; }
 constexpr int64_t head_blocks(int64_t head_dim) { return (head_dim + kGroup - 1) / kGroup; }

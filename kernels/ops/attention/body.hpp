@@ -307,6 +307,8 @@ LILLIPUT_INLINE void attention_body(const AttentionView& kv, const QueryRows& ro
     case Kept::float32: return attend_pages<Rows, Block, float>(kv, rows, begin, end, scratch);
     case Kept::int8: return attend_pages<Rows, Block, int8_t>(kv, rows, begin, end, scratch);
     case Kept::int4: return attend_pages<Rows, Block, Nibbles>(kv, rows, begin, end, scratch);
+    case Kept::codes8:
+    case Kept::codes16: return;  // attention_integer has them
   }
 }
 

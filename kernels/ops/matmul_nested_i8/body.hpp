@@ -252,8 +252,8 @@ LILLIPUT_INLINE void fill_terms(const NestedView& w, const QuantizedView& x, int
 template <class I, Cut C>
 constexpr int twice = I::kSplit && C != Cut::f21 ? 2 : 1;
 
-// The products of `Tiles` tiles added to the sums. Partial sums in int16 hold those of two tiles of 2-bit codes.
-template <class I, Cut C, int T, int Tiles, class Source>
+// `Times` the products of `Tiles` tiles added to the sums. Partial sums in int16 hold those of two tiles of 2-bit codes.
+template <class I, Cut C, int T, int Tiles, int Times = twice<I, C>, class Source>
 LILLIPUT_INLINE void add_tiles(const Source& source, int64_t tile, int part, const int8_t* const codes[T],
                                typename I::Sums sums[T]) {
   using B = typename I::Bytes;
@@ -281,8 +281,8 @@ LILLIPUT_INLINE void add_tiles(const Source& source, int64_t tile, int part, con
     }
   }
   for (int t = 0; t < T; ++t) {
-    sums[t] = I::template widen<twice<I, C>>(sums[t], p[t]);
-    if constexpr (has_high<I, C>) sums[t] = I::template widen<32>(sums[t], q[t]);
+    sums[t] = I::template widen<Times>(sums[t], p[t]);
+    if constexpr (has_high<I, C>) sums[t] = I::template widen<16 * Times>(sums[t], q[t]);
     if constexpr (I::kSplit && C == Cut::f2 && T == 1 && Source::kPacked)
       sums[t] = sums[t] + (I::template widen<2>(I::none(), q[t]) >> 2);
   }

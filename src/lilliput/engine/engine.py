@@ -19,7 +19,7 @@ from lilliput.core.errors import ConfigError, OutOfResource, Unsupported
 from lilliput.core.spec import ModelSpec
 from lilliput.data.tokenizer import Tokenizer
 from lilliput.engine.machine import available_bytes, usable_cores
-from lilliput.engine.native import F32, KV, Activations, Course, Drafting, Glimpse, Made, Model
+from lilliput.engine.native import F32, KV, Activations, Course, Drafting, Glimpse, IntegerModel, Made, Model
 from lilliput.engine.sampling import Sampling
 from lilliput.engine.schedules.base import Follower, Schedule, Signals, average_bits
 from lilliput.engine.schedules.fixed import Constant
@@ -80,7 +80,8 @@ class Engine:
 
     spec: what the model is. tokenizer: its own. bits: widths that can be asked for, ascending; empty when nothing is
     quantized. context: tokens of prompt and answer together. threads: that share the work of a call. kv: how keys and
-    values are kept while an answer is made. activations: what enters a quantized matrix, "int8" or "float".
+    values are kept while an answer is made. activations: what enters a quantized matrix, "int8" or "float", or
+    "integer" where the artifact's integer graph runs; then keys and values are kept as the codes they are, whatever kv.
     """
 
     spec: ModelSpec
@@ -106,7 +107,8 @@ class Engine:
         to one byte each, with a scale for each head and token, and needs about a quarter of the memory; "int4" rounds
         groups of 32 tokens, all but the first and the newest, to half a byte each, about a sixth in long contexts.
         activations: "int8" rounds what enters a quantized matrix to eight bits, several times faster; "float" computes
-        what the artifact's formula says.
+        what the artifact's formula says; "integer" runs the artifact's integer graph (docs/integer.md), which has one
+        width and keeps keys and values as codes. It is never chosen by itself, since its logits are other ones.
         Raises what `Artifact.open` and `Tokenizer.open` raise, InputCorrupt when tensors do not fit the spec,
         ConfigError for options that make no sense, Unsupported when the compiled kernels do not load.
         """
@@ -126,12 +128,24 @@ class Engine:
         if activations not in get_args(Activations):
             what = f"activations cannot be {activations!r}"
             raise ConfigError(what, where="activations", fix=f"Give {' or '.join(get_args(Activations))}")
+        if activations == "integer" and kv != "float":
+            what = f"an integer graph keeps keys and values as codes, not as {kv!r}"
+            raise ConfigError(what, where="kv", fix="Leave it out")
         self.kv, self.activations, self._read_ahead_for = kv, activations, set[int]()
         self.tokenizer = Tokenizer.open(artifact.path)
         self._floats = {name: artifact.tensor(name) for name in artifact.manifest.floats}
         self._linears = {name: artifact.linear(name) for name in artifact.quantized}
         cores = threads or usable_cores()
-        self._model = Model(self.spec, self._floats, self._linears, threads=cores, kv=kv, activations=activations)
+        self._model: Model | IntegerModel
+        if activations == "integer":
+            integer = artifact.integer()
+            if integer is None:
+                what, fix = "it has no integer graph", 'Leave activations out, or compress with "mobilequant"'
+                raise ConfigError(what, where=str(artifact.path), fix=fix)
+            self.context = min(self.context, integer.graph.positions)
+            self._model = IntegerModel(integer, threads=cores)
+        else:
+            self._model = Model(self.spec, self._floats, self._linears, threads=cores, kv=kv, activations=activations)
         self.threads = self._model.threads
 
     def logits(self, tokens: Tokens, *, bits: int | None = None) -> F32:
@@ -233,6 +247,8 @@ class Engine:
         stops = stop_strings(stop)
         if max_new_tokens < 1:
             raise ConfigError(f"{max_new_tokens} is no answer", where="max_new_tokens", fix="Give 1 or more")
+        if schedule is not None or draft_bits is not None or on_bits is not None:
+            self._of_widths()
         followed = self._schedules(bits, schedule, draft_bits, len(prompts))
         asked = [self._prompt(prompt) for prompt in prompts]
         drafting = self._drafting(draft_bits, draft_tokens, followed)
@@ -244,20 +260,26 @@ class Engine:
         ]
         most = min(max_new_tokens, self.context)
         runs = _Runs(followed, [len(ids) for ids in asked], most)
+        plain: dict[str, Any] = {
+            "max_new_tokens": most,
+            "context": self.context,
+            "eos": self.tokenizer.eos_ids,
+            "sampling": sampling,
+            "on_token": lambda index, token: streams[index].put(token),
+            "on_prefill": runs.prefilled(on_prefill),
+        }
         try:
-            made = self._model.generate(
-                asked,
-                courses=runs.courses,
-                max_new_tokens=most,
-                context=self.context,
-                eos=self.tokenizer.eos_ids,
-                sampling=sampling,
-                drafting=drafting,
-                on_token=lambda index, token: streams[index].put(token),
-                on_prefill=runs.prefilled(on_prefill),
-                on_bits=on_bits,
-                next_bits=runs.next_bits if runs.asking else None,
-            )
+            if isinstance(self._model, IntegerModel):
+                made = self._model.generate(asked, bits=self._width(bits), **plain)
+            else:
+                made = self._model.generate(
+                    asked,
+                    courses=runs.courses,
+                    drafting=drafting,
+                    on_bits=on_bits,
+                    next_bits=runs.next_bits if runs.asking else None,
+                    **plain,
+                )
         except MemoryError as error:
             raise OutOfResource("the memory gave out", where="generate", fix=self._smaller) from error
         return [
@@ -281,12 +303,11 @@ class Engine:
             fix = f"Cut them, or open the artifact with a context up to {self.spec.context}"
             raise OutOfResource(f"{len(ids)} tokens exceed the context of {self.context}", where="tokens", fix=fix)
         self._check_memory([len(ids)], rows=len(ids))
+        model = self._of_widths()
         runs = _Runs(self._schedules(None, schedule, None, 1), [prompt_tokens], len(ids) - prompt_tokens + 1)
         runs.start = time.perf_counter()
         try:
-            rows, widths = self._model.follow(
-                ids, prompt_tokens, runs.courses[0], runs.next_bits if runs.asking else None
-            )
+            rows, widths = model.follow(ids, prompt_tokens, runs.courses[0], runs.next_bits if runs.asking else None)
         except MemoryError as error:
             raise OutOfResource("the memory gave out", where="follow", fix=self._smaller) from error
         return rows, tuple(widths)
@@ -353,6 +374,12 @@ class Engine:
         wide = max((schedule.ladder[0] for schedule in schedules), default=width)
         read = self.weight_bytes(width) / self.weight_bytes(wide)
         return Drafting(width, draft_tokens, _FIXED_COST + (1 - _FIXED_COST) * read, _ROW_COST)
+
+    def _of_widths(self) -> Model:
+        if isinstance(self._model, IntegerModel):
+            fix = 'Leave schedules, drafts and on_bits out, or open the artifact with activations="int8"'
+            raise ConfigError("an integer graph has one width", where="activations", fix=fix)
+        return self._model
 
     def _width(self, bits: int | None) -> int:
         if bits is None:

@@ -14,12 +14,15 @@ from typing import Any, Final, Literal, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from lilliput.artifact.integer import IntegerModel as StoredInteger
 from lilliput.artifact.read import StoredLinear, StoredTensor
 from lilliput.core.errors import InputCorrupt, Unsupported
+from lilliput.core.graph import Attend, Embed, Graph, Grid, Linear, Rotate
 from lilliput.core.spec import ModelSpec
 from lilliput.engine.sampling import Sampling
 
 F32 = npt.NDArray[np.float32]
+Codes = npt.NDArray[np.int16]
 KV = Literal["float", "int8", "int4"]
 PAGE: Final = 64
 """Positions in a page of the cache; a sequence takes whole pages."""
@@ -27,7 +30,7 @@ GROUP: Final = 32
 """Positions, and channels of values, that an int4 cache rounds together."""
 SHARE: Final = 16
 """Rows that one call of the attention kernel takes at most."""
-Activations = Literal["int8", "float"]
+Activations = Literal["int8", "float", "integer"]
 Course = tuple[int, Sequence[tuple[int, int]]]
 """Width of the prompt, and (from decode forward, width) ascending from 0; no steps where `next_bits` is asked."""
 
@@ -111,6 +114,101 @@ def quantize_i8(
 def matmul_nested_i8(linear: StoredLinear, bits: int, x: F32, *, variant: str = "") -> F32:
     """Like `matmul_nested`, with x rounded to int8 by `quantize_i8` for the matrix's groups: (tokens, out)."""
     return _f32(_native().matmul_nested_i8(*_nested(linear, bits), _floats(x), variant))
+
+
+def matmul_integer(
+    linear: StoredLinear,
+    x: Codes,
+    own: Grid,
+    bias: npt.NDArray[np.int64],
+    multiplier: npt.NDArray[np.int32],
+    shift: npt.NDArray[np.int8],
+    to: Grid,
+    *,
+    variant: str = "",
+) -> Codes:
+    """`numerics.fixed.linear` of a stored matrix at its widest. x: (tokens, columns) codes of the bits of `own`."""
+    factors = (np.ascontiguousarray(bias), np.ascontiguousarray(multiplier), np.ascontiguousarray(shift))
+    return _codes(
+        _native().matmul_integer(*_nested(linear, linear.bits[-1]), _shorts(x), own.bits, *factors, _pair(to), variant)
+    )
+
+
+def attention_integer(
+    q: Codes,
+    keys: Codes,
+    values: Codes,
+    grids: tuple[Grid, Grid, Grid, Grid],
+    node: Attend,
+    constants: tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.int16] | None],
+    *,
+    position: int,
+    share: int = SHARE,
+    variant: str = "",
+) -> Codes:
+    """`numerics.fixed.attend` of one key-value head: q (queries, heads, head_dim), keys and values (positions, head_dim).
+
+    grids: of q, keys, values and the result. constants: hi, lo, cap. The rest as in `attention`.
+    """
+    of_q, of_k, of_v, to = map(_pair, grids)
+    hi, lo, cap = constants
+    ratios = (node.multiplier, node.shift), (node.out_multiplier, node.out_shift)
+    arrays = _shorts(q), _shorts(keys), _shorts(values), position, node.window
+    tables = None if cap is None else _shorts(cap), hi, lo, node.probability
+    edges = (of_q, of_k, of_v, _pair(node.scores), to)
+    return _codes(_native().attention_integer(*arrays, edges, *ratios, *tables, share, variant))
+
+
+def norm_integer(
+    x: Codes,
+    own: Grid,
+    gain: npt.NDArray[np.int32],
+    offset: npt.NDArray[np.int64] | None,
+    to: Grid,
+    *,
+    layer: bool,
+    eps: int,
+    shift: int,
+    variant: str = "",
+) -> Codes:
+    """`numerics.fixed.norm` of one run of channels, (n,)."""
+    return _codes(_native().norm_integer(_shorts(x), _pair(own), gain, offset, layer, eps, shift, _pair(to), variant))
+
+
+def rotary_integer(
+    x: Codes,
+    own: Grid,
+    cos: npt.NDArray[np.int16],
+    sin: npt.NDArray[np.int16],
+    node: Rotate,
+    to: Grid,
+    *,
+    variant: str = "",
+) -> Codes:
+    """`numerics.fixed.rotate` of one position: x (heads, head_dim), cos and sin (dim / 2,)."""
+    ratios = (node.multiplier, node.shift), (node.plain_multiplier, node.plain_shift)
+    return _codes(_native().rotary_integer(_shorts(x), _pair(own), cos, sin, *ratios, _pair(to), variant))
+
+
+def multiply_integer(
+    a: Codes, of_a: Grid, b: Codes, of_b: Grid, multiplier: int, shift: int, to: Grid, *, variant: str = ""
+) -> Codes:
+    """`numerics.fixed.multiply` of (n,)."""
+    pairs = _shorts(a), _pair(of_a), _shorts(b), _pair(of_b), (multiplier, shift), _pair(to)
+    return _codes(_native().multiply_integer(*pairs, variant))
+
+
+def sum_integer(
+    parts: Sequence[tuple[Codes, Grid]], multipliers: Sequence[int], shift: int, to: Grid, *, variant: str = ""
+) -> Codes:
+    """`numerics.fixed.add` of edges (n,)."""
+    codes, grids = [_shorts(x) for x, _ in parts], [_pair(grid) for _, grid in parts]
+    return _codes(_native().sum_integer(codes, grids, list(multipliers), shift, _pair(to), variant))
+
+
+def table_integer(x: Codes, bits: int, table: npt.NDArray[np.int16], to: Grid, *, variant: str = "") -> Codes:
+    """`numerics.fixed.look_up` of (n,), with codes of `to`'s bits in the table."""
+    return _codes(_native().table_integer(_shorts(x), bits, table, to.bits, variant))
 
 
 def nested_rows(linear: StoredLinear, bits: int) -> F32:
@@ -232,11 +330,7 @@ class Model:
             raise InputCorrupt(str(error), where=f"weights of a {spec.family} model", fix=fix) from error
 
     def _add_nested(self, name: str, m: StoredLinear, bias: F32 | None) -> None:
-        scales = [(bits, _bytes(values)) for bits, values in m.scale.items()]
-        zeros = [(bits, _bytes(values)) for bits, values in m.zero.items()]
-        tables = [(bits, _bytes(values)) for bits, values in m.table.items()]
-        planes = [_bytes(plane) for plane in m.planes]
-        self._core.add_nested(name, planes, list(m.fields), scales, zeros, tables, m.out, m.columns, _group(m), bias)
+        self._core.add_nested(name, *_stored(m), m.out, m.columns, _group(m), bias)
 
     @property
     def threads(self) -> int:
@@ -297,14 +391,92 @@ class Model:
         return _f32(rows), list(widths)
 
 
+class IntegerModel:
+    """An integer graph in C++ over arrays that stay where they are; `docs/integer.md` has the arithmetic.
+
+    Its codes are those of `engine.oracle`, whatever the variant, the threads and the company in a batch. `bits` of its
+    methods changes nothing: matrices of a graph have one width each.
+    """
+
+    def __init__(self, model: StoredInteger, *, threads: int, variant: str = "") -> None:
+        """variant: runs every op that has it in that variant; for tests.
+
+        Raises InputCorrupt for a graph the kernels do not run, such as one whose layers have heads of different widths.
+        """
+        self._model = model  # whose arrays are read in place
+        self._core = _native().IntegerModel(model.spec.model_dump(), model.graph.model_dump(), threads, variant)
+        try:
+            for name, values in model.constants.items():
+                self._core.add_constant(name, _bytes(values))
+            for name in _matrices(model.graph):
+                if name in model.linears:
+                    m = model.linears[name]
+                    self._core.add_nested(name, *_stored(m), m.out, m.columns, _group(m))
+                else:
+                    weight = model.floats[f"{name}.weight"]
+                    self._core.add_float(name, _bytes(weight.data), weight.dtype, *weight.shape)
+            self._core.finish()
+        except ValueError as error:
+            fix = "Run it with other activations, or make the artifact again"
+            raise InputCorrupt(str(error), where="integer graph", fix=fix) from error
+
+    @property
+    def threads(self) -> int:
+        """Threads that share the work."""
+        return int(self._core.threads)
+
+    def cache_bytes(self, positions: int) -> int:
+        """Bytes of the codes of keys and values of one sequence, in whole pages."""
+        return int(self._core.cache_bytes(positions))
+
+    def logits(self, tokens: Sequence[int], bits: int = 0) -> F32:
+        """Return (tokens, vocab) for a fresh sequence: scale * (code - zero), through the soft-cap if there is one."""
+        with _numbers(_EMBEDDING):
+            return _f32(self._core.logits(list(tokens)))
+
+    def sites(self, tokens: Sequence[int], *, chunk: int = 256) -> dict[str, Codes]:
+        """Return the codes of every edge for one fresh sequence run `chunk` tokens at a time, (tokens, width) each."""
+        with _numbers(_EMBEDDING):
+            found = self._core.sites(list(tokens), chunk)
+        return {name: _codes(codes) for name, codes in found.items()}
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        bits: int = 0,
+        max_new_tokens: int,
+        context: int,
+        eos: Sequence[int],
+        sampling: Sampling,
+        on_token: Callable[[int, int], bool] | None = None,
+        on_prefill: Callable[[int, int], bool | None] | None = None,
+    ) -> list[Made]:
+        """Continue every prompt, as `Model.generate` does. bits: what its one width is called in the results."""
+        options = (bits, max_new_tokens, context, list(eos), asdict(sampling), on_token, on_prefill)
+        with _numbers(_EMBEDDING):
+            made = self._core.generate([list(p) for p in prompts], *options)
+        return [Made(*result) for result in made]
+
+
+_EMBEDDING = "an embedding is not finite"
+
+
 @contextmanager
 def _numbers(what: str) -> Iterator[None]:
+    """Raise InputCorrupt where the kernels meet what is no number."""
     try:
         yield
     except _native().NotANumber as error:
-        raise InputCorrupt(
-            what, "logits", "Check the artifact with `lilliput verify`, then the source model"
-        ) from error
+        fix = "Check the artifact with `lilliput verify`, then the source model"
+        raise InputCorrupt(what, where="logits", fix=fix) from error
+
+
+def _matrices(graph: Graph) -> list[str]:
+    """Names of the matrices a graph reads."""
+    found = {node.matrix for node in graph.nodes if isinstance(node, Embed | Linear)}
+    found |= {node.positions for node in graph.nodes if isinstance(node, Embed) and node.positions is not None}
+    return sorted(found)
 
 
 def _is_matrix(name: str, tensor: StoredTensor) -> bool:
@@ -314,6 +486,12 @@ def _is_matrix(name: str, tensor: StoredTensor) -> bool:
 
 def _group(m: StoredLinear) -> int:
     return m.columns if m.group_size == -1 else m.group_size
+
+
+def _stored(m: StoredLinear) -> tuple[Any, ...]:
+    """Planes, their widths, and the grids of every width."""
+    grids = ([(bits, _bytes(values)) for bits, values in grid.items()] for grid in (m.scale, m.zero, m.table))
+    return [_bytes(plane) for plane in m.planes], list(m.fields), *grids
 
 
 def _nested(m: StoredLinear, bits: int) -> tuple[Any, ...]:
@@ -339,3 +517,15 @@ def _floats(array: npt.NDArray[Any]) -> F32:
 
 def _f32(array: Any) -> F32:
     return np.asarray(array, dtype=np.float32)
+
+
+def _shorts(codes: npt.NDArray[Any]) -> Codes:
+    return np.ascontiguousarray(codes, dtype=np.int16)
+
+
+def _pair(grid: Grid) -> tuple[int, int]:
+    return grid.bits, grid.zero
+
+
+def _codes(array: Any) -> Codes:
+    return np.asarray(array).astype(np.int16)

@@ -101,7 +101,7 @@ def bench(
     new_tokens: int = 128,
     rounds: int = 3,
     threads: int | None = None,
-    activations: Literal["int8", "float"] = "int8",
+    activations: Literal["int8", "float", "integer"] = "int8",
     kv: Literal["float", "int8", "int4"] = "float",
     schedule: str | None = None,
     draft_bits: int | None = None,

@@ -50,7 +50,7 @@ def command(
     new_tokens: int,
     rounds: int,
     threads: int,
-    activations: Literal["int8", "float"],
+    activations: Literal["int8", "float", "integer"],
     kv: Literal["float", "int8", "int4"],
 ) -> None:
     """Time ARTIFACT at each width, each in a process of its own; then along a schedule, and with drafts.

@@ -53,7 +53,7 @@ def command(
     field: str | None,
     join: bool,
     threads: int | None,
-    activations: Literal["int8", "float"],
+    activations: Literal["int8", "float", "integer"],
     runner: Literal["engine", "oracle"],
 ) -> None:
     """Measure ARTIFACT on FILE at each width: perplexity, and with --against how far it is from the original.

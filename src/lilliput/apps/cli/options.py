@@ -42,8 +42,11 @@ def threads(default: int | None = None) -> Callable[[F], F]:
 
 def activations(command: F) -> F:
     """`--activations`, what enters a quantized matrix."""
-    text = "What enters a quantized matrix: rounded to int8, which is faster, or float as it is."
-    choice = click.Choice(["int8", "float"])
+    text = (
+        "What enters a quantized matrix: rounded to int8, which is faster, or float as it is; integer runs the integer "
+        "graph of an artifact that has one, never by itself."
+    )
+    choice = click.Choice(["int8", "float", "integer"])
     return click.option("--activations", type=choice, default="int8", show_default=True, help=text)(command)
 
 

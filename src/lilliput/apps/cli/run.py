@@ -80,7 +80,7 @@ def command(
     threads: int | None,
     context: int | None,
     kv: Literal["float", "int8", "int4"],
-    activations: Literal["int8", "float"],
+    activations: Literal["int8", "float", "integer"],
 ) -> None:
     """Continue PROMPT with the model in ARTIFACT; the text streams to stdout.
 

@@ -42,7 +42,7 @@ def command(
     threads: int | None,
     context: int | None,
     kv: Literal["float", "int8", "int4"],
-    activations: Literal["int8", "float"],
+    activations: Literal["int8", "float", "integer"],
 ) -> None:
     """Serve ARTIFACT at /v1/completions and /v1/chat/completions until interrupted (needs lilliput[serve]).
 

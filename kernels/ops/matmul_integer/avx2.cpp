@@ -1,0 +1,13 @@
+#include "ops/matmul_nested_i8/avx2.hpp"
+
+#include "ops/matmul_integer/body.hpp"
+
+namespace lilliput {
+
+void matmul_integer_avx2(const NestedView& w, const CodesView& x, int64_t tokens, const RowFactors& rows,
+                       const CodeGrid& grid, void* y, int64_t ldy, int64_t tile_begin, int64_t tile_end,
+                       uint8_t* scratch) {
+  matmul_integer_body<Avx2>(w, x, tokens, rows, grid, y, ldy, tile_begin, tile_end, scratch);
+}
+
+}  // namespace lilliput

@@ -1,0 +1,36 @@
+// VPDPBUSD in 256 bits, for machines that have it without AVX-512.
+#pragma once
+
+#include "ops/matmul_nested_i8/ymm.hpp"
+
+namespace lilliput {
+namespace {
+
+struct AvxVnni : Ymm {
+  typedef Sums Partial;
+  static constexpr bool kSplit = false;
+
+  LILLIPUT_INLINE Partial begin() { return none(); }
+  template <int T, int, int>
+  LILLIPUT_INLINE void steps(Partial p[T], const Bytes codes[8], const int8_t* const x[T], int64_t at) {
+    for (int t = 0; t < T; ++t) p[t] += dot(codes, x[t] + at);
+  }
+  template <int>
+  LILLIPUT_INLINE Sums widen(Sums sums, Partial p) { return sums + p; }
+
+  // Two chains that begin at 0 each time, so that one tile does not wait for the one before.
+  LILLIPUT_INLINE Sums dot(const Bytes codes[8], const int8_t* x) {
+    Bytes a = _mm256_setzero_si256(), b = a;
+    for (int j = 0; j < 8; j += 2) {
+      a = _mm256_dpbusd_avx_epi32(a, codes[j], inputs(x + 4 * j));
+      b = _mm256_dpbusd_avx_epi32(b, codes[j + 1], inputs(x + 4 * j + 4));
+    }
+    return (Sums)a + (Sums)b;
+  }
+  LILLIPUT_INLINE Sums dot_entries(Sums sums, const Bytes entries[8], const int8_t* x) {
+    return sums + dot(entries, x);
+  }
+};
+
+}  // namespace
+}  // namespace lilliput

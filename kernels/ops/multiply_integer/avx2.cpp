@@ -1,0 +1,11 @@
+// The portable body compiled for AVX2.
+#include "ops/multiply_integer/body.hpp"
+
+namespace lilliput {
+
+void multiply_integer_avx2(const IntegerProduct& how, const void* a, const void* b, void* y, int64_t begin,
+                           int64_t end) {
+  multiply_integer_body(how, a, b, y, begin, end);
+}
+
+}  // namespace lilliput

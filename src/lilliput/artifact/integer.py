@@ -9,20 +9,24 @@ arithmetic and its bounds.
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from lilliput.artifact.read import StoredLinear, StoredTensor
+from pydantic import ValidationError
+
+from lilliput.artifact import strict_json
+from lilliput.artifact.container import NUMPY, Container, Layout, Planned, PlannedFile
+from lilliput.artifact.schema import CONSTANTS_FILE, GRAPH_FILE
+from lilliput.artifact.stored import StoredLinear, StoredTensor
 from lilliput.core.errors import InputCorrupt
 from lilliput.core.graph import Attend, Edge, Embed, Graph, Grid, Linear, Multiply, Node, Norm, Rotate, Sum, Table
 from lilliput.core.spec import ModelSpec
 from lilliput.numerics.fixed import LARGEST, LARGEST_SHIFT, MULTIPLIER_BITS, ONE, TURN_BITS, reach
 from lilliput.numerics.packing import ROWS, unpack_fields, untile_groups
 
-GRAPH_FILE = "integer.json"
-CONSTANTS_FILE = "integer.safetensors"
 GRAPH_LIMIT: Final = 64 << 20
 """Bytes of the largest graph we read."""
 WIDTHS = (4, 8)
@@ -32,8 +36,10 @@ HALF = 0.5
 
 _FIX = "Copy the artifact again from its source, or make it again"
 _SUMMANDS = 8
+_LONGEST = 1 << 40
+_SMALLEST, _GREATEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+_STORED: Final = {np.dtype(NUMPY[name]).name: name for name in ("I8", "I16", "I32", "I64")}
 Constants = Mapping[str, npt.NDArray[Any]]
-Shape = tuple[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,8 +62,8 @@ class IntegerModel:
 
     @cached_property
     def bits(self) -> int:
-        """Bits of the weights: those of the widest matrix the graph multiplies with."""
-        return max(self.linears[node.matrix].bits[-1] for node in self.graph.nodes if isinstance(node, Linear))
+        """Bits of the first matrix the graph multiplies with, which are those of all in the blocks."""
+        return next(self.linears[node.matrix].bits[-1] for node in self.graph.nodes if isinstance(node, Linear))
 
     def weights(self, name: str) -> npt.NDArray[np.int8]:
         """The whole numbers of a matrix, (out, in)."""
@@ -88,6 +94,47 @@ class IntegerModel:
         )
         found: npt.NDArray[np.float32] = few.dequantize(linear.bits[-1])[place * ROWS + np.asarray(index) % ROWS]
         return found
+
+
+def write_graph(folder: Path, graph: Graph, constants: Constants) -> None:
+    """Put the two files into an artifact that is being made, replacing those of an interrupted run."""
+    (folder / GRAPH_FILE).write_bytes(_spelled(graph, GRAPH_FILE))
+    planned = [Planned(name, _STORED[value.dtype.name], value.shape) for name, value in constants.items()]
+    (folder / CONSTANTS_FILE).unlink(missing_ok=True)
+    with PlannedFile.create(folder / CONSTANTS_FILE, Layout.of(planned, {"format": "lilliput"})) as file:
+        for name, value in constants.items():
+            file.write(name, value)
+        file.sync()
+
+
+def parse_graph(raw: bytes, where: str) -> Graph:
+    """Return the graph in `raw`. Raises InputCorrupt for what is not one, or not in the only spelling we write."""
+    data = strict_json.parse(raw, where, _FIX)
+    try:
+        graph = Graph.model_validate(data)
+    except (ValidationError, RecursionError) as error:
+        first = error.errors(include_url=False)[0] if isinstance(error, ValidationError) else {"loc": (), "msg": "deep"}
+        at = ".".join(str(step)[:80] for step in first["loc"]) or "graph"
+        raise InputCorrupt(f"{at}: {first['msg']}", where, _FIX) from None
+    if _spelled(graph, where) != raw:
+        raise InputCorrupt("the graph is not in its canonical form", where, _FIX)
+    return graph
+
+
+def read_constants(file: Container) -> Constants:
+    """Return the constants of an open file by name. Raises InputCorrupt for one that is not of whole numbers."""
+    found = {}
+    for name, slot in file.header.slots.items():
+        if slot.padding:
+            continue
+        if slot.dtype not in _STORED.values():
+            raise InputCorrupt(f"is {slot.dtype}, not whole numbers", f"{file.where}: {name}", _FIX)
+        found[name] = file.view(name).copy()  # aligned, whatever the file says
+    return found
+
+
+def _spelled(graph: Graph, where: str) -> bytes:
+    return strict_json.canonical(graph.model_dump(mode="json"), where, _FIX)
 
 
 def problems(
@@ -130,6 +177,11 @@ class _Check:
         }
         if self.graph.positions > self.spec.context:
             yield f"{self.graph.positions} positions for a model of {self.spec.context}"
+            return
+        for name, edge in self.graph.edges.items():
+            if not _SMALLEST <= edge.grid.scale <= _GREATEST:
+                yield f"{name}: a scale of {edge.grid.scale:.3g} is beyond float32"
+                return
         for index, node in enumerate(self.graph.nodes):
             try:
                 self._order(index, node)
@@ -142,6 +194,8 @@ class _Check:
         output = self.graph.edges.get(self.graph.output)
         if output is None or output.width != self.spec.vocab_size:
             yield f"{self.graph.output} is not {self.spec.vocab_size} logits"
+        if not any(isinstance(node, Linear) for node in self.graph.nodes):
+            yield "there is no linear layer"
         if unused := self.constants.keys() - self.used:
             yield f"{min(unused)} belongs to no node"
 
@@ -191,8 +245,8 @@ class _Check:
         if node.matrix != self.spec.entrance or self._edge(node.y).width != self.spec.hidden_size:
             raise _Fault(f"it does not look up {self.spec.entrance}")
         self._table_of(node.matrix, self.spec.vocab_size)
-        if not np.isfinite(node.factor):
-            raise _Fault("its factor is not finite")
+        if not abs(node.factor) <= _GREATEST:
+            raise _Fault("its factor is not finite in float32")
         if node.positions is not None:
             if node.positions != "embed_positions" or node.offset < 0:
                 raise _Fault("it does not look up embed_positions")
@@ -259,7 +313,7 @@ class _Check:
         for edge, heads in ((q, node.heads), (y, node.heads), (k, node.kv_heads), (v, node.kv_heads)):
             if edge.width != heads * node.head_dim:
                 raise _Fault(f"{edge.width} channels are not {heads} heads of {node.head_dim}")
-        if node.window < 0 or not np.isfinite(node.scale) or not (node.softcap is None or 0 < node.softcap < np.inf):
+        if not 0 <= node.window <= _LONGEST or not np.isfinite(node.scale) or not (node.softcap is None or 0 < node.softcap < np.inf):
             raise _Fault("its window, scale or soft-cap is not one")
         if node.scores.bits != 16 or (node.capped is not None and node.capped.bits != 16):
             raise _Fault("scores have 16 bits")

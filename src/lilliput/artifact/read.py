@@ -5,92 +5,34 @@ its first use, and then its header is held against the manifest: names, dtypes, 
 hashed here; `verify` does that.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
 from lilliput.artifact.container import Container
 from lilliput.artifact.folder import Folder
+from lilliput.artifact.integer import GRAPH_LIMIT, IntegerModel, parse_graph, read_constants
 from lilliput.artifact.plan import Plan
-from lilliput.artifact.schema import FLOAT_FILE, MANIFEST_FILE, MANIFEST_LIMIT, Manifest, load_manifest, rung_file
+from lilliput.artifact.schema import (
+    CONSTANTS_FILE,
+    FLOAT_FILE,
+    GRAPH_FILE,
+    MANIFEST_FILE,
+    MANIFEST_LIMIT,
+    Manifest,
+    load_manifest,
+    rung_file,
+)
+from lilliput.artifact.stored import StoredLinear as StoredLinear
+from lilliput.artifact.stored import StoredTensor as StoredTensor
 from lilliput.core.errors import ConfigError, InputCorrupt, InputMissing
-from lilliput.numerics.packing import LEVEL_MIDDLE, serving_width, unpack_fields, untile_groups, untile_table
+from lilliput.core.graph import Graph
+from lilliput.core.spec import ModelSpec
 
 _FIX = "Copy the artifact again from its source, or make it again"
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """One tensor as stored: `data` is a read-only view of the file, BF16 as the uint16 of its bits."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    data: npt.NDArray[Any]
-
-    def to_float32(self) -> npt.NDArray[np.float32]:
-        """Return the values as float32, own memory."""
-        if self.dtype == "BF16":
-            return (self.data.astype(np.uint32) << np.uint32(16)).view(np.float32)
-        return self.data.astype(np.float32)
-
-
-@dataclass(frozen=True)
-class StoredLinear:
-    """One quantized matrix as stored, as far as its widest width in `bits` needs it. All arrays are read-only views.
-
-    bits: widths of the matrix itself, ascending. fields: width of each plane, most significant first; planes[f]:
-    uint8 (row tiles, input tiles, 64 * fields[f]). scale[b], zero[b]: float16 (row tiles, groups, 16), zero empty
-    when symmetric. group_size: -1 is one group a row. bias: (out,) or None. table[b]: uint8 (row tiles, 16, 2**b) for
-    the widths that have one.
-    """
-
-    name: str
-    out: int
-    columns: int
-    group_size: int
-    groups: int
-    bits: tuple[int, ...]
-    fields: tuple[int, ...]
-    planes: tuple[npt.NDArray[np.uint8], ...]
-    scale: Mapping[int, npt.NDArray[np.float16]]
-    zero: Mapping[int, npt.NDArray[np.float16]]
-    bias: StoredTensor | None
-    table: Mapping[int, npt.NDArray[np.uint8]] = field(default_factory=dict)
-
-    def width_at(self, bits: int) -> int:
-        """Width this matrix runs at when the artifact is asked for `bits`: the narrowest of at least that, or the widest."""
-        return serving_width(self.bits, bits)
-
-    def dequantize(self, bits: int) -> npt.NDArray[np.float32]:
-        """Return the (out, columns) float32 matrix at the artifact's width `bits`: scale * (c - (2**w - 1) / 2 - zero).
-
-        Where the width w has a table: scale * (table[c] - 63.5 - zero).
-        """
-        width, count, total = self.width_at(bits), 0, 0
-        while total < width:
-            total, count = total + self.fields[count], count + 1
-        codes = unpack_fields(self.planes[:count], self.fields[:count], self.out, self.columns)
-        if width in self.table:
-            levels = untile_table(self.table[width], self.out).astype(np.float32) - np.float32(LEVEL_MIDDLE)
-            values = np.take_along_axis(levels, codes, axis=1)
-        else:
-            values = codes.astype(np.float32) - np.float32((2**width - 1) / 2)
-        if width in self.zero:
-            values -= self._spread(self.zero[width])
-        values *= self._spread(self.scale[width])
-        return values
-
-    def _spread(self, tiled: npt.NDArray[np.float16]) -> npt.NDArray[np.float32]:
-        size = self.columns if self.group_size == -1 else self.group_size
-        rows = untile_groups(tiled, self.out).astype(np.float32)
-        if self.groups == 1:
-            return rows
-        return np.repeat(rows, size, axis=1)[:, : self.columns]
 
 
 class Artifact:
@@ -204,6 +146,27 @@ class Artifact:
         if name in self.manifest.entries:
             return self.linear(name, bits).dequantize(self._served(bits))
         return self.tensor(name if name in self.manifest.floats else f"{name}.weight").to_float32()
+
+    def graph(self) -> Graph | None:
+        """Return the integer graph by itself, None where the artifact has none. Raises InputCorrupt."""
+        if self.manifest.integer is None:
+            return None
+        return parse_graph(self._folder.read(GRAPH_FILE, GRAPH_LIMIT), self._folder.where(GRAPH_FILE))
+
+    def integer(self) -> IntegerModel | None:
+        """Return the integer graph with its constants and matrices, None where the artifact has none.
+
+        Raises InputCorrupt for a graph that a runner could not follow, InputMissing when this copy lacks a width.
+        """
+        manifest, graph = self.manifest, self.graph()
+        if graph is None or not isinstance(manifest.spec, ModelSpec):
+            return None
+        self._served(manifest.bits[-1])
+        handle, size = self._folder.open(CONSTANTS_FILE)
+        constants = read_constants(Container(handle, size, self._folder.where(CONSTANTS_FILE)))
+        linears = {name: self.linear(name) for name in manifest.entries}
+        floats = {name: self.tensor(name) for name in manifest.floats}
+        return IntegerModel(manifest.spec, graph, constants, linears, floats)
 
     def close(self) -> None:
         """Let go of the folder. Views handed out before stay valid."""

@@ -30,10 +30,12 @@ from lilliput.core.errors import InputCorrupt, Unsupported
 from lilliput.core.spec import AnySpec, EncoderSpec, ModelSpec, PatchInputs
 from lilliput.numerics.packing import TABLE_BITS, fields_of, serving_width
 
-SCHEMA_VERSION = "1.2"
+SCHEMA_VERSION = "1.3"
 MANIFEST_FILE = "manifest.json"
 INDEX_FILE = "model.safetensors.index.json"
 FLOAT_FILE = "float.safetensors"
+GRAPH_FILE = "integer.json"
+CONSTANTS_FILE = "integer.safetensors"
 MANIFEST_LIMIT = 64 << 20
 """Bytes of the largest manifest we read."""
 
@@ -202,6 +204,17 @@ _TAGS = ("decoder", "encoder", "logits", "vectors")
 """What pydantic puts into the path of an error where a union was decided."""
 
 
+class IntegerInfo(_Frozen):
+    """That the artifact has an integer graph, `integer.json` with `integer.safetensors`, see docs/integer.md (1.3).
+
+    quality: what the graph itself does, not its weights with float activations; `bits` are those of the blocks. record:
+    what the method that made it has to say.
+    """
+
+    quality: QualityEntry | None = None
+    record: dict[str, JsonValue] = {}
+
+
 class LayerRecord(_Frozen):
     """What a method did to one layer. Keys are widths; error: of the layer's output, relative; sqnr_db: of its weights."""
 
@@ -235,6 +248,8 @@ class Manifest(_Frozen):
     """Float tensors by full name, "layers.0.attn_norm.weight"."""
     files: dict[FileName, FileEntry]
     """Every other file of the folder."""
+    integer: IntegerInfo | None = None
+    """There when the artifact has an integer graph."""
     manifest_sha256: str = ""
     """SHA-256 of this file with this field empty."""
 
@@ -243,6 +258,10 @@ class Manifest(_Frozen):
         for problem in inconsistencies(self.spec, self.entries, self.floats, self.bits):
             raise ValueError(problem)
         absent = {FLOAT_FILE, INDEX_FILE, *map(rung_file, self.bits)} - self.files.keys()
+        if self.integer is not None:
+            absent |= {GRAPH_FILE, CONSTANTS_FILE} - self.files.keys()
+            if not isinstance(self.spec, ModelSpec) or not self.entries:
+                raise ValueError("an integer graph belongs to a quantized decoder")
         if absent or MANIFEST_FILE in self.files:
             raise ValueError(f"`files` lacks {', '.join(sorted(absent))}" if absent else "`files` lists the manifest")
         return self
@@ -285,8 +304,10 @@ def inconsistencies(
     yield from misshapen
 
 
-def version_of(spec: AnySpec, entries: Mapping[str, QuantEntry]) -> str:
-    """Return the oldest schema version that has all that the spec and these entries say."""
+def version_of(spec: AnySpec, entries: Mapping[str, QuantEntry], *, integer: bool = False) -> str:
+    """Return the oldest schema version that has all that the spec and these entries say; `integer`: with a graph."""
+    if integer:
+        return "1.3"
     if isinstance(spec, EncoderSpec):
         return "1.2"
     return "1.1" if any(entry.tables for entry in entries.values()) else "1.0"
@@ -355,6 +376,8 @@ def seal(manifest: Manifest) -> bytes:
     data = manifest.model_dump(mode="json")
     for field in ("spec", "entries", "floats"):  # an older reader refuses what it does not know here, so say no more
         data |= manifest.model_dump(mode="json", include={field}, exclude_defaults=True)  # than there is to say
+    if manifest.integer is None:
+        del data["integer"]
     return _sealed(data, MANIFEST_FILE)
 
 

@@ -15,8 +15,9 @@ from pydantic import BaseModel, ConfigDict
 from lilliput.artifact.container import Container
 from lilliput.artifact.folder import Folder
 from lilliput.artifact.plan import Plan
-from lilliput.artifact.read import open_tensors
+from lilliput.artifact.read import Artifact, open_tensors
 from lilliput.artifact.schema import (
+    CONSTANTS_FILE,
     MANIFEST_FILE,
     MANIFEST_LIMIT,
     FileEntry,
@@ -132,8 +133,16 @@ class _Check:
             self._say(f"{size} bytes where the manifest says {entry.size}", name)
         elif digest != entry.sha256:
             self._say("the contents do not match their SHA-256", name)
+        if name == CONSTANTS_FILE and self.manifest.integer is not None:
+            self._graph()
         if name in self.plan.tensors:
             self._tensors(open_tensors(self.plan, name, *self.folder.open(name), self.folder.where(name)))
+
+    def _graph(self) -> None:
+        """Have the integer graph read as a runner would, which refuses what it could not follow."""
+        if {rung_file(b) for b in self.manifest.bits} <= set(self.folder.names()):  # a narrower copy has no matrices
+            with Artifact.open(self.folder.path) as artifact:
+                artifact.integer()
 
     def _hash(self, handle: int) -> str:
         digest, at = hashlib.sha256(), 0

@@ -28,6 +28,7 @@ from lilliput.artifact.schema import (
     DataInfo,
     EmbeddingQuality,
     FileEntry,
+    IntegerInfo,
     LayerRecord,
     Manifest,
     QualityEntry,
@@ -161,10 +162,12 @@ class ArtifactWriter:
         tools: Mapping[str, str] | None = None,
         quality: Sequence[QualityEntry | EmbeddingQuality] = (),
         layers: Sequence[LayerRecord] = (),
+        integer: IntegerInfo | None = None,
     ) -> Manifest:
         """Write the index and, last, the manifest; the writer is closed then.
 
-        Every other file the artifact is to have (tokenizer, config.json, README.md) must be in the folder already.
+        Every other file the artifact is to have (tokenizer, config.json, README.md, with `integer` the graph and its
+        constants) must be in the folder already.
         Raises ValueError when a tensor was never put.
         """
         self.sync()
@@ -175,7 +178,7 @@ class ArtifactWriter:
             file.close()
         _write_whole(self.folder / INDEX_FILE, self.plan.index_json())
         manifest = Manifest(
-            schema_version=version_of(self.plan.spec, self.plan.entries),
+            schema_version=version_of(self.plan.spec, self.plan.entries, integer=integer is not None),
             lilliput_version=_VERSION,
             bits=self.plan.bits,
             spec=self.plan.spec,
@@ -186,6 +189,7 @@ class ArtifactWriter:
             tools=dict(sorted((tools or {}).items())),
             quality=tuple(quality),
             layers=tuple(layers),
+            integer=integer,
             entries=dict(self.plan.entries),
             floats=dict(self.plan.floats),
             files=_hash_all(self.folder),
@@ -228,6 +232,7 @@ def amend(
     *,
     quality: Sequence[QualityEntry | EmbeddingQuality] | None = None,
     layers: Sequence[LayerRecord] | None = None,
+    graph_quality: QualityEntry | None = None,
 ) -> Manifest:
     """Replace the measurements in a finished folder's manifest, and take in side files changed or added since.
 
@@ -240,6 +245,8 @@ def amend(
         changes["quality"] = tuple(quality)
     if layers is not None:
         changes["layers"] = tuple(layers)
+    if graph_quality is not None and manifest.integer is not None:
+        changes["integer"] = manifest.integer.model_copy(update={"quality": graph_quality})
     _write_whole(folder / MANIFEST_FILE, seal(manifest.model_copy(update=changes)))
     _sync_folder(folder)
     return _read_manifest(folder)

@@ -62,10 +62,13 @@ class Oracle:
         return self._walk(state, tokens, None)[self.graph.output]
 
     def logits(self, tokens: Sequence[int] | npt.NDArray[np.integer[Any]], *, bits: int | None = None) -> F32:
-        """The logits after every token of one fresh sequence, (length, vocab); `bits` changes nothing, there is one width.
+        """The logits after every token of one fresh sequence, (length, vocab). bits: None or the model's own.
 
-        Raises as `feed` does.
+        Raises ConfigError for another width, and as `feed` does.
         """
+        if bits not in (None, self.model.bits):
+            what = f"the integer graph has weights of {self.model.bits} bits, not {bits}"
+            raise ConfigError(what, where="bits", fix="Leave the width out")
         return self.finish(self.feed(self.start(), tokens))
 
     def finish(self, codes: I16) -> F32:

@@ -25,6 +25,7 @@ from lilliput.numerics.statistics import Accumulator, Gram, InputNorm
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from lilliput.core.graph import Grid
     from lilliput.core.progress import Progress
     from lilliput.core.recipe import Stage
     from lilliput.core.spec import ModelSpec
@@ -274,6 +275,50 @@ class Tuner(Method, ABC):
         original: the float model, left as it was. student: a decoder with the float tensors the artifact will hold,
         the method's own to change. coded: every quantized matrix by canonical name, "embed_tokens" among them.
         batches: (batch, length) int32 token arrays. folder: where progress may be kept so that a killed run goes on.
+        """
+
+
+@dataclass(frozen=True)
+class Integers:
+    """A model of whole numbers, ready to be lowered (`models.lowering`).
+
+    model: the decoder in float: norms and biases as the method left them, every matrix as it was before it was rounded.
+    codes: every matrix of the spec by canonical name, one width of 4 or 8 bits, one group a row, the zero 0.5.
+    grids: one for every edge of `models.sites.sites`. record: plain data on how it went, for the manifest.
+    """
+
+    model: "Decoder"
+    codes: Mapping[str, Quantized]
+    grids: "Mapping[str, Grid]"
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IntegerMethod(Method, ABC):
+    """Makes an integer model of the whole decoder; the last stage of a recipe, and the only one that makes codes.
+
+    bits: of the codes of the blocks' matrices, 4 or 8. end_bits: of the embedding and the head.
+    """
+
+    bits: int = 8
+    end_bits: int = 8
+
+    def __post_init__(self) -> None:
+        for key in ("bits", "end_bits"):
+            if getattr(self, key) not in (4, 8):
+                what = f"{key} is {getattr(self, key)}"
+                raise ConfigError(what, where=f"{self.name}.{key}", fix="Give 4 or 8")
+
+    def width(self, name: str) -> int:
+        """Bits of the codes of the matrix of that canonical name."""
+        return self.end_bits if name in ENDS else self.bits
+
+    @abstractmethod
+    def make(self, model: "Decoder", batches: "Batches", folder: "Path", progress: "Progress") -> Integers:
+        """Return the integer model, with codes of `width` bits for every matrix.
+
+        model: float32, the method's own to change. batches: (batch, length) int32 token arrays. folder: where progress
+        may be kept so that a killed run goes on.
         """
 
 

@@ -261,7 +261,7 @@ def multipliers(factors: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.int32]
     if (s < 1).any():
         raise ValueError(f"a factor is {factors.max():.3g}, beyond 2**22")
     small = s > LARGEST_SHIFT
-    m = np.where(small, np.rint(np.ldexp(factors, LARGEST_SHIFT)).astype(np.int64), m)
+    m = np.where(small, np.rint(np.ldexp(np.minimum(factors, 1.0), LARGEST_SHIFT)).astype(np.int64), m)
     return m.astype(np.int32), np.where(small, LARGEST_SHIFT, s).astype(np.int8)
 
 

@@ -10,9 +10,13 @@ from lilliput.pipeline.gate import UNQUANTIZED
 
 
 def model_card(
-    source: SourceInfo, plan: Plan, recipe: Recipe, quality: Sequence[QualityEntry | EmbeddingQuality]
+    source: SourceInfo,
+    plan: Plan,
+    recipe: Recipe,
+    quality: Sequence[QualityEntry | EmbeddingQuality],
+    graph: QualityEntry | None = None,
 ) -> str:
-    """Return Markdown with the YAML header model hubs read."""
+    """Return Markdown with the YAML header model hubs read. graph: what the integer graph does, if there is one."""
     widths = ", ".join(map(str, plan.bits))
     lines = [
         "---",
@@ -52,6 +56,12 @@ def model_card(
                 found = f"{row.kl:.4g} | {row.top1_agreement:.1%}"
             lines.append(f"| {name} | {found} | {weight} | {size:,} |")
         lines.append("")
+    if graph is not None:
+        lines += [
+            f"The integer graph, every activation in whole numbers (`integer.json`): KL {graph.kl:.4g},"
+            f" same likeliest token {graph.top1_agreement:.1%}.",
+            "",
+        ]
     lines += ["The recipe:", "", "```yaml", recipe.text().rstrip(), "```", ""]
     return "\n".join(lines)
 

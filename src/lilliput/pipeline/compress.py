@@ -24,6 +24,7 @@ from lilliput.artifact.schema import (
     DataFile,
     DataInfo,
     EmbeddingQuality,
+    IntegerInfo,
     LayerRecord,
     Manifest,
     QualityEntry,
@@ -39,7 +40,7 @@ from lilliput.data.documents import read_documents
 from lilliput.data.images import Pictures, draw_pictures, find_pictures, probe_pictures
 from lilliput.data.streams import Batches, batches, padded, sentences
 from lilliput.data.tokenizer import Tokenizer
-from lilliput.methods.base import BlockQuantizer, Method, ModelMethod
+from lilliput.methods.base import BlockQuantizer, IntegerMethod, Method, ModelMethod
 from lilliput.methods.fisher import gather_for
 from lilliput.methods.journal import Journal, State, steps_done
 from lilliput.methods.sources import CheckpointSource, DecoderSource, Source
@@ -48,7 +49,8 @@ from lilliput.models import Checkpoint
 from lilliput.numerics.nested import Quantized
 from lilliput.pipeline.budget import Target, allocate, check_target, largest
 from lilliput.pipeline.card import model_card
-from lilliput.pipeline.gate import UNQUANTIZED, judge, measure, measure_vectors
+from lilliput.pipeline.gate import UNQUANTIZED, judge, measure, measure_integer, measure_vectors
+from lilliput.pipeline.integers import run_integer
 from lilliput.pipeline.plan import Budget, Work, budget, plan_work
 from lilliput.pipeline.report import CompressReport, WidthRow
 from lilliput.pipeline.sensitivity import SLICE, Sensitivities
@@ -132,6 +134,9 @@ def compress(
     workspace = Workspace(out)
     workspace.check()
     work = plan_work(checkpoint, parsed)
+    if target and work.maker:
+        what = f"{work.maker.name} gives every block the same width"
+        raise ConfigError(what, where="target", fix="Leave the budget out, or give its option bits")
     if target and not isinstance(checkpoint.spec, ModelSpec):
         what = (
             f"a budget weighs what a model loses in predicting tokens, which a {checkpoint.family} encoder does not do"
@@ -140,7 +145,7 @@ def compress(
     if target:
         work = replace(work, needs_calibration=True)
         check_target(work, target)
-    whole = bool(target or work.tuners) or any(isinstance(method, ModelMethod) for run in work.runs for method in run)
+    whole = bool(target or work.tuners or work.maker) or any(isinstance(method, ModelMethod) for run in work.runs for method in run)
     spent = budget(work, max_ram=max_ram, length=length, whole=whole)
     if work.needs_calibration and not calibration and not dry_run:
         learns = "widths are chosen by what the model loses on a" if target else "it has a method that learns from"
@@ -261,8 +266,12 @@ class Run:
                 quality = measure_vectors(self.folder, probe, logits, f"the {probe_is} shipped with lilliput")
             else:
                 quality = measure(self.folder, probe[0].tolist(), logits)
-            self._describe(quality)
-            problems = judge(quality)
+            graph = None
+            if self.work.maker:
+                bits = self.work.maker.bits
+                graph = measure_integer(self.folder, probe[0].tolist(), logits[FLOAT], bits)
+            self._describe(quality, graph)
+            problems = judge(quality, graph)
             if problems and self.options.gate:
                 fix = (
                     "Use other widths or another recipe, or repeat with --no-gate to accept it, which costs no new work"
@@ -376,6 +385,8 @@ class Run:
             return Outcome(state.streams, state.records)
         source, reference = self._source(data, probe)
         work, slice_rows = self.work, self.spent.slice_rows
+        if work.maker:
+            return self._integer(key, work.maker, source, reference, probe, data, kept, tools, told)
         texts = data if isinstance(data, Batches) else None  # planning refuses what needs a Fisher for pictures
         fisher = gather_for(source, work.methods, texts, self.notes / "fisher.safetensors", self.progress)
         streamed = data if self._streams() else None
@@ -398,16 +409,59 @@ class Run:
                 outcome.logits[FLOAT] = reference
             outcome = Outcome(outcome.logits, amended(outcome.records, records, work.tuners))
             kept.save(State(1, outcome.logits, outcome.records))
-            self._side_files()
-            writer.finish(
-                source=self._provenance(),
-                recipe=json.loads(json.dumps(self.recipe.data())),
-                seed=self.options.seed,
-                data=told,
-                tools=tools,
-                layers=[LayerRecord.model_validate(record) for record in outcome.records],
-            )
+            self._seal(writer, outcome, tools, told)
         return outcome
+
+    def _integer(
+        self,
+        key: str,
+        maker: IntegerMethod,
+        source: Source,
+        reference: Tensor | None,
+        probe: Tensor,
+        data: Batches | Pictures | None,
+        kept: Journal,
+        tools: dict[str, str],
+        told: DataInfo | None,
+    ) -> Outcome:
+        """As `_sweep`, with the codes that an IntegerMethod made, and their graph."""
+        assert isinstance(data, Batches), "an IntegerMethod needs text, which planning has seen to"
+        model = source.whole()
+        if reference is None:
+            with torch.no_grad():
+                reference = model(probe)[0]
+        seed = self.options.seed + sum(map(len, self.work.runs))
+        made = run_integer(maker, model, data, self.notes, seed, self.progress)
+        last = DecoderSource(made.integers.model, made_by=maker.name)
+        job = Job(made.methods(), self.work.plan.bits, probe, slice_rows=self.spent.slice_rows)
+        with ArtifactWriter.start(self.folder, self.work.plan, key) as writer:
+            swept = Sweep(last, Tensors(writer), job, Journal(self.notes), self.progress).run()
+            records = [{**record, "method": maker.name} for record in swept.records]
+            outcome = Outcome(swept.logits | {FLOAT: reference}, records)
+            kept.save(State(1, outcome.logits, outcome.records))
+            made.write(self.folder)
+            self._seal(writer, outcome, tools, told, IntegerInfo(record=dict(made.integers.record)))
+        return outcome
+
+    def _seal(
+        self,
+        writer: ArtifactWriter,
+        outcome: Outcome,
+        tools: dict[str, str],
+        told: DataInfo | None,
+        integer: IntegerInfo | None = None,
+    ) -> None:
+        """Put what stands beside the tensors there and finish the folder."""
+        self._side_files()
+        writer.finish(
+            source=self._provenance(),
+            recipe=json.loads(json.dumps(self.recipe.data())),
+            seed=self.options.seed,
+            data=told,
+            tools=tools,
+            layers=[LayerRecord.model_validate(record) for record in outcome.records],
+            integer=integer,
+        )
 
     def _streams(self) -> bool:
         """Whether the calibration text has to be followed through the blocks."""
@@ -443,7 +497,7 @@ class Run:
         plan = self.work.plan
         if not self.pictures:
             self.checkpoint.export_tokenizer(self.folder)
-        schema = version_of(plan.spec, plan.entries)
+        schema = version_of(plan.spec, plan.entries, integer=self.work.maker is not None)
         told = {"quant_method": "lilliput", "bits": list(plan.bits), "schema_version": schema}
         config = {**self.checkpoint.config, "quantization_config": told}
         if isinstance(plan.spec, ModelSpec) and plan.spec != self.checkpoint.spec:
@@ -451,10 +505,12 @@ class Run:
         (self.folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
         (self.folder / "recipe.yaml").write_text(self.recipe.text(), "utf-8")
 
-    def _describe(self, quality: Sequence[QualityEntry | EmbeddingQuality]) -> Manifest:
-        card = model_card(self._provenance(), self.work.plan, self.recipe, quality)
+    def _describe(
+        self, quality: Sequence[QualityEntry | EmbeddingQuality], graph: QualityEntry | None
+    ) -> Manifest:
+        card = model_card(self._provenance(), self.work.plan, self.recipe, quality, graph)
         (self.folder / "README.md").write_text(card, "utf-8")
-        return amend(self.folder, quality=quality)
+        return amend(self.folder, quality=quality, graph_quality=graph)
 
 
 class Tensors:

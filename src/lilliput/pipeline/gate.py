@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lilliput.artifact.read import Artifact
 from lilliput.artifact.schema import EmbeddingQuality, QualityEntry
 from lilliput.core.errors import QualityFailed
 from lilliput.embedding import Embedder
 from lilliput.engine import Engine
+from lilliput.engine.oracle import Oracle
 from lilliput.numerics.divergence import divergence, log_softmax
 
 F32 = npt.NDArray[np.float32]
@@ -27,6 +29,8 @@ a swapped row or a lost bias is off by far more than 1e-2."""
 LIMITS = {2: 3.0, 3: 1.5, 4: 0.5, 5: 0.2, 6: 0.1, 7: 0.05, 8: 0.03}
 """Mean KL to the original, nats, above which a width counts as broken. Generous on purpose: a usable model is far
 below, and a text of a hundred tokens is not a benchmark."""
+INTEGER_LIMITS = {4: 1.5, 8: 0.5}
+"""The same for an integer graph, whose activations are rounded too, by the bits of its weights."""
 FLOAT_LIMIT = 3.0
 """The same for a result that is not quantized, where a recipe may prune as hard as it likes."""
 COSINES = {2: 0.3, 3: 0.6, 4: 0.85, 5: 0.93, 6: 0.97, 7: 0.98, 8: 0.99}
@@ -48,20 +52,33 @@ def measure(folder: Path, probe: list[int], logits: Mapping[str, F32]) -> list[Q
         bits = int(key)
         said = engine.logits(probe, bits=bits or None)
         compare(said, logits[key], bits)
-        kl, same = divergence(logits["float"][:-1], said[:-1])
-        targets = np.array(probe[1:])
-        nll = -log_softmax(said[:-1])[np.arange(len(targets)), targets].mean()
-        found.append(
-            QualityEntry(
-                bits=bits or UNQUANTIZED,
-                tokens=len(targets),
-                kl=float(f"{kl.mean():.4g}"),
-                top1_agreement=float(f"{same.mean():.4g}"),
-                nll=float(f"{nll:.4g}"),
-                text="the probe text shipped with lilliput",
-            )
-        )
+        found.append(_quality(said, logits["float"], probe, bits or UNQUANTIZED))
     return found
+
+
+def measure_integer(folder: Path, probe: list[int], original: F32, bits: int) -> QualityEntry:
+    """What the artifact's integer graph makes of the probe, as its definition says it. bits: of the blocks' weights.
+
+    probe: token ids. original: the source model's logits, (length, vocab).
+    """
+    with Artifact.open(folder) as artifact:
+        model = artifact.integer()
+        assert model is not None, "called for an artifact with a graph"
+        return _quality(Oracle(model).logits(probe), original, probe, bits)
+
+
+def _quality(said: F32, original: F32, probe: list[int], bits: int) -> QualityEntry:
+    kl, same = divergence(original[:-1], said[:-1])
+    targets = np.array(probe[1:])
+    nll = -log_softmax(said[:-1])[np.arange(len(targets)), targets].mean()
+    return QualityEntry(
+        bits=bits,
+        tokens=len(targets),
+        kl=float(f"{kl.mean():.4g}"),
+        top1_agreement=float(f"{same.mean():.4g}"),
+        nll=float(f"{nll:.4g}"),
+        text="the probe text shipped with lilliput",
+    )
 
 
 def measure_vectors(
@@ -95,9 +112,13 @@ def compare(said: F32, meant: F32, bits: int, kind: str = "logits") -> None:
         raise QualityFailed(what, where=where, fix="This is a fault of ours or of the disk: run verify, then report it")
 
 
-def judge(quality: Sequence[QualityEntry | EmbeddingQuality]) -> list[str]:
-    """One line for every width whose divergence from the original is beyond its limit; empty when all is well."""
+def judge(
+    quality: Sequence[QualityEntry | EmbeddingQuality], integer: QualityEntry | None = None
+) -> list[str]:
+    """One line for every width, and the integer graph, whose divergence from the original is beyond its limit."""
     lines = []
+    if integer is not None and not integer.kl <= (limit := INTEGER_LIMITS[integer.bits]):
+        lines.append(f"the integer graph: KL to the original is {integer.kl:.3g} nats a token, above {limit:g}")
     for row in quality:
         name = "the result" if row.bits == UNQUANTIZED else f"{row.bits} bits"
         if isinstance(row, EmbeddingQuality):

@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 from itertools import chain as joined
 from itertools import groupby
 
+from torch import Tensor
+
 from lilliput.artifact.plan import Plan
 from lilliput.artifact.schema import FloatEntry, QuantEntry
 from lilliput.core.errors import ConfigError, OutOfResource, Unsupported
@@ -12,6 +14,7 @@ from lilliput.core.recipe import Recipe
 from lilliput.core.spec import AnySpec, EncoderSpec, ModelSpec
 from lilliput.methods.base import (
     BlockMethod,
+    IntegerMethod,
     LayerMethod,
     Method,
     ModelMethod,
@@ -21,6 +24,7 @@ from lilliput.methods.base import (
     build_stage,
 )
 from lilliput.models import Checkpoint, TensorInfo
+from lilliput.numerics.nested import Quantized
 from lilliput.numerics.packing import serving_width
 from lilliput.pipeline.report import LayerPlan
 
@@ -37,13 +41,14 @@ class Work:
     runs: the recipe's methods, neighbours of one kind together; the last run is of those of a sweep, maybe empty.
 
     blocks, methods: for the last run, what changes every block, and every layer's methods with its own widths.
-    tuners: what comes after it. plan: the artifact to be. tensors: of the model that the last run meets, by full name.
+    tuners: what comes after it. maker: what makes an integer model instead; the last run is empty then. plan: the artifact to be. tensors: of the model that the last run meets, by full name.
     """
 
     runs: list[list[Method]]
     blocks: Sequence[BlockMethod]
     methods: Mapping[str, Sequence[LayerMethod]]
     tuners: Sequence[Tuner]
+    maker: IntegerMethod | None
     plan: Plan
     tensors: Mapping[str, TensorInfo]
     layers: list[LayerPlan]
@@ -69,16 +74,22 @@ def plan_work(checkpoint: Checkpoint, recipe: Recipe) -> Work:
     tuners = [m for m in runs.pop() if isinstance(m, Tuner)] if _kind(runs[-1][0]) is Tuner else []
     for early in (m for run in runs for m in run if isinstance(m, Tuner)):
         raise ConfigError(f"{early.name} is not the last stage", f"recipe {recipe.name}", "Put it at the end")
+    maker = take_maker(runs, recipe.name)
+    if maker and tuners:
+        what = f"{tuners[0].name} would change the codes that {maker.name} has made a graph of"
+        raise ConfigError(what, f"recipe {recipe.name}", f"Leave {tuners[0].name} out")
     if isinstance(checkpoint.spec, EncoderSpec):
-        for method in (*tuners, *joined.from_iterable(runs)):
+        for method in (*tuners, *((maker,) if maker else ()), *joined.from_iterable(runs)):
             sensitive = isinstance(method, LayerMethod) and method.needs is Statistic.FISHER
-            if not sensitive and not isinstance(method, ModelMethod | Tuner):
+            if not sensitive and not isinstance(method, ModelMethod | Tuner | IntegerMethod):
                 continue
             what = f"{method.name} learns from predicting tokens, which a {checkpoint.family} encoder does not do"
             raise Unsupported(what, where=f"recipe {recipe.name}", fix="Use methods of layers and blocks")
-    if not runs or _kind(runs[-1][0]) is ModelMethod:
+    if not runs or (runs[-1] and _kind(runs[-1][0]) is ModelMethod):
         runs.append([])
     blocks, final = in_sweep(runs[-1])
+    if maker:
+        final = [WholeRows(bits=(maker.bits,), end_bits=(maker.end_bits,), group_size=-1, maker=maker.name)]
     for layer_method in final if blocks else ():
         if layer_method.needs is Statistic.FISHER:
             what = f"{layer_method.name} needs the sensitivity of weights that {blocks[-1].name} changes before it"
@@ -106,8 +117,45 @@ def plan_work(checkpoint: Checkpoint, recipe: Recipe) -> Work:
         if name.removesuffix(".weight") not in entries:
             floats[name] = FloatEntry(dtype=info.dtype if len(info.shape) > 1 else "F32", shape=info.shape)
     layers = [describe(name, shape, methods.get(name, ()), tensors) for name, shape in matrices.items()]
-    needs = any(m.reads_text for m in (*joined.from_iterable(runs), *tuners))
-    return Work(runs, blocks, methods, tuners, Plan(spec, entries, floats, widths), tensors, layers, needs)
+    stages = (*joined.from_iterable(runs), *tuners, *((maker,) if maker else ()))
+    needs = any(m.reads_text for m in stages)
+    return Work(runs, blocks, methods, tuners, maker, Plan(spec, entries, floats, widths), tensors, layers, needs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WholeRows(Quantizer):
+    """How an IntegerMethod's codes are stored: stands in a plan for it. maker: its name."""
+
+    maker: str
+
+    @property
+    def name(self) -> str:
+        """That of the method."""
+        return self.maker
+
+    def solve(self, weight: Tensor, stat: Tensor | None) -> Quantized:
+        """Never asked: the method makes the codes of all matrices together."""
+        raise AssertionError("an IntegerMethod makes the codes")
+
+
+def take_maker(runs: list[list[Method]], recipe: str) -> IntegerMethod | None:
+    """Take the IntegerMethod off the end of `runs`, if one is there, and leave an empty last run.
+
+    Raises ConfigError where it is not the last stage or not the only one that makes codes.
+    """
+    makers = [m for run in runs for m in run if isinstance(m, IntegerMethod)]
+    if not makers:
+        return None
+    maker = makers[0]
+    if not runs or runs[-1] != [maker]:
+        what = f"{maker.name} makes the whole integer model and is not the last stage, or not alone there"
+        raise ConfigError(what, f"recipe {recipe}", "Put it at the end, with nothing behind it")
+    runs[-1] = []
+    for other in joined.from_iterable(runs):
+        if isinstance(other, Quantizer):
+            what = f"{other.name} makes codes, and {maker.name} makes its own"
+            raise ConfigError(what, f"recipe {recipe}", f"Leave {other.name} out")
+    return maker
 
 
 def entry_of(shape: tuple[int, int], quantizer: Quantizer) -> QuantEntry:
@@ -123,7 +171,7 @@ def entry_of(shape: tuple[int, int], quantizer: Quantizer) -> QuantEntry:
 
 
 def _kind(method: Method) -> type[Method]:
-    return next((kind for kind in (ModelMethod, Tuner) if isinstance(method, kind)), LayerMethod)
+    return next((kind for kind in (ModelMethod, Tuner, IntegerMethod) if isinstance(method, kind)), LayerMethod)
 
 
 def in_sweep(run: Sequence[Method]) -> tuple[list[BlockMethod], list[LayerMethod]]:

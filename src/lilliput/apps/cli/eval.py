@@ -1,11 +1,15 @@
 """`lilliput eval`: what each width costs in quality, on the same text, beside the original."""
 
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import click
 
 from lilliput.apps.cli.options import activations, artifact_argument, common, threads, widths
 from lilliput.apps.cli.output import Output, table
+
+if TYPE_CHECKING:
+    from lilliput.engine.oracle import Oracle
 
 COLUMNS = {
     "model": "bits",
@@ -30,6 +34,13 @@ COLUMNS = {
 @click.option("--join/--no-join", default=False, show_default=True, help="Measure the documents as one, end to end.")
 @threads()
 @activations
+@click.option(
+    "--runner",
+    type=click.Choice(["engine", "oracle"]),
+    default="engine",
+    show_default=True,
+    help="oracle: the integer graph by its definition, slow and exact.",
+)
 @click.pass_obj
 def command(
     out: Output,
@@ -43,6 +54,7 @@ def command(
     join: bool,
     threads: int | None,
     activations: Literal["int8", "float"],
+    runner: Literal["engine", "oracle"],
 ) -> None:
     """Measure ARTIFACT on FILE at each width: perplexity, and with --against how far it is from the original.
 
@@ -53,17 +65,24 @@ def command(
     """
     from lilliput.data.documents import read_documents
     from lilliput.data.streams import windows
+    from lilliput.data.tokenizer import Tokenizer
     from lilliput.engine import Engine
-    from lilliput.measure.quality import evaluate
+    from lilliput.measure.quality import Runner, evaluate
     from lilliput.measure.reference import open_original
 
-    engine = Engine(artifact, threads=threads, activations=activations)
-    cut = windows(read_documents(text, field=field), engine.tokenizer, length=length, join=join, limit=limit)
-    asked: list[int | None] = [*(bits or engine.bits)]
+    measured: Runner
+    if runner == "oracle":
+        measured, widths = _oracle(artifact)
+    else:
+        measured = Engine(artifact, threads=threads, activations=activations)
+        widths = measured.bits
+    tokenizer = Tokenizer.open(Path(artifact))
+    cut = windows(read_documents(text, field=field), tokenizer, length=length, join=join, limit=limit)
+    asked: list[int | None] = [*(bits or widths)]
     with out.progress() as progress:
         original = open_original(against, windows=cut, progress=progress) if against is not None else None
         asked = [None, *asked] if original is not None else asked
-        rows = evaluate(engine, cut, bits=asked, against=original, progress=progress)
+        rows = evaluate(measured, cut, bits=asked, against=original, progress=progress)
     data = [row.model_dump(mode="json") for row in rows]
     document = {
         "rows": [row for row in data if row["bits"] is not None],
@@ -73,3 +92,16 @@ def command(
         "limit": limit,
     }
     out.result(document, lambda: table([row | {"model": row["bits"] or "original"} for row in data], COLUMNS))
+
+
+def _oracle(artifact: str) -> "tuple[Oracle, tuple[int, ...]]":
+    """The runner of the artifact's integer graph, and the one width it has. Raises ConfigError where there is none."""
+    from lilliput.artifact.read import Artifact
+    from lilliput.core.errors import ConfigError
+    from lilliput.engine.oracle import Oracle
+
+    model = Artifact.open(artifact).integer()
+    if model is None:
+        fix = "Make one with a recipe such as mobilequant, or leave --runner out"
+        raise ConfigError("has no integer graph", where=artifact, fix=fix)
+    return Oracle(model), (model.bits,)

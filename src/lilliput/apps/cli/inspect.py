@@ -10,6 +10,7 @@ from lilliput.apps.cli.output import Output, pairs, table
 from lilliput.measure.memory import format_bytes
 
 if TYPE_CHECKING:
+    from lilliput.artifact.read import Artifact
     from lilliput.core.spec import AnySpec
 
 
@@ -24,7 +25,8 @@ def command(out: Output, model: str, tower: str | None) -> None:
     \b
     JSON of an artifact:
       {"kind": "artifact", "path", "size_bytes", "bits": [int], "rows": [{"bits", "size_bytes", "kl",
-       "top1_agreement", "cosine", "error"}], "manifest": {...}}
+       "top1_agreement", "cosine", "error"}], "manifest": {...}, "integer": null, or of the integer graph
+       {"nodes", "edges": {bits: count}, "positions", "kl", "top1_agreement"}}
     JSON of a checkpoint:
       {"kind": "checkpoint", "source", "family", "parameters", "size_bytes", "dtypes": {dtype: parameters}, "layers",
        "hidden_size", "heads", "kv_heads", "vocab_size", "context", "sliding_window", "tied_head",
@@ -52,6 +54,7 @@ def _artifact(out: Output, path: str) -> None:
         "bits": list(artifact.bits),
         "rows": rows,
         "manifest": manifest.model_dump(mode="json"),
+        "integer": (integer := _integer(artifact)),
     }
     facts = {
         "artifact": path,
@@ -59,11 +62,30 @@ def _artifact(out: Output, path: str) -> None:
         "made from": f"{manifest.source.name}, {manifest.source.parameters:,} parameters",
         "by": f"lilliput {manifest.lilliput_version}",
     }
+    if integer is not None:
+        edges = ", ".join(f"{count} of {bits} bits" for bits, count in integer["edges"].items())
+        kl = "" if integer["kl"] is None else f", KL {integer['kl']:.4g}"
+        facts["integer graph"] = f"{integer['nodes']} nodes, edges {edges}, {integer['positions']:,} positions{kl}"
     shown = [row | {"size": format_bytes(row["size_bytes"])} for row in rows]
     columns = {"bits": "bits", "size": "weights", "kl": "KL", "top1_agreement": "top-1 agreement"}
     if any(row["cosine"] is not None for row in rows):
         columns = {"bits": "bits", "size": "weights", "cosine": "cosine", "error": "relative error"}
     out.result(document, lambda: f"{pairs(facts | _shape(manifest.spec))}\n\n{table(shown, columns)}")
+
+
+def _integer(artifact: "Artifact") -> dict[str, Any] | None:
+    """What there is to say about the integer graph, if the artifact has one."""
+    graph, told = artifact.graph(), artifact.manifest.integer
+    if graph is None or told is None:
+        return None
+    widths = [edge.grid.bits for edge in graph.edges.values()]
+    return {
+        "nodes": len(graph.nodes),
+        "edges": {str(bits): widths.count(bits) for bits in (8, 16)},
+        "positions": graph.positions,
+        "kl": told.quality and told.quality.kl,
+        "top1_agreement": told.quality and told.quality.top1_agreement,
+    }
 
 
 def _checkpoint(out: Output, source: str, tower: str | None) -> None:

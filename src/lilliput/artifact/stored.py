@@ -1,0 +1,79 @@
+"""Tensors as an artifact hands them out: read-only views of its files, and what they mean."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lilliput.numerics.packing import LEVEL_MIDDLE, serving_width, unpack_fields, untile_groups, untile_table
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor as stored: `data` is a read-only view of the file, BF16 as the uint16 of its bits."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: npt.NDArray[Any]
+
+    def to_float32(self) -> npt.NDArray[np.float32]:
+        """Return the values as float32, own memory."""
+        if self.dtype == "BF16":
+            return (self.data.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        return self.data.astype(np.float32)
+
+
+@dataclass(frozen=True)
+class StoredLinear:
+    """One quantized matrix as stored, as far as its widest width in `bits` needs it. All arrays are read-only views.
+
+    bits: widths of the matrix itself, ascending. fields: width of each plane, most significant first; planes[f]:
+    uint8 (row tiles, input tiles, 64 * fields[f]). scale[b], zero[b]: float16 (row tiles, groups, 16), zero empty
+    when symmetric. group_size: -1 is one group a row. bias: (out,) or None. table[b]: uint8 (row tiles, 16, 2**b) for
+    the widths that have one.
+    """
+
+    name: str
+    out: int
+    columns: int
+    group_size: int
+    groups: int
+    bits: tuple[int, ...]
+    fields: tuple[int, ...]
+    planes: tuple[npt.NDArray[np.uint8], ...]
+    scale: Mapping[int, npt.NDArray[np.float16]]
+    zero: Mapping[int, npt.NDArray[np.float16]]
+    bias: StoredTensor | None
+    table: Mapping[int, npt.NDArray[np.uint8]] = field(default_factory=dict)
+
+    def width_at(self, bits: int) -> int:
+        """Width this matrix runs at when the artifact is asked for `bits`: the narrowest of at least that, or the widest."""
+        return serving_width(self.bits, bits)
+
+    def dequantize(self, bits: int) -> npt.NDArray[np.float32]:
+        """Return the (out, columns) float32 matrix at the artifact's width `bits`: scale * (c - (2**w - 1) / 2 - zero).
+
+        Where the width w has a table: scale * (table[c] - 63.5 - zero).
+        """
+        width, count, total = self.width_at(bits), 0, 0
+        while total < width:
+            total, count = total + self.fields[count], count + 1
+        codes = unpack_fields(self.planes[:count], self.fields[:count], self.out, self.columns)
+        if width in self.table:
+            levels = untile_table(self.table[width], self.out).astype(np.float32) - np.float32(LEVEL_MIDDLE)
+            values = np.take_along_axis(levels, codes, axis=1)
+        else:
+            values = codes.astype(np.float32) - np.float32((2**width - 1) / 2)
+        if width in self.zero:
+            values -= self._spread(self.zero[width])
+        values *= self._spread(self.scale[width])
+        return values
+
+    def _spread(self, tiled: npt.NDArray[np.float16]) -> npt.NDArray[np.float32]:
+        size = self.columns if self.group_size == -1 else self.group_size
+        rows = untile_groups(tiled, self.out).astype(np.float32)
+        if self.groups == 1:
+            return rows
+        return np.repeat(rows, size, axis=1)[:, : self.columns]

@@ -1,0 +1,75 @@
+"""The stage that makes an integer model: run once and kept on disk, then lowered into the artifact's graph."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lilliput.artifact.integer import write_graph
+from lilliput.core.errors import ConfigError
+from lilliput.core.graph import Grid
+from lilliput.core.progress import Progress
+from lilliput.core.spec import ModelSpec
+from lilliput.data.streams import Batches
+from lilliput.methods.base import IntegerMethod, Integers
+from lilliput.methods.journal import sync
+from lilliput.models import Decoder
+from lilliput.models.lowering import lower
+from lilliput.pipeline.tune import Given, Store
+
+
+@dataclass(frozen=True)
+class Made:
+    """What an IntegerMethod returned, read back from disk."""
+
+    integers: Integers
+
+    def methods(self) -> dict[str, list[Given]]:
+        """For a last sweep, the codes of every matrix."""
+        codes = self.integers.codes
+        return {name: [Given(bits=q.bits, group_size=q.group_size, sym=False, value=q)] for name, q in codes.items()}
+
+    def write(self, folder: Path) -> None:
+        """Lower it and put the graph into the artifact. Raises as `lower` does."""
+        integers = self.integers
+        state = integers.model.state_dict()
+        write_graph(folder, *lower(integers.model.spec, integers.grids, state, integers.codes))
+
+
+def run_integer(
+    method: IntegerMethod, model: Decoder, data: Batches, folder: Path, seed: int, progress: Progress
+) -> Made:
+    """Have `method` make its integer model, or take it from a run that got this far. folder: where work is kept.
+
+    Raises ConfigError when it made other codes than it announced, or a site is left without a range.
+    """
+    kept, told = Store(folder / "integer"), folder / "integer" / "told.json"
+    spec: ModelSpec = model.spec
+    if not kept.whole:
+        torch.manual_seed(seed)
+        progress.say(f"{method.name} on the whole model")
+        made = method.make(model, data, folder / "integer-work", progress)
+        _check(method, spec, made)
+        lower(spec, made.grids, made.model.state_dict(), made.codes)  # says what is wrong before anything is written
+        for name, codes in made.codes.items():
+            kept.quantized(name, codes, None)
+        for name, value in made.model.state_dict().items():
+            kept.floating(name, value)
+        grids = {name: grid.model_dump() for name, grid in made.grids.items()}
+        told.write_text(json.dumps({"grids": grids, "record": made.record}), "utf-8")
+        sync(told)
+        kept.settle(whole=True)
+    data_kept: dict[str, Any] = json.loads(told.read_text("utf-8"))
+    grids_kept = {name: Grid.model_validate(grid) for name, grid in data_kept["grids"].items()}
+    return Made(Integers(Decoder.of(spec, kept.floats()), kept.coded(), grids_kept, data_kept["record"]))
+
+
+def _check(method: IntegerMethod, spec: ModelSpec, made: Integers) -> None:
+    for name, shape in spec.matrices().items():
+        codes = made.codes.get(name)
+        if codes is None or codes.bits != (method.width(name),) or codes.shape != shape:
+            what = "has no codes" if codes is None else f"has codes {codes.shape} of {list(codes.bits)} bits"
+            fix = f"{method.name} announced {shape} of {method.width(name)} bits: correct its make"
+            raise ConfigError(what, where=name, fix=fix)

@@ -1,0 +1,117 @@
+"""Integer models in memory: a decoder's matrices rounded row by row, the range of every edge seen on some tokens.
+
+    model, decoder = integer_model(spec_or_decoder, tokens)
+
+`decoder` has the weights the integer model means, so what differs between the two is the activations alone.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lilliput.artifact.integer import IntegerModel
+from lilliput.artifact.read import StoredLinear, StoredTensor
+from lilliput.core.graph import Grid
+from lilliput.models import Checkpoint, Decoder, load_decoder
+from lilliput.models.lowering import lower
+from lilliput.models.sites import PROBABILITIES, Site, plain, run_block, run_end, site_policy
+from lilliput.numerics.nested import Quantized
+from lilliput.numerics.packing import fields_of, pack_fields, tile_groups
+from support.families import VOCAB, write_checkpoint
+
+
+def row_codes(weight: Tensor, bits: int) -> Quantized:
+    """Whole numbers -2**(bits - 1) + 1 .. 2**(bits - 1) - 1 times one scale a row, as an artifact stores them."""
+    most = 2 ** (bits - 1) - 1
+    scale = (weight.abs().amax(1, keepdim=True) / most).clamp_min(2.0**-24).half()
+    whole = (weight / scale.float()).round().clamp(-most, most)
+    codes = (whole + 2 ** (bits - 1)).to(torch.uint8)
+    return Quantized(codes, (bits,), -1, {bits: scale}, {bits: torch.full_like(scale, 0.5)})
+
+
+def stored_linear(name: str, coded: Quantized) -> StoredLinear:
+    """The same matrix as an artifact hands it out."""
+    out, columns = coded.shape
+    fields = fields_of(coded.bits)
+    return StoredLinear(
+        name=name,
+        out=out,
+        columns=columns,
+        group_size=coded.group_size,
+        groups=1,
+        bits=coded.bits,
+        fields=fields,
+        planes=tuple(pack_fields(coded.codes.numpy(), fields)),
+        scale={b: tile_groups(s.numpy()) for b, s in coded.scale.items()},
+        zero={b: tile_groups(z.numpy()) for b, z in coded.zero.items()},
+        bias=None,
+    )
+
+
+def tiny_decoder(folder: Path, family: str, seed: int = 7, **changes: Any) -> Decoder:
+    """A random decoder of that family."""
+    write_checkpoint(folder, family, seed, **changes)
+    return load_decoder(Checkpoint.open(folder)).eval()
+
+
+def some_tokens(length: int, seed: int = 1, vocab: int = VOCAB) -> np.ndarray:
+    """Token ids."""
+    return np.random.default_rng(seed).integers(3, vocab, length)
+
+
+@torch.no_grad()
+def run_sites(decoder: Decoder, tokens: np.ndarray, site: Site = plain) -> Tensor:
+    """Logits, (length, vocab), with `site` called at every edge."""
+    state = dict(decoder.state_dict())
+    x = decoder.embed(torch.from_numpy(np.asarray(tokens))[None])
+    for layer in range(decoder.spec.num_layers):
+        at = f"layers.{layer}."
+        own = {name.removeprefix(at): value for name, value in state.items() if name.startswith(at)}
+        x = run_block(decoder.spec, layer, own, x, site)
+    return run_end(decoder.spec, state, x, site)[0]
+
+
+def span(low: float, high: float, bits: int) -> Grid:
+    """The grid whose codes just hold low .. high, and 0."""
+    low, high = min(low, 0.0), max(high, 0.0)
+    scale = max((high - low) / (2**bits - 1), 1e-6)
+    zero = round(-low / scale) - 2 ** (bits - 1)
+    return Grid(bits=bits, scale=scale, zero=min(max(zero, -(2 ** (bits - 1))), 2 ** (bits - 1) - 1))
+
+
+def observed(decoder: Decoder, tokens: np.ndarray, policy: Mapping[str, int]) -> dict[str, Grid]:
+    """For every edge the grid that holds what comes by."""
+    found: dict[str, Grid] = {}
+
+    def look(name: str, x: Tensor, seen: Tensor | None = None) -> Tensor:
+        values = x if seen is None else x[seen.expand_as(x)]
+        if not name.endswith(PROBABILITIES):
+            found[name] = span(float(values.min()), float(values.max()), policy[name])
+        return x
+
+    run_sites(decoder, tokens, look)
+    return found
+
+
+def integer_model(
+    decoder: Decoder, tokens: np.ndarray, bits: int = 8, overrides: Mapping[str, int] | None = None
+) -> IntegerModel:
+    """Round the decoder's matrices in place and return its integer graph, with ranges seen on `tokens`."""
+    spec = decoder.spec
+    state = decoder.state_dict()
+    coded = {name: row_codes(state[f"{name}.weight"], bits) for name in spec.matrices()}
+    for name, value in coded.items():
+        state[f"{name}.weight"].copy_(value.dequantize(bits))
+    policy = site_policy(spec, overrides or {})
+    graph, constants = lower(spec, observed(decoder, tokens, policy), state, coded)
+    floats = {
+        name: StoredTensor("F32", tuple(value.shape), value.numpy())
+        for name, value in state.items()
+        if name.removesuffix(".weight") not in coded
+    }
+    linears = {name: stored_linear(name, value) for name, value in coded.items()}
+    return IntegerModel(spec, graph, constants, linears, floats)

@@ -42,7 +42,8 @@ def export(artifact: Artifact, out: str | Path, name: str, form: Format, *, forc
     """
     target = Path(os.path.abspath(out))
     check_output(target, force=force)
-    if not (model := integers(artifact)):
+    model = artifact.integer()
+    if model is None:
         what = "it has no integer graph: its activations have no fixed scales"
         raise Unsupported(what, str(artifact.path), "Make one with `lilliput compress --recipe mobilequant-w8a8`")
     with _partial(target) as folder:
@@ -61,11 +62,6 @@ def export(artifact: Artifact, out: str | Path, name: str, form: Format, *, forc
         (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
         _publish(folder, target, force=force)
     return manifest
-
-
-def integers(artifact: Artifact) -> IntegerModel | None:
-    """The integer model of an artifact, None where it has none."""
-    return artifact.integer()
 
 
 def check_output(out: Path, *, force: bool) -> None:

@@ -22,10 +22,7 @@ def encodings(phase: Phase) -> dict[str, Any]:
     Scores behind a mask and the weights of norms have no grid in the graph. They get one of 16 bits, over what they can
     be, so that no compiler calibrates one of its own.
     """
-    activations = {}
-    for site, found in phase.sites.items():
-        entry = [_of_grid(found.grid)]
-        activations[f"{site}.float"] = activations[f"{site}.value"] = entry
+    activations = {name: [_of_grid(grid)] for name, grid in phase.tensors.items()}
     for name, (least, most) in phase.masked.items():
         scale = (most - least) / 65535
         zero = min(max(round(-least / scale) - 32768, -32768), 32767)

@@ -1,19 +1,23 @@
 """An integer graph as ONNX nodes: every edge a QuantizeLinear with its grid, float operators between.
 
-What is made of node after node of the graph, whatever family it came from. Of an edge E there are three tensors: `E.float`,
-what its node computes; `E.codes`, those numbers on the grid; `E.value`, what its readers read. Inside `attend`, the same
-three of `scores`, `capped` and `probabilities` beside its output.
+What is made of node after node of the graph, whatever family it came from. Of an edge E there is `E.float`, what its node
+computes, `E.codes`, (positions, width), those numbers on the grid, and where it is read as it is `E.value`. Inside
+`attend` stand the same of `scores`, `capped` and `probabilities`, beside its output.
 
 Forms chosen for the compilers of NPUs. A linear layer is one Gemm with transB over (positions, in) and (out, in): the
-layout and the axis 0 of scales that the artifact has, so an embedding that is also the head is stored once. Keys and
-values are joined as codes. Query heads of one key head are rows of one matrix product, so keys are not repeated. No
-tensor has more than four dimensions.
+layout and the axis 0 of scales that the artifact has, so an embedding that is also the head is stored once. What only
+moves numbers (Reshape, Transpose, Concat, Unsqueeze, Gather) moves codes, so that each operator that computes has its
+DequantizeLinear right before it and its QuantizeLinear right behind. (ONNX Runtime 1.31 also refuses a DequantizeLinear
+of 8 bits in front of a Reshape: it adds a QuantizeLinear of int8 behind that, then turns int8 to uint8 in part of it.)
+Query heads of one key head are rows of one matrix product, so keys are not repeated. No tensor has more than four
+dimensions.
 
 A key that a query does not see leaves by a comparison of positions and a Where in front of the softmax. What it leaves
 with is `MARGIN` below the lowest score there is. The lowest score itself will not do: next to scores that are all low it
 weighs something. And nothing is added to a score, which would need a grid that holds both.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +39,8 @@ INT4, INT8, INT16 = int(TensorProto.INT4), int(TensorProto.INT8), int(TensorProt
 CODES = {4: INT4, 8: INT8, 16: INT16}
 
 Dim = int | str
+Move = tuple[str, tuple[int, ...]]
+"""Reshape and its shape, Transpose and its order, Unsqueeze and its axes."""
 Array = npt.NDArray[Any]
 
 
@@ -87,6 +93,8 @@ class Phase:
     inputs: list[ValueInfoProto] = field(default_factory=list)
     outputs: list[ValueInfoProto] = field(default_factory=list)
     sites: dict[str, Site] = field(default_factory=dict)
+    tensors: dict[str, Grid] = field(default_factory=dict)
+    """Float tensors that are rounded to a grid next, or just come from one."""
     params: dict[str, Matrix] = field(default_factory=dict)
     masked: dict[str, tuple[float, float]] = field(default_factory=dict)
     """Scores behind the mask: the least and the greatest value. They have no grid of their own."""
@@ -170,30 +178,46 @@ class _Builder:
             self.shared[name] = found
         return self.shared[name]
 
-    def reshape(self, x: str, *shape: int, out: str) -> str:
-        return self.op("Reshape", x, self.ints(*shape), out=out)
+    def moved(self, x: str, moves: Sequence[Move], out: str) -> str:
+        for index, (kind, numbers) in enumerate(moves, 1):
+            name = out if index == len(moves) else f"{out}.{index}"
+            if kind == "Transpose":
+                x = self.op(kind, x, out=name, perm=list(numbers))
+            else:
+                x = self.op(kind, x, self.ints(*numbers), out=name)
+        return x
 
     def grid(self, name: str, grid: Grid) -> tuple[str, str]:
         scale = self.const(f"{name}.scale", np.array(grid.scale, np.float32))
         return scale, self.const(f"{name}.zero", np.array(grid.zero, f"int{grid.bits}"))
 
-    def quantize(self, x: str, site: str, grid: Grid, kind: str, edge: bool = False) -> str:
+    def quantize(self, x: str, site: str, grid: Grid, kind: str, *moves: Move, edge: bool = False) -> str:
         self.phase.sites[site] = Site(grid, kind, edge)
-        return self.op("QuantizeLinear", x, *self.grid(site, grid), out=f"{site}.codes")
+        self.phase.tensors[x] = grid
+        codes = f"{site}.codes"
+        first = self.op("QuantizeLinear", x, *self.grid(site, grid), out=f"{codes}.made" if moves else codes)
+        return self.moved(first, moves, codes)
 
-    def fix(self, x: str, site: str, grid: Grid, kind: str) -> str:
-        """To the grid and back."""
+    def dequantize(self, codes: str, of: str, grid: Grid, out: str, *moves: Move) -> str:
+        """of: the site whose grid it is."""
+        self.phase.tensors[out] = grid
+        codes = self.moved(codes, moves, f"{out}.codes")
+        return self.op("DequantizeLinear", codes, *self.grid(of, grid), out=out)
+
+    def fix(self, x: str, site: str, grid: Grid, kind: str, *moves: Move) -> str:
+        """To the grid and back; moves between."""
         codes = self.quantize(x, site, grid, kind)
-        return self.op("DequantizeLinear", codes, *self.grid(site, grid), out=f"{site}.value")
+        return self.dequantize(codes, site, grid, f"{site}.value", *moves)
 
-    def write(self, edge: str, x: str, kind: str) -> None:
-        self.quantize(x, edge, self.graph.edges[edge].grid, kind, edge=True)
+    def write(self, edge: str, x: str, kind: str, *moves: Move) -> None:
+        self.quantize(x, edge, self.graph.edges[edge].grid, kind, *moves, edge=True)
 
-    def read(self, edge: str) -> str:
-        if edge not in self.made:
-            grid = self.grid(edge, self.graph.edges[edge].grid)
-            self.made[edge] = self.op("DequantizeLinear", f"{edge}.codes", *grid, out=f"{edge}.value")
-        return self.made[edge]
+    def read(self, edge: str, out: str = "", *moves: Move) -> str:
+        """An edge as numbers, moved or as it is."""
+        grid, name = self.graph.edges[edge].grid, out or f"{edge}.value"
+        if name not in self.made:
+            self.made[name] = self.dequantize(f"{edge}.codes", edge, grid, name, *moves)
+        return self.made[name]
 
     # the ends
 
@@ -220,11 +244,10 @@ class _Builder:
         return self.op("Range", zero, size, one, out=out)
 
     def _output(self) -> None:
-        edge = self.graph.output
-        x = self.read(edge)
-        if self.graph.logit_softcap is not None:
-            x = self._cap(x, self.graph.logit_softcap, f"{edge}.softened")
-        self.op("Unsqueeze", x, self.ints(0), out=edge)
+        edge, cap = self.graph.output, self.graph.logit_softcap
+        x = self.read(edge, edge if cap is None else f"{edge}.last", ("Unsqueeze", (0,)))
+        if cap is not None:
+            self._cap(x, cap, edge)
         shape = [1, self.new, self.graph.edges[edge].width]
         self.phase.outputs.insert(0, helper.make_tensor_value_info(edge, TensorProto.FLOAT, shape))
 
@@ -301,7 +324,7 @@ class _Builder:
         return self.made[key]
 
     def _norm(self, node: Norm) -> None:
-        x, y = self.read(node.x), node.y
+        y = node.y
         grid, step = self.graph.edges[node.x].grid, self.graph.edges[y].grid.scale
         width = self.graph.edges[y].width
         count = width // node.heads
@@ -310,8 +333,9 @@ class _Builder:
         gain = self._per_head(node, "gain", step * 2.0 ** (30 - node.shift) / count**0.5)
         bias = self._per_head(node, "offset", step * 2.0**-node.shift) if node.biased else None
         self.phase.gains += [gain, *([bias] if bias else [])]
-        if node.heads > 1:
-            x = self.reshape(x, -1, node.heads, count, out=f"{y}.heads")
+        shape, back = (("Reshape", (-1, *rest)) for rest in ((node.heads, count), (width,)))
+        x = self.read(node.x) if node.heads == 1 else self.read(node.x, f"{y}.heads", shape)
+        moves = [] if node.heads == 1 else [back]
         if node.kind == "layer" and node.heads == 1:
             inputs = [x, gain, *([bias] if bias else [])]
             self.write(y, self.op("LayerNormalization", *inputs, out=f"{y}.float", axis=-1, epsilon=eps), node.op)
@@ -325,11 +349,10 @@ class _Builder:
             floor = self.const(f"{y}.eps", np.array(eps, np.float32))
             root = self.op("Sqrt", self.op("Add", mean, floor, out=f"{y}.variance"), out=f"{y}.root")
             x = self.op("Div", x, root, out=f"{y}.unit")
-        plain = node.heads == 1
-        x = self.op("Mul", x, gain, out=f"{y}.float" if plain and not bias else f"{y}.gained")
+        x = self.op("Mul", x, gain, out=f"{y}.gained" if bias else f"{y}.float")
         if bias:
-            x = self.op("Add", x, bias, out=f"{y}.float" if plain else f"{y}.biased")
-        self.write(y, x if plain else self.reshape(x, -1, width, out=f"{y}.float"), node.op)
+            x = self.op("Add", x, bias, out=f"{y}.float")
+        self.write(y, x, node.op, *moves)
 
     def _per_head(self, node: Norm, what: str, step: float) -> str:
         """A norm's gain or bias as float32: (channels,), or (heads, channels) where heads differ."""
@@ -341,7 +364,7 @@ class _Builder:
         y, width, half = node.y, self.graph.edges[node.y].width, node.dim // 2
         step = node.multiplier / 2.0**node.shift * self.graph.edges[y].grid.scale / self.graph.edges[node.x].grid.scale
         cos, sin = (self._turns(kind, step) for kind in ("cos", "sin"))
-        x = self.reshape(self.read(node.x), -1, width // node.head_dim, node.head_dim, out=f"{y}.heads")
+        x = self.read(node.x, f"{y}.heads", ("Reshape", (-1, width // node.head_dim, node.head_dim)))
         sizes = [half, half, *([node.head_dim - node.dim] if node.dim < node.head_dim else [])]
         parts = [f"{y}.part{i}" for i in range(len(sizes))]
         inputs = [x, self.ints(*sizes)]
@@ -353,8 +376,8 @@ class _Builder:
         }
         first = self.op("Sub", products["ac"], products["bs"], out=f"{y}.first")
         second = self.op("Add", products["bc"], products["as"], out=f"{y}.second")
-        joined = self.op("Concat", first, second, *parts[2:], out=f"{y}.turned", axis=-1)
-        self.write(y, self.reshape(joined, -1, width, out=f"{y}.float"), node.op)
+        joined = self.op("Concat", first, second, *parts[2:], out=f"{y}.float", axis=-1)
+        self.write(y, joined, node.op, ("Reshape", (-1, width)))
 
     def _turns(self, kind: str, step: float) -> str:
         """cos or sin at the positions, (positions, 1, dim / 2), in units of `step`: 2**-14 times the rotary scale.
@@ -369,9 +392,9 @@ class _Builder:
             zero = self.const("rotary.zero", np.array(0, np.int16))
             codes = f"{name}.codes"
             if codes not in self.made:
-                self.made[codes] = self.op("Gather", table, self.positions, out=codes, axis=0)
-            value = self.op("DequantizeLinear", codes, scale, zero, out=f"{name}.{step:.5e}.value")
-            self.made[kind, step] = self.op("Unsqueeze", value, self.ints(1), out=f"{name}.{step:.5e}")
+                rows = self.op("Gather", table, self.positions, out=f"{name}.rows", axis=0)
+                self.made[codes] = self.op("Unsqueeze", rows, self.ints(1), out=codes)
+            self.made[kind, step] = self.op("DequantizeLinear", codes, scale, zero, out=f"{name}.{step:.5e}")
         return self.made[kind, step]
 
     def _table(self, node: Table) -> None:
@@ -401,21 +424,23 @@ class _Builder:
     def _attend(self, node: Attend) -> None:
         y, group = node.y, node.heads // node.kv_heads
         site = y.removesuffix(".mixed")  # what is inside stands beside it in docs/integer.md
+        size = node.head_dim
+        apart, together = ("Reshape", (1, node.heads, -1, 0)), ("Reshape", (1, node.kv_heads, -1, 0))  # 0: as it is
+        turn: Move = ("Transpose", (0, 2, 1, 3))
         keys, values = (self._joined(edge, node) for edge in (node.k, node.v))
-        q = self.reshape(self.read(node.q), 1, -1, node.heads, node.head_dim, out=f"{y}.q.heads")
-        q = self.op("Transpose", q, out=f"{y}.q", perm=[0, 2, 1, 3])
-        if group > 1:
-            q = self.reshape(q, 1, node.kv_heads, -1, node.head_dim, out=f"{y}.q.grouped")
-        k = self.op("Transpose", keys, out=f"{y}.k", perm=[0, 1, 3, 2])
+        moves = [("Reshape", (1, -1, node.heads, size)), turn, *([together] if group > 1 else [])]
+        q = self.read(node.q, f"{y}.q", *moves)
+        k = self.dequantize(keys, node.k, self.graph.edges[node.k].grid, f"{y}.k", ("Transpose", (0, 1, 3, 2)))
         x = self.op("MatMul", q, k, out=f"{y}.products")
         factor = self.const(f"{y}.factor", np.array(node.scale, np.float32))
         x = self.op("Mul", x, factor, out=f"{site}.scores.float")
-        x, grid = self.fix(x, f"{site}.scores", node.scores, "scores"), node.scores
+        grid, last = node.scores, [apart] if group > 1 else []
         if node.softcap is not None and node.capped is not None:
-            x = self._cap(x, node.softcap, f"{site}.capped.float")
-            x, grid = self.fix(x, f"{site}.capped", node.capped, "capped"), node.capped
-        if group > 1:
-            x = self.reshape(x, 1, node.heads, -1, 0, out=f"{y}.split")  # 0: as many keys as there are
+            x = self._cap(self.fix(x, f"{site}.scores", grid, "scores"), node.softcap, f"{site}.capped.float")
+            grid = node.capped
+            x = self.fix(x, f"{site}.capped", grid, "capped", *last)
+        else:
+            x = self.fix(x, f"{site}.scores", grid, "scores", *last)
         seen = self._seen(node)
         if seen is not None:
             least, most = grid.scale * (grid.low - grid.zero) - MARGIN, grid.scale * (grid.high - grid.zero)
@@ -425,14 +450,10 @@ class _Builder:
         x = self.op("Softmax", x, out=f"{site}.probabilities.float", axis=-1)
         bits = 16 if node.probability == 65535 else 8
         grid = Grid(bits=bits, scale=1 / node.probability, zero=-(1 << (bits - 1)))
-        x = self.fix(x, f"{site}.probabilities", grid, "probabilities")
-        if group > 1:
-            x = self.reshape(x, 1, node.kv_heads, -1, 0, out=f"{y}.regrouped")
-        x = self.op("MatMul", x, values, out=f"{y}.mixed")
-        if group > 1:
-            x = self.reshape(x, 1, node.heads, -1, node.head_dim, out=f"{y}.mixed.heads")
-        x = self.op("Transpose", x, out=f"{y}.mixed.rows", perm=[0, 2, 1, 3])
-        self.write(y, self.reshape(x, -1, node.heads * node.head_dim, out=f"{y}.float"), node.op)
+        x = self.fix(x, f"{site}.probabilities", grid, "probabilities", *([together] if group > 1 else []))
+        v = self.dequantize(values, node.v, self.graph.edges[node.v].grid, f"{y}.v")
+        x = self.op("MatMul", x, v, out=f"{y}.float")
+        self.write(y, x, node.op, *last, turn, ("Reshape", (-1, node.heads * size)))
 
     def _cap(self, x: str, cap: float, out: str) -> str:
         limit = self.const(f"{out}.limit", np.array(cap, np.float32))
@@ -440,20 +461,20 @@ class _Builder:
         return self.op("Mul", inner, limit, out=out)
 
     def _joined(self, edge: str, node: Attend) -> str:
-        """Keys or values of all positions, (1, heads, positions, head_dim), as numbers; as codes they come and go."""
-        if edge in self.made and f"{edge}.all" in self.made:
-            return self.made[f"{edge}.all"]
+        """Codes of keys or values of all positions, (1, heads, positions, head_dim), as they come and go."""
+        if f"{edge}.joined" in self.made:
+            return self.made[f"{edge}.joined"]
         grid, heads, size = self.graph.edges[edge].grid, node.kv_heads, node.head_dim
-        x = self.reshape(f"{edge}.codes", 1, -1, heads, size, out=f"{edge}.by_head")
-        x = self.op("Transpose", x, out=f"new.{edge}", perm=[0, 2, 1, 3])
+        moves = ("Reshape", (1, -1, heads, size)), ("Transpose", (0, 2, 1, 3))
+        x = self.moved(f"{edge}.codes", moves, f"new.{edge}")
         make = helper.make_tensor_value_info
         if node.causal:
             self.phase.outputs.append(make(x, CODES[grid.bits], [1, heads, self.new, size]))
         if self.has_past:
             self.phase.inputs.append(make(f"past.{edge}", CODES[grid.bits], [1, heads, self.past, size]))
             x = self.op("Concat", f"past.{edge}", x, out=f"{edge}.joined", axis=2)
-        self.made[f"{edge}.all"] = self.op("DequantizeLinear", x, *self.grid(edge, grid), out=f"{edge}.all")
-        return self.made[f"{edge}.all"]
+        self.made[f"{edge}.joined"] = x
+        return x
 
     def _seen(self, node: Attend) -> str | None:
         """Which keys (last axis) a query (the axis before) sees; None: all."""

@@ -9,15 +9,15 @@ import pytest
 pytest.importorskip("torch", reason="the artifact is made with lilliput[compress]")
 pytest.importorskip("onnx", reason="needs lilliput[export]")
 
-from lilliput.apps.cli import main  # noqa: E402
-from lilliput.artifact.read import Artifact  # noqa: E402
-from lilliput.export import FORMATS  # noqa: E402
-from lilliput.export.base import MANIFEST, export  # noqa: E402
-from lilliput.export.onnx_qdq import OnnxQdq  # noqa: E402
-from lilliput.methods import METHODS  # noqa: E402
-from lilliput.pipeline import compress  # noqa: E402
-from support.families import write_checkpoint  # noqa: E402
-from support.small_artifact import write_small_artifact  # noqa: E402
+from lilliput.apps.cli import main
+from lilliput.artifact.read import Artifact
+from lilliput.export import FORMATS
+from lilliput.export.base import MANIFEST, export
+from lilliput.export.onnx_qdq import OnnxQdq
+from lilliput.methods import METHODS
+from lilliput.pipeline import compress
+from support.families import write_checkpoint
+from support.small_artifact import write_small_artifact
 
 TEXT = "The old man and the child went on and on, and the sea and the wind went with them. " * 20
 
@@ -58,7 +58,9 @@ def test_the_verb_writes_verifies_and_reports(
     assert manifest == document["manifest"]
     for name, told in manifest["files"].items():
         assert (tmp_path / "out" / name).stat().st_size == told["size"]
-    assert {"prefill.onnx", "decode.onnx", "prefill.encodings.json", "README.md", "tokenizer.json"} <= set(manifest["files"])
+    assert {"prefill.onnx", "decode.onnx", "prefill.encodings.json", "README.md", "tokenizer.json"} <= set(
+        manifest["files"]
+    )
     assert main([*command, "--force", "--tokens", "8", "--length", "8"]) == 0
     table = capsys.readouterr().out
     assert "first token: the same at" in table

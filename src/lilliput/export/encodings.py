@@ -32,7 +32,7 @@ def encodings(phase: Phase) -> dict[str, Any]:
         params[name] = [_even(matrix.bits, float(scale)) for scale in matrix.scale]
     for name in phase.gains:
         params[name] = [_even(16, float(np.abs(phase.blobs[name].data).max()) / 32767 or 1.0)]
-    for name, blob in phase.blobs.items():
+    for name in phase.blobs:
         if name.endswith(".bias") and f"{name}.scale" in phase.blobs:
             params[name] = [_even(32, float(scale)) for scale in phase.blobs[f"{name}.scale"].data]
     return {"version": VERSION, "activation_encodings": activations, "param_encodings": params}

@@ -172,9 +172,9 @@ class _Builder:
             if stored is not None and len(stored.bits) == 1 and stored.bits[0] in WIDTHS and stored.groups == 1:
                 zero = stored.zero.get(stored.bits[0])
                 if zero is not None and not stored.table and (untile_groups(zero, stored.out) == HALF).all():
-                    scale = self.model.scales(name)
-                    scale = np.where(scale == 0, np.float32(1), scale)  # of a row of zeros
-                    found = Matrix(self.model.weights(name), scale, stored.bits[0])
+                    codes, scale = self.model.weights(name), self.model.scales(name)
+                    scale = np.where(codes.any(axis=1), scale, np.float32(1))  # a row of zeros may have none
+                    found = Matrix(codes, scale, stored.bits[0])
             self.shared[name] = found
         return self.shared[name]
 
@@ -201,7 +201,7 @@ class _Builder:
     def dequantize(self, codes: str, of: str, grid: Grid, out: str, *moves: Move) -> str:
         """of: the site whose grid it is."""
         self.phase.tensors[out] = grid
-        codes = self.moved(codes, moves, f"{out}.codes")
+        codes = self.moved(codes, moves, f"{out}.moved")
         return self.op("DequantizeLinear", codes, *self.grid(of, grid), out=out)
 
     def fix(self, x: str, site: str, grid: Grid, kind: str, *moves: Move) -> str:
@@ -254,29 +254,30 @@ class _Builder:
     # the nodes
 
     def _embed(self, node: Embed) -> None:
-        matrix, name = self.matrix(node.matrix), f"{node.matrix}.weight"
-        if matrix is None:
-            x = self._float_rows(node.matrix, "ids", f"{node.y}.rows")
-        else:
-            if matrix.bits == 4:  # Gather takes no codes of 4 bits
-                name = f"{node.matrix}.rows"
-            table = self.const(name, matrix.codes)
-            codes = self.op("Gather", table, "ids", out=f"{node.y}.row_codes", axis=0)
-            scales = self.const(f"{node.matrix}.weight.scale", matrix.scale)
-            scale = self.op("Gather", scales, "ids", out=f"{node.y}.row_scales", axis=0)
-            scale = self.op("Unsqueeze", scale, self.ints(1), out=f"{node.y}.row_scales.wide")
-            wide = self.op("Cast", codes, out=f"{node.y}.row_codes.wide", to=TensorProto.FLOAT)
-            x = self.op("Mul", wide, scale, out=f"{node.y}.rows")
-        if node.factor != 1.0:
+        out, learned, scaled = f"{node.y}.float", node.positions, node.factor != 1.0
+        x = self._rows(node.matrix, "ids", f"{node.y}.rows" if scaled or learned else out)
+        if scaled:
             factor = self.const(f"{node.y}.factor", np.array(node.factor, np.float32))
-            x = self.op("Mul", x, factor, out=f"{node.y}.scaled")
-        if node.positions is not None:
+            x = self.op("Mul", x, factor, out=f"{node.y}.scaled" if learned else out)
+        if learned:
             at = self.positions
             if node.offset:
                 at = self.op("Add", at, self.ints(node.offset), out=f"{node.y}.position_rows")
-            learned = self._float_rows(node.positions, at, f"{node.y}.positions")
-            x = self.op("Add", x, learned, out=f"{node.y}.float")
+            x = self.op("Add", x, self._rows(learned, at, f"{node.y}.positions"), out=out)
         self.write(node.y, x, node.op)
+
+    def _rows(self, name: str, at: str, out: str) -> str:
+        """Rows of an embedding in float32; what is looked up are codes and scales where it has them."""
+        matrix = self.matrix(name)
+        if matrix is None:
+            return self._float_rows(name, at, out)
+        table = f"{name}.weight" if matrix.bits == 8 else f"{name}.rows"  # Gather takes no codes of 4 bits
+        codes = self.op("Gather", self.const(table, matrix.codes), at, out=f"{out}.codes", axis=0)
+        scales = self.const(f"{name}.weight.scale", matrix.scale)
+        scale = self.op("Gather", scales, at, out=f"{out}.scale", axis=0)
+        scale = self.op("Unsqueeze", scale, self.ints(1), out=f"{out}.scale.wide")
+        wide = self.op("Cast", codes, out=f"{out}.whole", to=TensorProto.FLOAT)
+        return self.op("Mul", wide, scale, out=out)
 
     def _float_rows(self, name: str, at: str, out: str) -> str:
         """Rows of a table that is not whole numbers, in float32. Float16 stays float16 in the file."""
@@ -416,6 +417,8 @@ class _Builder:
 
     def _sum(self, node: Sum) -> None:
         x = self.read(node.x[0])
+        if len(node.x) == 1:
+            x = self.op("Identity", x, out=f"{node.y}.float")
         for index, other in enumerate(node.x[1:], 1):
             out = f"{node.y}.float" if index + 1 == len(node.x) else f"{node.y}.part{index}"
             x = self.op("Add", x, self.read(other), out=out)

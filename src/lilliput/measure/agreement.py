@@ -151,7 +151,9 @@ class _Runner:
         self.folder, self.manifest, self.model, self.graph = folder, manifest, model, model.graph
         self.length: int | None = manifest["length"]
         self.room = min(self.graph.positions, self.length or self.graph.positions)
-        self.grids = {name: Grid(bits=s["bits"], scale=s["scale"], zero=s["zero"]) for name, s in manifest["sites"].items()}
+        self.grids = {
+            name: Grid(bits=s["bits"], scale=s["scale"], zero=s["zero"]) for name, s in manifest["sites"].items()
+        }
         self.edges = [name for name, site in manifest["sites"].items() if site["edge"]]
 
     def prefill(self, ids: npt.NDArray[np.int64], given: Mapping[str, Array] | None = None) -> dict[str, Array]:
@@ -168,12 +170,11 @@ class _Runner:
                 codes[: len(ids)] = given[edge]
                 feed[f"{edge}.given"] = codes.astype(f"int{self.grids[edge].bits}")
         session = self._session("prefill.onnx", names, cut=given is not None)
-        wanted = [one for one in names if one in {o.name for o in session.get_outputs()}]
-        feed = {i.name: feed[i.name] for i in session.get_inputs()}
-        found = dict(zip(wanted, session.run(wanted, feed), strict=True))
+        found = dict(zip(names, session.run(names, feed), strict=True))
+        logits = found.pop(self.graph.output, None)
         result = {name: self._plain(name, value, len(ids)) for name, value in found.items()}
-        if not given:
-            result["logits"] = found[self.graph.output][0, : len(ids)]
+        if logits is not None:
+            result["logits"] = logits[0, : len(ids)]
         return result
 
     def fused(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
@@ -250,9 +251,8 @@ class _Runner:
                 width = self.graph.edges[edge].width
                 proto.graph.input.append(helper.make_tensor_value_info(f"{edge}.given", kind, [None, width]))
         there = {value.name for value in proto.graph.output}
-        written = {name for node in proto.graph.node for name in node.output}
         for name in names:
-            if name not in there and name in written:
+            if name not in there:
                 site, _, what = name.rpartition(".")
                 kind = TensorProto.FLOAT if what == "float" else KINDS[self.grids[site].bits]
                 proto.graph.output.append(helper.make_tensor_value_info(name, kind, None))

@@ -37,7 +37,9 @@ COLUMNS = {
 @artifact_argument
 @click.option("-o", "--out", "target", type=click.Path(path_type=Path), required=True, help="Folder to write.")
 @click.option("--format", "name", default="onnx-qdq", show_default=True, help="What to write.")
-@click.option("--length", type=click.IntRange(min=1), help="Tokens of a prefill, slots of a decode; by default any number.")
+@click.option(
+    "--length", type=click.IntRange(min=1), help="Tokens of a prefill, slots of a decode; by default any number."
+)
 @click.option("--force", is_flag=True, help="Replace OUT when it is an earlier export.")
 @click.option("--verify", is_flag=True, help="Run it in ONNX Runtime beside the oracle; fail with 6 when they part.")
 @click.option("--text", type=click.Path(path_type=Path), help="With --verify: text to run; by default random tokens.")

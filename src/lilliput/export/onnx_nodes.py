@@ -383,20 +383,20 @@ class _Builder:
     def _turns(self, kind: str, step: float) -> str:
         """cos or sin at the positions, (positions, 1, dim / 2), in units of `step`: 2**-14 times the rotary scale.
 
-        A multiplier holds the factor to 2**-23; to six digits it is the same for all nodes.
+        A multiplier holds the factor to 2**-23; to six digits that scale is the same for all nodes.
         """
-        step = float(f"{step:.5e}")
-        if (kind, step) not in self.made:
+        factor = f"{step * 2.0**14:.6g}"
+        if (kind, factor) not in self.made:
             name = f"rotary.{kind}"
             table = self.const(name, self.model.constants[name][: self.rows])
-            scale = self.const(f"rotary.scale.{step:.5e}", np.array(step, np.float32))
+            scale = self.const(f"rotary.scale.{factor}", np.array(float(factor) / 2**14, np.float32))
             zero = self.const("rotary.zero", np.array(0, np.int16))
             codes = f"{name}.codes"
             if codes not in self.made:
                 rows = self.op("Gather", table, self.positions, out=f"{name}.rows", axis=0)
                 self.made[codes] = self.op("Unsqueeze", rows, self.ints(1), out=codes)
-            self.made[kind, step] = self.op("DequantizeLinear", codes, scale, zero, out=f"{name}.{step:.5e}")
-        return self.made[kind, step]
+            self.made[kind, factor] = self.op("DequantizeLinear", codes, scale, zero, out=f"{name}.{factor}")
+        return self.made[kind, factor]
 
     def _table(self, node: Table) -> None:
         x, out = self.read(node.x), f"{node.y}.float"

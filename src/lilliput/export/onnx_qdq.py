@@ -104,6 +104,7 @@ def _readme(model: IntegerModel, made: list[Phase], length: int | None, cache: l
         "",
         "```python",
         "import json",
+        "from pathlib import Path",
         "import numpy as np",
         "import onnxruntime as ort",
         "",
@@ -127,7 +128,7 @@ def _readme(model: IntegerModel, made: list[Phase], length: int | None, cache: l
         lines += [
             "",
             'decode, count = ort.InferenceSession("decode.onnx"), len(tokens)',
-            'cache = json.load(open("export.json"))["cache"]',
+            'cache = json.loads(Path("export.json").read_text())["cache"]',
         ]
         if length is None:
             lines += [

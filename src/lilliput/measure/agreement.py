@@ -67,8 +67,8 @@ class SiteRow(BaseModel):
 class Agreement(BaseModel):
     """argmax_agreement: share of positions where both put the same token first; fused_...: with all optimizations on.
 
-    decoded: tokens fed one at a time; decode_differ, decode_steps: their codes, all edges, against one prefill by ONNX
-    Runtime. reasons: why a kind of node may differ, for those that do.
+    decoded: tokens fed one at a time behind a prefill; decode_...: their codes at all edges, beside the oracle's, as for a
+    site. reasons: why a kind of node may differ, for those that do.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -79,6 +79,8 @@ class Agreement(BaseModel):
     argmax_agreement: float
     fused_argmax_agreement: float
     decoded: int
+    decode_local_differ: float
+    decode_local_steps: int
     decode_differ: float
     decode_steps: int
     reasons: dict[str, str]
@@ -116,7 +118,8 @@ def compare(
     best = oracle.finish(truth[model.graph.output]).argmax(axis=1)
     agreement = [float((part.argmax(axis=1) == best).mean()) for part in (found["logits"], runner.fused(ids))]
     progress.advance(1)
-    off, far, decoded = runner.decode(ids, found)
+    local_off, local_far, decoded = runner.decode(ids, truth, truth, given=True)
+    off, far, _ = runner.decode(ids, found, truth)
     progress.advance(1)
     return Agreement(
         runtime=f"onnxruntime {ort.__version__}",
@@ -125,10 +128,12 @@ def compare(
         argmax_agreement=agreement[0],
         fused_argmax_agreement=agreement[1],
         decoded=decoded,
+        decode_local_differ=local_off,
+        decode_local_steps=local_far,
         decode_differ=off,
         decode_steps=far,
         reasons={row.kind: REASONS[row.kind] for row in rows if row.local_differ},
-        problems=tuple(_problems(rows, agreement[0])),
+        problems=tuple(_problems(rows, local_far, agreement[0])),
     )
 
 
@@ -138,10 +143,12 @@ def require(found: Agreement, where: str) -> None:
         raise QualityFailed(found.problems[0], where, "Please report it; the export is kept")
 
 
-def _problems(rows: Sequence[SiteRow], argmax: float) -> Iterator[str]:
+def _problems(rows: Sequence[SiteRow], decode: int, argmax: float) -> Iterator[str]:
     for row in rows:
         if row.local_steps > STEPS_ALLOWED:
             yield f"{row.name} is {row.local_steps} steps from the oracle given the same inputs"
+    if decode > STEPS_ALLOWED:
+        yield f"decode.onnx is {decode} steps from the oracle given the same inputs"
     if argmax < ARGMAX_NEEDED:
         yield f"the first token agrees at {argmax:.1%} of positions, less than {ARGMAX_NEEDED:.0%}"
 
@@ -165,11 +172,8 @@ class _Runner:
         names += [f"{edge}.float" for edge in self.edges] if given else [self.graph.output]
         feed = self._feed(ids)
         if given:
-            for edge in self.edges:
-                codes = np.full((self.length or len(ids), given[edge].shape[1]), self.grids[edge].zero)
-                codes[: len(ids)] = given[edge]
-                feed[f"{edge}.given"] = codes.astype(f"int{self.grids[edge].bits}")
-        session = self._session("prefill.onnx", names, cut=given is not None)
+            feed |= self._given(given, slice(0, len(ids)), self.length or len(ids))
+        session = self._session("prefill.onnx", names, cut=given)
         found = dict(zip(names, session.run(names, feed), strict=True))
         logits = found.pop(self.graph.output, None)
         result = {name: self._plain(name, value, len(ids)) for name, value in found.items()}
@@ -183,44 +187,88 @@ class _Runner:
         logits: npt.NDArray[np.float32] = session.run([self.graph.output], self._feed(ids))[0][0, : len(ids)]
         return logits
 
-    def decode(self, ids: npt.NDArray[np.int64], whole: Mapping[str, Array]) -> tuple[float, int, int]:
-        """Feed the last tokens one at a time behind a prefill of the others.
+    def decode(
+        self,
+        ids: npt.NDArray[np.int64],
+        before: Mapping[str, Array],
+        truth: Mapping[str, Array],
+        *,
+        given: bool = False,
+    ) -> tuple[float, int, int]:
+        """Feed the last tokens one at a time, behind keys and values of `before`, which has codes of all positions.
 
-        whole: what one prefill of all gave. Returns the share of codes that differ from it, the most steps, the tokens.
+        given: each node gets the codes of `truth`, the oracle's; otherwise what came before it. Returns the share of
+        codes, of all edges, that differ from `truth`, the most steps, and the number of tokens.
         """
         if "decode.onnx" not in self.manifest["models"]:
             return 0.0, 0, 0
-        names = [f"{edge}.codes" for edge in self.edges]
-        session = self._session("decode.onnx", names)
+        cache = self.manifest["cache"]
+        names = [*(f"{edge}.codes" for edge in self.edges), *(entry["new"] for entry in cache)]
+        session = self._session("decode.onnx", names, cut=truth if given else None)
         start = max(1, len(ids) - DECODED)
-        slots, differ, far, total = self.length or start, 0, 0, 0
-        past = {}
-        for entry in self.manifest["cache"]:
-            edge, shape = entry["past"].removeprefix("past."), (-1, entry["heads"], entry["head_dim"])
+        past: dict[str, Array] = {}
+        for entry in cache:
+            name, shape = entry["past"].removeprefix("past."), (-1, entry["heads"], entry["head_dim"])
+            codes = before.get(name, before.get(f"{name}.codes"))
+            assert codes is not None, "keys and values are edges"
+            slots = self.length or start
             full = np.full((1, entry["heads"], slots, entry["head_dim"]), entry["fill"], f"int{entry['bits']}")
-            full[0, :, :start] = whole[f"{edge}.codes"][:start].reshape(shape).transpose(1, 0, 2)
+            full[0, :, :start] = codes[:start].reshape(shape).transpose(1, 0, 2)
             past[entry["past"]] = full
+        differ = far = total = 0
         for at in range(start, len(ids)):
             feed = past | {"input_ids": ids[None, at : at + 1], "past_length": np.array([at])}
-            new = [entry["new"] for entry in self.manifest["cache"]]
-            found = dict(zip([*names, *new], session.run([*names, *new], feed), strict=True))
-            for name in names:
-                off = np.abs(found[name][0].astype(np.int64) - whole[name][at])
+            if given:
+                feed |= self._given(truth, slice(at, at + 1), 1, slots=self.length or at)
+            found = dict(zip(names, session.run(names, feed), strict=True))
+            for edge in self.edges:
+                off = np.abs(found[f"{edge}.codes"][0].astype(np.int64) - truth[edge][at])
                 differ, far, total = differ + int((off > 0).sum()), max(far, int(off.max())), total + off.size
-            for entry in self.manifest["cache"]:
+            for entry in cache:  # given the oracle's codes, those are also what it puts out as new
                 if self.length is None:
                     past[entry["past"]] = np.concatenate([past[entry["past"]], found[entry["new"]]], axis=2)
-                else:
+                elif at < self.length:
                     past[entry["past"]][:, :, at] = found[entry["new"]][:, :, 0]
         return differ / max(total, 1), far, len(ids) - start
 
-    def seen(self, site: str, length: int) -> npt.NDArray[np.bool_] | None:
-        """Which scores are of any concern, (length, length); None for what is no score."""
+    def _given(self, truth: Mapping[str, Array], rows: slice, height: int, slots: int = 0) -> dict[str, Array]:
+        """The oracle's codes of some positions as inputs; `height` rows, of which the others hold the code of zero.
+
+        slots: of keys before these positions, which for scores stand in front.
+        """
+        feed: dict[str, Array] = {}
+        for name, grid in self.grids.items():
+            if name not in truth:
+                continue
+            codes = truth[name]
+            if name in self.graph.edges:
+                full = np.full((height, codes.shape[1]), grid.zero)
+                full[: rows.stop - rows.start] = codes[rows]
+            else:
+                full = np.full((len(codes), height, slots + height), grid.zero)
+                part, now = codes[:, rows], rows.stop - rows.start
+                before = rows.start if slots else 0
+                full[:, :now, :before] = part[:, :, :before]
+                full[:, :now, slots : slots + now] = part[:, :, rows]
+                full = full.reshape(1, self._kv_heads(name), -1, slots + height)
+            feed[f"{name}.given"] = full.astype(f"int{grid.bits}")
+        return feed
+
+    def _attend(self, site: str) -> Attend:
+        """The node that a site is inside of."""
         for node in self.graph.nodes:
             if isinstance(node, Attend) and site.startswith(f"{node.y.removesuffix('.mixed')}."):
-                age = np.arange(length)[:, None] - np.arange(length)
-                return ((age >= 0) | (not node.causal)) & ((age < node.window) | (not node.window))
-        return None
+                return node
+        raise AssertionError(f"{site} is inside no node")
+
+    def _kv_heads(self, site: str) -> int:
+        return self._attend(site).kv_heads
+
+    def seen(self, site: str, length: int) -> npt.NDArray[np.bool_]:
+        """Which scores are of any concern, (length, length)."""
+        node = self._attend(site)
+        age = np.arange(length)[:, None] - np.arange(length)
+        return ((age >= 0) | (not node.causal)) & ((age < node.window) | (not node.window))
 
     def _feed(self, ids: npt.NDArray[np.int64]) -> dict[str, Array]:
         row = np.zeros((1, self.length or len(ids)), np.int64)
@@ -238,18 +286,21 @@ class _Runner:
             return heads[:, :length, :length]
         return heads[:, :length].swapaxes(0, 1).reshape(length, -1)
 
-    def _session(self, file: str, names: Sequence[str], *, cut: bool = False) -> ort.InferenceSession:
-        """The file with more outputs; `cut`: with the readers of every edge fed from outside."""
+    def _session(
+        self, file: str, names: Sequence[str], *, cut: Mapping[str, Array] | None = None
+    ) -> ort.InferenceSession:
+        """The file with more outputs; `cut`: with the readers of these sites fed from outside."""
         proto = onnx.load(self.folder / file, load_external_data=False)
         if cut:
-            outside = {f"{edge}.codes": f"{edge}.given" for edge in self.edges}
+            fed = [site for site in self.grids if site in cut]
+            outside = {f"{site}.codes": f"{site}.given" for site in fed}
             for node in proto.graph.node:
                 for place, name in enumerate(node.input):
                     node.input[place] = outside.get(name, name)
-            for edge in self.edges:
-                kind = KINDS[self.grids[edge].bits]
-                width = self.graph.edges[edge].width
-                proto.graph.input.append(helper.make_tensor_value_info(f"{edge}.given", kind, [None, width]))
+            for site in fed:
+                kind, edge = KINDS[self.grids[site].bits], self.graph.edges.get(site)
+                shape = [None, edge.width] if edge else [1, self._kv_heads(site), None, None]
+                proto.graph.input.append(helper.make_tensor_value_info(f"{site}.given", kind, shape))
         there = {value.name for value in proto.graph.output}
         for name in names:
             if name not in there:
@@ -279,7 +330,8 @@ def _rows(
         exact = truth[site].astype(np.int64)
         here, there = (np.abs(part[f"{site}.codes"].astype(np.int64) - exact) for part in (local, found))
         inside = site not in runner.graph.edges
-        if inside and (seen := runner.seen(site, exact.shape[-1])) is not None:
+        if inside:
+            seen = runner.seen(site, exact.shape[-1])
             here, there = here[:, seen], there[:, seen]
         margin = None
         if not inside and here.any():

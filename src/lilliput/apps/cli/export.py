@@ -67,7 +67,7 @@ def command(
            "weight_bits", "models": {file: {"inputs", "outputs"}}, "cache": [..], "sites": {name: {..}}, "files"},
            "agreement": null without --verify, else {"runtime", "positions", "sites": [{"name", "kind", "bits", "codes",
            "local_differ", "local_steps", "margin", "differ", "steps"}], "argmax_agreement", "fused_argmax_agreement",
-           "decoded", "decode_differ", "decode_steps", "reasons", "problems"}}
+           "decoded", "decode_local_differ", "decode_local_steps", "decode_differ", "decode_steps", "reasons", "problems"}}
     """
     from lilliput.artifact.read import Artifact
     from lilliput.export import FORMATS
@@ -128,9 +128,9 @@ def _text(found: "Agreement") -> str:
         f"first token: the same at {found.argmax_agreement:.1%} of positions, {found.fused_argmax_agreement:.1%} fused",
     ]
     if found.decoded:
-        same = "the same codes as one prefill"
-        far = f"{found.decode_differ:.3%} of codes differ from one prefill, by {found.decode_steps} at most"
-        lines.append(f"{found.decoded} tokens one at a time: {same if not found.decode_steps else far}")
+        far = f"{found.decode_differ:.2%} of codes differ, by {found.decode_steps} at most"
+        near = f"given the oracle's inputs {found.decode_local_differ:.4%}, by {found.decode_local_steps}"
+        lines.append(f"{found.decoded} tokens one at a time: {far}; {near}")
     lines += [f"{kind}: {reason}" for kind, reason in found.reasons.items()]
     return "\n\n".join([lines[0], lines[1], "\n".join(lines[2:])])
 

@@ -428,22 +428,22 @@ class _Builder:
         y, group = node.y, node.heads // node.kv_heads
         site = y.removesuffix(".mixed")  # what is inside stands beside it in docs/integer.md
         size = node.head_dim
-        apart, together = ("Reshape", (1, node.heads, -1, 0)), ("Reshape", (1, node.kv_heads, -1, 0))  # 0: as it is
         turn: Move = ("Transpose", (0, 2, 1, 3))
+        merge: list[Move] = [("Reshape", (1, node.kv_heads, -1, 0))] if group > 1 else []  # 0: as it is
+        split: list[Move] = [("Reshape", (1, node.heads, -1, 0))] if group > 1 else []
         keys, values = (self._joined(edge, node) for edge in (node.k, node.v))
-        moves = [("Reshape", (1, -1, node.heads, size)), turn, *([together] if group > 1 else [])]
-        q = self.read(node.q, f"{y}.q", *moves)
+        q = self.read(node.q, f"{y}.q", ("Reshape", (1, -1, node.heads, size)), turn, *merge)
         k = self.dequantize(keys, node.k, self.graph.edges[node.k].grid, f"{y}.k", ("Transpose", (0, 1, 3, 2)))
         x = self.op("MatMul", q, k, out=f"{y}.products")
         factor = self.const(f"{y}.factor", np.array(node.scale, np.float32))
         x = self.op("Mul", x, factor, out=f"{site}.scores.float")
-        grid, last = node.scores, [apart] if group > 1 else []
+        grid = node.scores
         if node.softcap is not None and node.capped is not None:
             x = self._cap(self.fix(x, f"{site}.scores", grid, "scores"), node.softcap, f"{site}.capped.float")
             grid = node.capped
-            x = self.fix(x, f"{site}.capped", grid, "capped", *last)
+            x = self.fix(x, f"{site}.capped", grid, "capped", *split)
         else:
-            x = self.fix(x, f"{site}.scores", grid, "scores", *last)
+            x = self.fix(x, f"{site}.scores", grid, "scores", *split)
         seen = self._seen(node)
         if seen is not None:
             least, most = grid.scale * (grid.low - grid.zero) - MARGIN, grid.scale * (grid.high - grid.zero)
@@ -453,10 +453,10 @@ class _Builder:
         x = self.op("Softmax", x, out=f"{site}.probabilities.float", axis=-1)
         bits = 16 if node.probability == 65535 else 8
         grid = Grid(bits=bits, scale=1 / node.probability, zero=-(1 << (bits - 1)))
-        x = self.fix(x, f"{site}.probabilities", grid, "probabilities", *([together] if group > 1 else []))
+        x = self.fix(x, f"{site}.probabilities", grid, "probabilities", *merge)
         v = self.dequantize(values, node.v, self.graph.edges[node.v].grid, f"{y}.v")
         x = self.op("MatMul", x, v, out=f"{y}.float")
-        self.write(y, x, node.op, *last, turn, ("Reshape", (-1, node.heads * size)))
+        self.write(y, x, node.op, *split, turn, ("Reshape", (-1, node.heads * size)))
 
     def _cap(self, x: str, cap: float, out: str) -> str:
         limit = self.const(f"{out}.limit", np.array(cap, np.float32))

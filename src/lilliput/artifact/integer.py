@@ -162,7 +162,7 @@ class _Check:
         floats: Mapping[str, StoredTensor],
     ) -> None:
         self.spec, self.graph, self.constants, self.linears, self.floats = spec, graph, constants, linears, floats
-        self.written, self.used = set[str](), set[str]()
+        self.written, self.used, self.cached = set[str](), set[str](), set[str]()
 
     def run(self) -> Iterator[str]:
         rules: dict[type[Any], Callable[[Any], None]] = {
@@ -310,6 +310,9 @@ class _Check:
         q, k, v, y = (self._edge(name) for name in (node.q, node.k, node.v, node.y))
         if node.heads < 1 or node.kv_heads < 1 or node.head_dim < 1 or node.heads % node.kv_heads:
             raise _Fault(f"{node.heads} heads do not share {node.kv_heads}")
+        if node.k == node.v or {node.k, node.v} & self.cached:
+            raise _Fault(f"{node.k} and {node.v} are keys or values of two caches")
+        self.cached |= {node.k, node.v}
         for edge, heads in ((q, node.heads), (y, node.heads), (k, node.kv_heads), (v, node.kv_heads)):
             if edge.width != heads * node.head_dim:
                 raise _Fault(f"{edge.width} channels are not {heads} heads of {node.head_dim}")

@@ -1,0 +1,202 @@
+"""A recipe that ends in an integer model: one artifact, the graph beside the codes, checked like everything else."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from lilliput.apps.cli import main
+from lilliput.artifact.read import Artifact
+from lilliput.artifact.verify import verify
+from lilliput.core.errors import ConfigError, InputCorrupt, QualityFailed, Unsupported
+from lilliput.core.progress import Silent
+from lilliput.engine import Engine
+from lilliput.engine.oracle import Oracle
+from lilliput.methods import METHODS
+from lilliput.pipeline import compress
+from support.encoders import write_encoder
+from support.families import write_checkpoint
+from support.integers import some_tokens
+
+TEXT = "The old man and the child went on and on, and the sea and the wind went with them. " * 60
+TOKENS = some_tokens(30)
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METHODS, "min_max", "support.min_max:MinMax")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("made") / "gemma2"
+    write_checkpoint(folder, "gemma2", 3)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text(TEXT)
+    return file
+
+
+@pytest.fixture(scope="module")
+def made(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("out") / "w4"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(METHODS, "min_max", "support.min_max:MinMax")
+        run(model, out, text, bits=4)
+    return out
+
+
+def run(model: Path, out: Path, text: Path, *, gate: bool = False, resume: bool = True, **options: Any) -> None:
+    recipe = [{"min_max": options}]
+    compress(model, out, recipe=recipe, calibration=[text], samples=6, length=32, gate=gate, resume=resume)
+
+
+def test_the_artifact_serves_the_graph_and_everyone_else(made: Path) -> None:
+    report = verify(made)
+    assert report.ok, report.problems
+    artifact = Artifact.open(made)
+    assert artifact.bits == (4,)
+    assert artifact.manifest.schema_version == "1.3"
+    assert artifact.manifest.entries["embed_tokens"].bits == (8,)
+    told = artifact.manifest.integer
+    assert told is not None
+    assert told.record == {"rows": 4}
+    assert told.quality is not None
+    assert told.quality.bits == 4
+    assert 0 < told.quality.kl < 5
+    assert told.quality != artifact.manifest.quality[0]
+    assert {record.method for record in artifact.manifest.layers} == {"min_max"}
+    assert f"KL {told.quality.kl:.4g}" in (made / "README.md").read_text()
+    model = artifact.integer()
+    assert model is not None
+    assert model.bits == 4
+    said, weights = Oracle(model).logits(TOKENS), Engine(made, activations="float").logits(TOKENS)
+    assert np.abs(said - weights).max() < 0.35 * np.abs(weights).max()
+    assert np.corrcoef(said.ravel(), weights.ravel())[0, 1] > 0.9
+
+
+def test_with_sixteen_bits_everywhere_the_graph_is_its_weights_in_float(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    run(model, tmp_path / "out", text, wide=True)
+    graph, weights = Artifact.open(tmp_path / "out").integer(), Engine(tmp_path / "out", activations="float")
+    assert graph is not None
+    seen = weights.tokenizer.encode(TEXT)[:30]  # text within the ranges it was calibrated on
+    real = weights.logits(seen)
+    assert np.abs(Oracle(graph).logits(seen) - real).max() < 0.02 * np.abs(real).max()
+
+
+def test_a_run_that_stopped_after_the_method_goes_on_from_there(
+    model: Path, text: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(*_: Any) -> None:
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lilliput.pipeline.integers.write_graph", stop)
+        with pytest.raises(Stop):
+            run(model, tmp_path / "out", text, bits=4)
+    monkeypatch.setattr("support.min_max.MinMax.make", stop)
+    run(model, tmp_path / "out", text, bits=4)
+    for name in ("manifest.json", "integer.json", "integer.safetensors", "bits-4.safetensors"):
+        assert (tmp_path / "out" / name).read_bytes() == (made / name).read_bytes()
+
+
+def test_a_site_without_a_range_is_named_and_nothing_comes_out(model: Path, text: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"layers\.1\.attn\.mixed: this site has no range"):
+        run(model, tmp_path / "out", text, drop="layers.1.attn.mixed")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_gate_looks_at_the_graph_itself(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lilliput.pipeline.gate.INTEGER_LIMITS", {8: 1e-9})
+    monkeypatch.setattr("lilliput.pipeline.gate.LIMITS", {8: 100.0})
+    with pytest.raises(QualityFailed, match=r"the integer graph: KL to the original is .* above 1e-09"):
+        run(model, tmp_path / "out", text, gate=True)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "told"),
+    [
+        ([{"min_max": {}}, {"wanda": {}}], "min_max makes the whole integer model and is not the last stage"),
+        ([{"rtn": {"bits": [8]}}, {"min_max": {}}], "rtn makes codes, and min_max makes its own"),
+        ([{"min_max": {}}, {"tune": {}}], "tune would change the codes that min_max has made a graph of"),
+        ([{"min_max": {"bits": 5}}], r"min_max\.bits: bits is 5"),
+    ],
+)
+def test_recipes_that_make_no_sense_are_refused(
+    recipe: list[dict[str, Any]], told: str, model: Path, text: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=told):
+        compress(model, tmp_path / "out", recipe=recipe, calibration=[text])
+
+
+def test_budgets_and_encoders_are_refused(model: Path, text: Path, tmp_path: Path) -> None:
+    recipe: list[dict[str, Any]] = [{"min_max": {}}]
+    with pytest.raises(ConfigError, match="min_max gives every block the same width"):
+        compress(model, tmp_path / "out", recipe=recipe, calibration=[text], target_bits=4)
+    write_encoder(tmp_path / "bert", "bert")
+    with pytest.raises(Unsupported, match="min_max learns from predicting tokens"):
+        compress(tmp_path / "bert", tmp_path / "out", recipe=recipe, calibration=[text])
+
+
+@pytest.mark.parametrize("name", ["integer.json", "integer.safetensors"])
+def test_a_changed_byte_in_either_file_is_found(name: str, made: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(made, copy)
+    raw = bytearray((copy / name).read_bytes())
+    raw[len(raw) // 2] ^= 1
+    (copy / name).write_bytes(raw)
+    report = verify(copy)
+    assert not report.ok
+    assert any(name in problem for problem in report.problems)
+
+
+def test_a_graph_sealed_with_a_fault_is_found(made: Path, tmp_path: Path) -> None:
+    from lilliput.artifact.write import amend
+
+    copy = tmp_path / "copy"
+    shutil.copytree(made, copy)
+    text = (copy / "integer.json").read_text()
+    (copy / "integer.json").write_text(text.replace('"heads": 4', '"heads": 3', 1))
+    amend(copy)  # with a digest that fits
+    report = verify(copy)
+    assert not report.ok
+    assert any("integer graph" in problem for problem in report.problems)
+    with pytest.raises(InputCorrupt, match="integer graph"):
+        Artifact.open(copy).integer()
+
+
+def test_the_command_line_describes_and_measures_the_graph(made: Path, text: Path) -> None:
+    told = CliRunner().invoke(main, ["--json", "inspect", str(made)])
+    graph = json.loads(told.output)["integer"]
+    assert graph["positions"] == 256
+    assert set(graph["edges"]) == {"8", "16"}
+    assert "integer graph" in CliRunner().invoke(main, ["inspect", str(made)]).output
+    asked = ["--json", "eval", str(made), "--text", str(text), "--length", "32", "--limit", "2", "--runner", "oracle"]
+    rows = json.loads(CliRunner().invoke(main, asked).output)["rows"]
+    assert [row["bits"] for row in rows] == [4]
+    assert rows[0]["tokens"] == 62
+
+
+def test_an_artifact_without_a_graph_says_so(model: Path, text: Path, tmp_path: Path) -> None:
+    compress(model, tmp_path / "out", recipe=[{"rtn": {"bits": [8]}}], gate=False, progress=Silent())
+    assert Artifact.open(tmp_path / "out").integer() is None
+    assert b'"integer"' not in (tmp_path / "out" / "manifest.json").read_bytes()
+    found = CliRunner().invoke(main, ["eval", str(tmp_path / "out"), "--text", str(text), "--runner", "oracle"])
+    assert found.exit_code == 2
+    assert "has no integer graph" in found.output

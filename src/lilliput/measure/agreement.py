@@ -242,7 +242,7 @@ class _Runner:
                 continue
             codes = truth[name]
             if name in self.graph.edges:
-                full = np.full((height, codes.shape[1]), grid.zero)
+                full: Array = np.full((height, codes.shape[1]), grid.zero)
                 full[: rows.stop - rows.start] = codes[rows]
             else:
                 full = np.full((len(codes), height, slots + height), grid.zero)

@@ -25,7 +25,7 @@ $(VENV)/.dependencies: pyproject.toml constraints-dev.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	$(BIN)/python -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
-	  extras = [project["optional-dependencies"][extra] for extra in ("compress", "serve", "dev")]; \
+	  extras = [project["optional-dependencies"][extra] for extra in ("compress", "serve", "export", "dev")]; \
 	  print(*project["dependencies"], *sum(extras, []), sep="\n")' > $(VENV)/requirements.txt
 	$(BIN)/pip install --quiet -c constraints-dev.txt -r $(VENV)/requirements.txt
 	touch $@

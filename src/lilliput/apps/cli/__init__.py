@@ -27,13 +27,14 @@ VERBS = {
     "eval": "Measure quality at each width, beside the original.",
     "bench": "Measure speed and memory at each width.",
     "verify": "Check every byte of an artifact.",
+    "export": "Write an integer artifact in another runtime's form.",
     "serve": "Answer OpenAI-compatible requests over HTTP.",
     "methods": "List the methods and their options.",
     "recipes": "List the recipes, or show one.",
     "doctor": "Say what this machine and this install can do.",
 }
 EXTRA_OF = dict.fromkeys(("torch", "transformers", "huggingface_hub", "pyarrow", "PIL"), "compress")
-EXTRA_OF |= {"starlette": "serve", "uvicorn": "serve"}
+EXTRA_OF |= {"starlette": "serve", "uvicorn": "serve", "onnx": "export", "onnxruntime": "export"}
 OK, BUG, USAGE, UNSUPPORTED, RESOURCE, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 4, 5, 130, 141
 
 _PLACE = {

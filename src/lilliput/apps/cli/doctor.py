@@ -17,10 +17,12 @@ PLAIN = ("numpy", "safetensors", "tokenizers", "jinja2", "pydantic", "pyyaml", "
 EXTRAS = {
     "compress": ("torch", "transformers", "huggingface-hub", "pyarrow"),
     "serve": ("starlette", "uvicorn"),
+    "export": ("onnx", "onnxruntime"),
 }
 WITHOUT = {
     "compress": "compress, eval --against and hub ids do not work; artifacts made elsewhere run",
     "serve": "serve does not work",
+    "export": "export does not work",
 }
 OPS = ("matmul_nested_i8", "quantize_i8", "matmul_nested", "matmul_float", "attention", "norm", "rotary", "activation")
 VARIABLES = {

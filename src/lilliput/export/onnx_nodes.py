@@ -1,0 +1,514 @@
+"""An integer graph as ONNX nodes: every edge a QuantizeLinear with its grid, float operators between.
+
+What is made of node after node of the graph, whatever family it came from. Of an edge E there is `E.float`, what its node
+computes, `E.codes`, (positions, width), those numbers on the grid, and where it is read as it is `E.value`. Inside
+`attend` stand the same of `scores`, `capped` and `probabilities`, beside its output.
+
+Forms chosen for the compilers of NPUs. A linear layer is one Gemm with transB over (positions, in) and (out, in): the
+layout and the axis 0 of scales that the artifact has, so an embedding that is also the head is stored once. What only
+moves numbers (Reshape, Transpose, Concat, Unsqueeze, Gather) moves codes, so that each operator that computes has its
+DequantizeLinear right before it and its QuantizeLinear right behind. (ONNX Runtime 1.31 also refuses a DequantizeLinear
+of 8 bits in front of a Reshape: it adds a QuantizeLinear of int8 behind that, then turns int8 to uint8 in part of it.)
+Query heads of one key head are rows of one matrix product, so keys are not repeated. No tensor has more than four
+dimensions.
+
+A key that a query does not see leaves by a comparison of positions and a Where in front of the softmax. What it leaves
+with is `MARGIN` below the lowest score there is. The lowest score itself will not do: next to scores that are all low it
+weighs something. And nothing is added to a score, which would need a grid that holds both.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from onnx import NodeProto, TensorProto, ValueInfoProto, helper
+
+from lilliput.artifact.integer import HALF, WIDTHS, IntegerModel
+from lilliput.core.errors import Unsupported
+from lilliput.core.graph import Attend, Embed, Grid, Linear, Multiply, Norm, Rotate, Sum, Table
+from lilliput.numerics.packing import untile_groups
+
+MARGIN = 24.0
+"""exp(-24) is 4e-11: not one code of 1 / 65535, even over a hundred million keys."""
+OPSET, IR_VERSION = 21, 10
+"""The first with QuantizeLinear of 16 bits and weights of 4."""
+IDS, PAST, LENGTH = "input_ids", "past_length", "length"
+INT4, INT8, INT16 = int(TensorProto.INT4), int(TensorProto.INT8), int(TensorProto.INT16)
+CODES = {4: INT4, 8: INT8, 16: INT16}
+
+Dim = int | str
+Move = tuple[str, tuple[int, ...]]
+"""Reshape and its shape, Transpose and its order, Unsqueeze and its axes."""
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix as whole numbers: value = scale[row] * codes, codes int8 (out, in) that need `bits` bits."""
+
+    codes: npt.NDArray[np.int8]
+    scale: npt.NDArray[np.float32]
+    bits: int
+
+
+@dataclass(frozen=True)
+class Blob:
+    """An initializer. `data` as it is stored: 4-bit codes two a byte, the first in the low half."""
+
+    kind: int
+    shape: tuple[int, ...]
+    data: Array
+
+    @classmethod
+    def of(cls, array: Array) -> "Blob":
+        """Take an array as it is."""
+        return cls(int(helper.np_dtype_to_tensor_dtype(array.dtype)), array.shape, np.ascontiguousarray(array))
+
+    @classmethod
+    def int4(cls, codes: npt.NDArray[np.int8]) -> "Blob":
+        """Pack codes in -8..7."""
+        flat = codes.reshape(-1).view(np.uint8) & np.uint8(15)
+        pairs = np.append(flat, np.zeros(flat.size % 2, np.uint8)).reshape(-1, 2)
+        return cls(INT4, codes.shape, pairs[:, 0] | (pairs[:, 1] << np.uint8(4)))
+
+
+@dataclass(frozen=True)
+class Site:
+    """A tensor on a grid. `edge`: one of the graph's edges, not something inside a node."""
+
+    grid: Grid
+    kind: str
+    edge: bool
+
+
+@dataclass
+class Phase:
+    """What one ONNX graph is made of."""
+
+    name: str
+    nodes: list[NodeProto] = field(default_factory=list)
+    blobs: dict[str, Blob] = field(default_factory=dict)
+    inputs: list[ValueInfoProto] = field(default_factory=list)
+    outputs: list[ValueInfoProto] = field(default_factory=list)
+    sites: dict[str, Site] = field(default_factory=dict)
+    tensors: dict[str, Grid] = field(default_factory=dict)
+    """Float tensors that are rounded to a grid next, or just come from one."""
+    params: dict[str, Matrix] = field(default_factory=dict)
+    masked: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Scores behind the mask: the least and the greatest value. They have no grid of their own."""
+    gains: list[str] = field(default_factory=list)
+    """Initializers of norms, float32."""
+
+
+def phases(model: IntegerModel, length: int | None) -> list[Phase]:
+    """What is exported of a model: "prefill" and, where every node looks back only, "decode". They share their arrays.
+
+    prefill: tokens to logits, and the codes of their keys and values; `length` tokens, or any number. decode: one token
+    behind `past_length` others whose keys and values come in; slots for `length` of these, or any number.
+    Raises Unsupported for a window of a model that is not causal.
+    """
+    attends = [node for node in model.graph.nodes if isinstance(node, Attend)]
+    if any(node.window and not node.causal for node in attends):
+        what = "a window over keys on both sides has no form here"
+        raise Unsupported(what, "integer graph", "Export a model without windows, or a causal one")
+    shared: dict[str, Matrix | None] = {}
+    names = ["prefill", "decode"] if all(node.causal for node in attends) else ["prefill"]
+    return [_Builder(model, name, length, shared).build() for name in names]
+
+
+class _Builder:
+    def __init__(self, model: IntegerModel, name: str, length: int | None, shared: dict[str, Matrix | None]) -> None:
+        self.model, self.graph, self.phase, self.shared = model, model.graph, Phase(name), shared
+        self.has_past = past = name == "decode"
+        self.new: Dim = 1 if past else "positions" if length is None else length
+        self.past: Dim = 0 if not past else "slots" if length is None else length
+        # rows of the tables of rotations that can be asked for
+        self.rows = self.graph.positions if length is None else min(length + past, self.graph.positions)
+        self.made: dict[Any, str] = {}  # what several nodes share
+
+    def build(self) -> Phase:
+        self._ends()
+        for node in self.graph.nodes:
+            match node:
+                case Embed():
+                    self._embed(node)
+                case Linear():
+                    self._linear(node)
+                case Norm():
+                    self._norm(node)
+                case Rotate():
+                    self._rotate(node)
+                case Attend():
+                    self._attend(node)
+                case Table():
+                    self._table(node)
+                case Multiply():
+                    a, b = self.read(node.a), self.read(node.b)
+                    self.write(node.y, self.op("Mul", a, b, out=f"{node.y}.float"), node.op)
+                case Sum():
+                    self._sum(node)
+        self._output()
+        return self.phase
+
+    # what the rest is written with
+
+    def op(self, kind: str, *inputs: str, out: str, **attributes: Any) -> str:
+        self.phase.nodes.append(helper.make_node(kind, list(inputs), [out], name=out, **attributes))
+        return out
+
+    def const(self, name: str, array: Array) -> str:
+        self.phase.blobs.setdefault(name, Blob.of(array))
+        return name
+
+    def ints(self, *values: int) -> str:
+        return self.const(f"ints.{'.'.join(map(str, values))}", np.array(values, np.int64))
+
+    def matrix(self, name: str) -> Matrix | None:
+        """A matrix as whole numbers, None where it has other levels or stayed in float."""
+        if name not in self.shared:
+            stored, found = self.model.linears.get(name), None
+            if stored is not None and len(stored.bits) == 1 and stored.bits[0] in WIDTHS and stored.groups == 1:
+                zero = stored.zero.get(stored.bits[0])
+                if zero is not None and not stored.table and (untile_groups(zero, stored.out) == HALF).all():
+                    codes, scale = self.model.weights(name), self.model.scales(name)
+                    scale = np.where(codes.any(axis=1), scale, np.float32(1))  # a row of zeros may have none
+                    found = Matrix(codes, scale, stored.bits[0])
+            self.shared[name] = found
+        return self.shared[name]
+
+    def moved(self, x: str, moves: Sequence[Move], out: str) -> str:
+        for index, (kind, numbers) in enumerate(moves, 1):
+            name = out if index == len(moves) else f"{out}.{index}"
+            if kind == "Transpose":
+                x = self.op(kind, x, out=name, perm=list(numbers))
+            else:
+                x = self.op(kind, x, self.ints(*numbers), out=name)
+        return x
+
+    def grid(self, name: str, grid: Grid) -> tuple[str, str]:
+        scale = self.const(f"{name}.scale", np.array(grid.scale, np.float32))
+        return scale, self.const(f"{name}.zero", np.array(grid.zero, f"int{grid.bits}"))
+
+    def quantize(self, x: str, site: str, grid: Grid, kind: str, *moves: Move, edge: bool = False) -> str:
+        self.phase.sites[site] = Site(grid, kind, edge)
+        self.phase.tensors[x] = grid
+        codes = f"{site}.codes"
+        first = self.op("QuantizeLinear", x, *self.grid(site, grid), out=f"{codes}.made" if moves else codes)
+        return self.moved(first, moves, codes)
+
+    def dequantize(self, codes: str, of: str, grid: Grid, out: str, *moves: Move) -> str:
+        """of: the site whose grid it is."""
+        self.phase.tensors[out] = grid
+        codes = self.moved(codes, moves, f"{out}.moved")
+        return self.op("DequantizeLinear", codes, *self.grid(of, grid), out=out)
+
+    def fix(self, x: str, site: str, grid: Grid, kind: str, *moves: Move) -> str:
+        """To the grid and back; moves between."""
+        codes = self.quantize(x, site, grid, kind)
+        return self.dequantize(codes, site, grid, f"{site}.value", *moves)
+
+    def write(self, edge: str, x: str, kind: str, *moves: Move) -> None:
+        self.quantize(x, edge, self.graph.edges[edge].grid, kind, *moves, edge=True)
+
+    def read(self, edge: str, out: str = "", *moves: Move) -> str:
+        """An edge as numbers, moved or as it is."""
+        grid, name = self.graph.edges[edge].grid, out or f"{edge}.value"
+        if name not in self.made:
+            self.made[name] = self.dequantize(f"{edge}.codes", edge, grid, name, *moves)
+        return self.made[name]
+
+    # the ends
+
+    def _ends(self) -> None:
+        make = helper.make_tensor_value_info
+        self.phase.inputs.append(make(IDS, TensorProto.INT64, [1, self.new]))
+        self.op("Reshape", IDS, self.ints(-1), out="ids")
+        if isinstance(self.new, int):
+            self.const("steps", np.arange(self.new, dtype=np.int64))
+        else:
+            self._count("ids", 0, "steps")
+        self.positions = "steps"
+        if self.has_past:
+            self.phase.inputs.append(make(PAST, TensorProto.INT64, [1]))
+            self.positions = self.op("Add", "steps", PAST, out="at")
+        elif isinstance(self.new, int) and not all(n.causal for n in self.graph.nodes if isinstance(n, Attend)):
+            self.phase.inputs.append(make(LENGTH, TensorProto.INT64, [1]))
+
+    def _count(self, x: str, axis: int, out: str) -> str:
+        """0, 1, .. along one axis of x, which only the run knows the length of."""
+        shape = self.op("Shape", x, out=f"{out}.shape", start=axis, end=axis + 1)
+        size = self.op("Squeeze", shape, out=f"{out}.size")
+        zero, one = (self.const(f"int.{n}", np.array(n, np.int64)) for n in (0, 1))
+        return self.op("Range", zero, size, one, out=out)
+
+    def _output(self) -> None:
+        edge, cap = self.graph.output, self.graph.logit_softcap
+        x = self.read(edge, edge if cap is None else f"{edge}.last", ("Unsqueeze", (0,)))
+        if cap is not None:
+            self._cap(x, cap, edge)
+        shape = [1, self.new, self.graph.edges[edge].width]
+        self.phase.outputs.insert(0, helper.make_tensor_value_info(edge, TensorProto.FLOAT, shape))
+
+    # the nodes
+
+    def _embed(self, node: Embed) -> None:
+        out, learned, scaled = f"{node.y}.float", node.positions, node.factor != 1.0
+        x = self._rows(node.matrix, "ids", f"{node.y}.rows" if scaled or learned else out)
+        if scaled:
+            factor = self.const(f"{node.y}.factor", np.array(node.factor, np.float32))
+            x = self.op("Mul", x, factor, out=f"{node.y}.scaled" if learned else out)
+        if learned:
+            at = self.positions
+            if node.offset:
+                at = self.op("Add", at, self.ints(node.offset), out=f"{node.y}.position_rows")
+            x = self.op("Add", x, self._rows(learned, at, f"{node.y}.positions"), out=out)
+        self.write(node.y, x, node.op)
+
+    def _rows(self, name: str, at: str, out: str) -> str:
+        """Rows of an embedding in float32; what is looked up are codes and scales where it has them."""
+        matrix = self.matrix(name)
+        if matrix is None:
+            return self._float_rows(name, at, out)
+        table = f"{name}.weight" if matrix.bits == 8 else f"{name}.rows"  # Gather takes no codes of 4 bits
+        codes = self.op("Gather", self.const(table, matrix.codes), at, out=f"{out}.codes", axis=0)
+        scales = self.const(f"{name}.weight.scale", matrix.scale)
+        scale = self.op("Gather", scales, at, out=f"{out}.scale", axis=0)
+        scale = self.op("Unsqueeze", scale, self.ints(1), out=f"{out}.scale.wide")
+        wide = self.op("Cast", codes, out=f"{out}.whole", to=TensorProto.FLOAT)
+        return self.op("Mul", wide, scale, out=out)
+
+    def _float_rows(self, name: str, at: str, out: str) -> str:
+        """Rows of a table that is not whole numbers, in float32. Float16 stays float16 in the file."""
+        stored = self.model.floats.get(f"{name}.weight")
+        if stored is not None and stored.dtype == "F16":
+            half = self.op("Gather", self.const(f"{name}.weight", stored.data), at, out=f"{out}.half", axis=0)
+            return self.op("Cast", half, out=out, to=TensorProto.FLOAT)
+        if f"{name}.weight" not in self.phase.blobs:
+            count = self.model.linears[name].out if stored is None else stored.shape[0]
+            self.const(f"{name}.weight", self.model.rows(name, np.arange(count)))
+        return self.op("Gather", f"{name}.weight", at, out=out, axis=0)
+
+    def _linear(self, node: Linear) -> None:
+        matrix = self.matrix(node.matrix)
+        assert matrix is not None, f"{node.matrix}: a linear node reads whole numbers"
+        grid = self.graph.edges[node.x].grid
+        inputs = [self.read(node.x), self._weight(node.matrix, matrix)]
+        # the stored bias has the zero of x folded in, DequantizeLinear takes that away itself
+        bias = self.model.constants[f"{node.y}.bias"] + grid.zero * matrix.codes.sum(axis=1, dtype=np.int64)
+        if bias.any():
+            scale = grid.scale * matrix.scale.astype(np.float64)
+            # a row without weights has no scale; the step of its bias is what the multiplier says
+            power = np.ldexp(1.0, -self.model.constants[f"{node.y}.shift"].astype(np.int64))
+            step = self.model.constants[f"{node.y}.multiplier"] * power * self.graph.edges[node.y].grid.scale
+            scale = np.where(matrix.codes.any(axis=1), scale, step)
+            if np.abs(bias).max() < 1 << 31:
+                codes = self.const(f"{node.y}.bias", bias.astype(np.int32))
+                scales = self.const(f"{node.y}.bias.scale", scale.astype(np.float32))
+                inputs += [self.op("DequantizeLinear", codes, scales, out=f"{node.y}.bias.value", axis=0)]
+            else:  # under a 16-bit input a row of tiny weights has a bias of more than 32 bits
+                inputs += [self.const(f"{node.y}.bias", (bias * scale).astype(np.float32))]
+        self.write(node.y, self.op("Gemm", *inputs, out=f"{node.y}.float", transB=1), node.op)
+
+    def _weight(self, name: str, matrix: Matrix) -> str:
+        key = f"{name}.weight"
+        if key not in self.made:
+            blob = Blob.int4(matrix.codes) if matrix.bits == 4 else Blob.of(matrix.codes)
+            none = np.zeros(len(matrix.codes), np.int8)
+            self.phase.blobs.setdefault(key, blob)
+            self.phase.blobs[f"{key}.zero"] = Blob.int4(none) if matrix.bits == 4 else Blob.of(none)
+            self.phase.params[key] = matrix
+            scale = self.const(f"{key}.scale", matrix.scale)
+            value = self.op("DequantizeLinear", key, scale, f"{key}.zero", out=f"{key}.value", axis=0)
+            self.made[key] = value
+        return self.made[key]
+
+    def _norm(self, node: Norm) -> None:
+        y = node.y
+        grid, step = self.graph.edges[node.x].grid, self.graph.edges[y].grid.scale
+        width = self.graph.edges[y].width
+        count = width // node.heads
+        sums = max(node.eps, 2.0**-20) * grid.scale**2 / count  # no channel apart from zero: 0 / 0 where eps is 0
+        eps = sums / 4096 if node.kind == "layer" else sums
+        gain = self._per_head(node, "gain", step * 2.0 ** (30 - node.shift) / count**0.5)
+        bias = self._per_head(node, "offset", step * 2.0**-node.shift) if node.biased else None
+        self.phase.gains += [gain, *([bias] if bias else [])]
+        shape, back = (("Reshape", (-1, *rest)) for rest in ((node.heads, count), (width,)))
+        x = self.read(node.x) if node.heads == 1 else self.read(node.x, f"{y}.heads", shape)
+        moves = [] if node.heads == 1 else [back]
+        if node.kind == "layer" and node.heads == 1:
+            inputs = [x, gain, *([bias] if bias else [])]
+            self.write(y, self.op("LayerNormalization", *inputs, out=f"{y}.float", axis=-1, epsilon=eps), node.op)
+            return
+        if node.kind == "layer":
+            ones = self.const(f"ones.{count}", np.ones(count, np.float32))
+            x = self.op("LayerNormalization", x, ones, out=f"{y}.unit", axis=-1, epsilon=eps)
+        else:
+            squares = self.op("Pow", x, self.const("two", np.array(2, np.float32)), out=f"{y}.squares")
+            mean = self.op("ReduceMean", squares, self.ints(-1), out=f"{y}.mean", keepdims=1)
+            floor = self.const(f"{y}.eps", np.array(eps, np.float32))
+            root = self.op("Sqrt", self.op("Add", mean, floor, out=f"{y}.variance"), out=f"{y}.root")
+            x = self.op("Div", x, root, out=f"{y}.unit")
+        x = self.op("Mul", x, gain, out=f"{y}.gained" if bias else f"{y}.float")
+        if bias:
+            x = self.op("Add", x, bias, out=f"{y}.float")
+        self.write(y, x, node.op, *moves)
+
+    def _per_head(self, node: Norm, what: str, step: float) -> str:
+        """A norm's gain or bias as float32: (channels,), or (heads, channels) where heads differ."""
+        values = self.model.constants[f"{node.y}.{what}"].astype(np.float64) * step
+        heads = values.reshape(node.heads, -1).astype(np.float32)
+        return self.const(f"{node.y}.{what}", heads[0] if (heads == heads[0]).all() else heads)
+
+    def _rotate(self, node: Rotate) -> None:
+        y, width, half = node.y, self.graph.edges[node.y].width, node.dim // 2
+        step = node.multiplier / 2.0**node.shift * self.graph.edges[y].grid.scale / self.graph.edges[node.x].grid.scale
+        cos, sin = (self._turns(kind, step) for kind in ("cos", "sin"))
+        x = self.read(node.x, f"{y}.heads", ("Reshape", (-1, width // node.head_dim, node.head_dim)))
+        sizes = [half, half, *([node.head_dim - node.dim] if node.dim < node.head_dim else [])]
+        parts = [f"{y}.part{i}" for i in range(len(sizes))]
+        inputs = [x, self.ints(*sizes)]
+        self.phase.nodes.append(helper.make_node("Split", inputs, parts, name=f"{y}.parts", axis=-1))
+        products = {
+            a + b: self.op("Mul", part, turn, out=f"{y}.{a}{b}")
+            for a, part in zip("ab", parts, strict=False)
+            for b, turn in (("c", cos), ("s", sin))
+        }
+        first = self.op("Sub", products["ac"], products["bs"], out=f"{y}.first")
+        second = self.op("Add", products["bc"], products["as"], out=f"{y}.second")
+        joined = self.op("Concat", first, second, *parts[2:], out=f"{y}.float", axis=-1)
+        self.write(y, joined, node.op, ("Reshape", (-1, width)))
+
+    def _turns(self, kind: str, step: float) -> str:
+        """cos or sin at the positions, (positions, 1, dim / 2), in units of `step`: 2**-14 times the rotary scale.
+
+        A multiplier holds the factor to 2**-23; to six digits that scale is the same for all nodes.
+        """
+        factor = f"{step * 2.0**14:.6g}"
+        if (kind, factor) not in self.made:
+            name = f"rotary.{kind}"
+            table = self.const(name, self.model.constants[name][: self.rows])
+            scale = self.const(f"rotary.scale.{factor}", np.array(float(factor) / 2**14, np.float32))
+            zero = self.const("rotary.zero", np.array(0, np.int16))
+            codes = f"{name}.codes"
+            if codes not in self.made:
+                rows = self.op("Gather", table, self.positions, out=f"{name}.rows", axis=0)
+                self.made[codes] = self.op("Unsqueeze", rows, self.ints(1), out=codes)
+            self.made[kind, factor] = self.op("DequantizeLinear", codes, scale, zero, out=f"{name}.{factor}")
+        return self.made[kind, factor]
+
+    def _table(self, node: Table) -> None:
+        x, out = self.read(node.x), f"{node.y}.float"
+        match node.function:
+            case "relu":
+                self.op("Relu", x, out=out)
+            case "gelu":
+                self.op("Gelu", x, out=out)
+            case "gelu_tanh":
+                self.op("Gelu", x, out=out, approximate="tanh")
+            case "silu":
+                self.op("Mul", x, self.op("Sigmoid", x, out=f"{node.y}.gate"), out=out)
+            case "quick_gelu":
+                factor = self.const("quick_gelu", np.array(1.702, np.float32))
+                inner = self.op("Mul", x, factor, out=f"{node.y}.inner")
+                self.op("Mul", x, self.op("Sigmoid", inner, out=f"{node.y}.gate"), out=out)
+        self.write(node.y, out, node.op)
+
+    def _sum(self, node: Sum) -> None:
+        x = self.read(node.x[0])
+        if len(node.x) == 1:
+            x = self.op("Identity", x, out=f"{node.y}.float")
+        for index, other in enumerate(node.x[1:], 1):
+            out = f"{node.y}.float" if index + 1 == len(node.x) else f"{node.y}.part{index}"
+            x = self.op("Add", x, self.read(other), out=out)
+        self.write(node.y, x, node.op)
+
+    def _attend(self, node: Attend) -> None:
+        y, group = node.y, node.heads // node.kv_heads
+        site = y.removesuffix(".mixed")  # what is inside stands beside it in docs/integer.md
+        size = node.head_dim
+        turn: Move = ("Transpose", (0, 2, 1, 3))
+        merge: list[Move] = [("Reshape", (1, node.kv_heads, -1, 0))] if group > 1 else []  # 0: as it is
+        split: list[Move] = [("Reshape", (1, node.heads, -1, 0))] if group > 1 else []
+        keys, values = (self._joined(edge, node) for edge in (node.k, node.v))
+        q = self.read(node.q, f"{y}.q", ("Reshape", (1, -1, node.heads, size)), turn, *merge)
+        k = self.dequantize(keys, node.k, self.graph.edges[node.k].grid, f"{y}.k", ("Transpose", (0, 1, 3, 2)))
+        x = self.op("MatMul", q, k, out=f"{y}.products")
+        factor = self.const(f"{y}.factor", np.array(node.scale, np.float32))
+        x = self.op("Mul", x, factor, out=f"{site}.scores.float")
+        grid = node.scores
+        if node.softcap is not None and node.capped is not None:
+            x = self._cap(self.fix(x, f"{site}.scores", grid, "scores"), node.softcap, f"{site}.capped.float")
+            grid = node.capped
+            x = self.fix(x, f"{site}.capped", grid, "capped", *split)
+        else:
+            x = self.fix(x, f"{site}.scores", grid, "scores", *split)
+        seen = self._seen(node)
+        if seen is not None:
+            least, most = grid.scale * (grid.low - grid.zero) - MARGIN, grid.scale * (grid.high - grid.zero)
+            floor = self.const(f"{y}.floor", np.array(least, np.float32))
+            x = self.op("Where", seen, x, floor, out=f"{y}.masked")
+            self.phase.masked[x] = (least, most)
+        x = self.op("Softmax", x, out=f"{site}.probabilities.float", axis=-1)
+        bits = 16 if node.probability == 65535 else 8
+        grid = Grid(bits=bits, scale=1 / node.probability, zero=-(1 << (bits - 1)))
+        x = self.fix(x, f"{site}.probabilities", grid, "probabilities", *merge)
+        v = self.dequantize(values, node.v, self.graph.edges[node.v].grid, f"{y}.v")
+        x = self.op("MatMul", x, v, out=f"{y}.float")
+        self.write(y, x, node.op, *split, turn, ("Reshape", (-1, node.heads * size)))
+
+    def _cap(self, x: str, cap: float, out: str) -> str:
+        limit = self.const(f"{out}.limit", np.array(cap, np.float32))
+        inner = self.op("Tanh", self.op("Div", x, limit, out=f"{out}.ratio"), out=f"{out}.tanh")
+        return self.op("Mul", inner, limit, out=out)
+
+    def _joined(self, edge: str, node: Attend) -> str:
+        """Codes of keys or values of all positions, (1, heads, positions, head_dim), as they come and go."""
+        if f"{edge}.joined" in self.made:
+            return self.made[f"{edge}.joined"]
+        grid, heads, size = self.graph.edges[edge].grid, node.kv_heads, node.head_dim
+        moves = ("Reshape", (1, -1, heads, size)), ("Transpose", (0, 2, 1, 3))
+        x = self.moved(f"{edge}.codes", moves, f"new.{edge}")
+        make = helper.make_tensor_value_info
+        if node.causal:
+            self.phase.outputs.append(make(x, CODES[grid.bits], [1, heads, self.new, size]))
+        if self.has_past:
+            self.phase.inputs.append(make(f"past.{edge}", CODES[grid.bits], [1, heads, self.past, size]))
+            x = self.op("Concat", f"past.{edge}", x, out=f"{edge}.joined", axis=2)
+        self.made[f"{edge}.joined"] = x
+        return x
+
+    def _seen(self, node: Attend) -> str | None:
+        """Which keys (last axis) a query (the axis before) sees; None: all."""
+        key = f"seen.{node.window if node.causal else 'all'}"
+        if key in self.made or (not node.causal and not isinstance(self.new, int)):
+            return self.made.get(key)
+        if not node.causal:  # tokens behind `length` fill a graph of fixed size
+            mask = self.op("Less", self.op("Unsqueeze", "steps", self.ints(0), out=f"{key}.k"), LENGTH, out=f"{key}.2d")
+        else:
+            q = self.op("Unsqueeze", self.positions, self.ints(1), out=f"{key}.q")
+            k = self.op("Unsqueeze", self.positions, self.ints(0), out=f"{key}.k")
+            mask = self._before(k, q, node.window, f"{key}.new")
+            if self.has_past:
+                edge = f"past.{node.k}"
+                if isinstance(self.past, int):
+                    slots = self.const("slots", np.arange(self.past, dtype=np.int64))
+                else:
+                    slots = self.made.get("slots") or self._count(edge, 2, "slots")
+                    self.made["slots"] = slots
+                wide = self.op("Unsqueeze", slots, self.ints(0), out=f"{key}.slots")
+                filled = self.op("Less", wide, PAST, out=f"{key}.filled")
+                near = self._before(wide, q, node.window, f"{key}.old")
+                old = self.op("And", filled, near, out=f"{key}.past")
+                mask = self.op("Concat", old, mask, out=f"{key}.2d", axis=1)
+        self.made[key] = self.op("Unsqueeze", mask, self.ints(0, 1), out=key)
+        return self.made[key]
+
+    def _before(self, k: str, q: str, window: int, out: str) -> str:
+        """k <= q, and q - k < window where there is one."""
+        mask = self.op("LessOrEqual", k, q, out=f"{out}.before")
+        if not window:
+            return mask
+        distance = self.op("Sub", q, k, out=f"{out}.distance")
+        return self.op("And", mask, self.op("Less", distance, self.ints(window), out=f"{out}.near"), out=out)

@@ -1,0 +1,350 @@
+"""How far an exported ONNX model, run by ONNX Runtime, is from the oracle of its integer graph.
+
+Two questions, at every tensor that has a grid. Given the oracle's inputs of a node, how many steps is its output off: a
+node computes in float what the oracle computes in whole numbers, so a code near the middle between two may fall to the
+other side. And from the tokens on, with all that adds up. The files that were exported are run; only what goes in and
+comes out is added to them, and no optimization touches them. Then once more as a user would, fused as ONNX Runtime likes.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime as ort
+from onnx import TensorProto, helper
+from pydantic import BaseModel, ConfigDict
+
+from lilliput.artifact.integer import IntegerModel
+from lilliput.core.errors import QualityFailed, Unsupported
+from lilliput.core.graph import Attend, Grid
+from lilliput.core.progress import Progress, Silent
+from lilliput.engine.oracle import Oracle
+
+STEPS_ALLOWED: Final = 1
+ARGMAX_NEEDED: Final = 0.99
+DECODED: Final = 16
+"""Tokens that are fed one at a time."""
+KINDS: Final = {8: TensorProto.INT8, 16: TensorProto.INT16}
+REASONS: Final = {
+    "embed": "the same float32 operations in the same order: none is expected",
+    "linear": "a sum in float32 instead of 32 bits; a multiplier of 23 bits; halves to even instead of up",
+    "norm": "a square root and a quotient in float32 instead of 30 bits",
+    "rotate": "a multiplier of 23 bits; halves to even instead of up",
+    "attend": "exponentials from tables of 2**-16 and shares of 1 / 65535 or 1 / 255, rounded, instead of float32 ones",
+    "scores": "a multiplier of 23 bits; halves to even instead of up",
+    "capped": "a tanh in float32 instead of a table's",
+    "table": "the function in float32 instead of float64 when its table was made",
+    "multiply": "a multiplier of 23 bits; halves to even instead of up",
+    "sum": "multipliers of 30 bits; halves to even instead of up",
+}
+
+Array = npt.NDArray[Any]
+
+
+class SiteRow(BaseModel):
+    """One tensor on a grid. differ: share of codes that differ, 0..1; steps: how far the farthest is off.
+
+    local_...: given the oracle's inputs of its node. margin: of the codes that differ so, how far the float number the
+    node computed lies from the middle between two codes, in steps, at most; None where none differs, or inside a node.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    kind: str
+    bits: int
+    codes: int
+    local_differ: float
+    local_steps: int
+    margin: float | None
+    differ: float
+    steps: int
+
+
+class Agreement(BaseModel):
+    """argmax_agreement: share of positions where both put the same token first; fused_...: with all optimizations on.
+
+    decoded: tokens fed one at a time behind a prefill; decode_...: their codes at all edges, beside the oracle's, as for a
+    site. reasons: why a kind of node may differ, for those that do.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    runtime: str
+    positions: int
+    sites: tuple[SiteRow, ...]
+    argmax_agreement: float
+    fused_argmax_agreement: float
+    decoded: int
+    decode_local_differ: float
+    decode_local_steps: int
+    decode_differ: float
+    decode_steps: int
+    reasons: dict[str, str]
+    problems: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Within one step a site, and nearly the same answers."""
+        return not self.problems
+
+
+def compare(
+    folder: str | Path,
+    manifest: Mapping[str, Any],
+    model: IntegerModel,
+    tokens: Sequence[int] | npt.NDArray[np.integer[Any]],
+    progress: Progress | None = None,
+) -> Agreement:
+    """Run the export in `folder` on `tokens`, as many as it has room for, beside the oracle of `model`.
+
+    manifest: that of the folder. Raises Unsupported when ONNX Runtime cannot run the files.
+    """
+    progress = progress or Silent()
+    runner = _Runner(Path(folder), manifest, model)
+    ids = np.asarray(tokens, np.int64)[: runner.room]
+    progress.begin("comparing with the oracle", 5)
+    oracle = Oracle(model)
+    truth = oracle.sites(ids, scores=True)
+    progress.advance(1)
+    local = runner.prefill(ids, given=truth)
+    progress.advance(1)
+    found = runner.prefill(ids)
+    progress.advance(1)
+    rows = tuple(_rows(runner, truth, local, found))
+    best = oracle.finish(truth[model.graph.output]).argmax(axis=1)
+    agreement = [float((part.argmax(axis=1) == best).mean()) for part in (found["logits"], runner.fused(ids))]
+    progress.advance(1)
+    local_off, local_far, decoded = runner.decode(ids, truth, truth, given=True)
+    off, far, _ = runner.decode(ids, found, truth)
+    progress.advance(1)
+    return Agreement(
+        runtime=f"onnxruntime {ort.__version__}",
+        positions=len(ids),
+        sites=rows,
+        argmax_agreement=agreement[0],
+        fused_argmax_agreement=agreement[1],
+        decoded=decoded,
+        decode_local_differ=local_off,
+        decode_local_steps=local_far,
+        decode_differ=off,
+        decode_steps=far,
+        reasons={row.kind: REASONS[row.kind] for row in rows if row.local_differ},
+        problems=tuple(_problems(rows, local_far, agreement[0])),
+    )
+
+
+def require(found: Agreement, where: str) -> None:
+    """Raise QualityFailed when an export is farther off than it may be."""
+    if found.problems:
+        raise QualityFailed(found.problems[0], where, "Please report it; the export is kept")
+
+
+def _problems(rows: Sequence[SiteRow], decode: int, argmax: float) -> Iterator[str]:
+    for row in rows:
+        if row.local_steps > STEPS_ALLOWED:
+            yield f"{row.name} is {row.local_steps} steps from the oracle given the same inputs"
+    if decode > STEPS_ALLOWED:
+        yield f"decode.onnx is {decode} steps from the oracle given the same inputs"
+    if argmax < ARGMAX_NEEDED:
+        yield f"the first token agrees at {argmax:.1%} of positions, less than {ARGMAX_NEEDED:.0%}"
+
+
+class _Runner:
+    def __init__(self, folder: Path, manifest: Mapping[str, Any], model: IntegerModel) -> None:
+        self.folder, self.manifest, self.model, self.graph = folder, manifest, model, model.graph
+        self.length: int | None = manifest["length"]
+        self.room = min(self.graph.positions, self.length or self.graph.positions)
+        self.grids = {
+            name: Grid(bits=s["bits"], scale=s["scale"], zero=s["zero"]) for name, s in manifest["sites"].items()
+        }
+        self.edges = [name for name, site in manifest["sites"].items() if site["edge"]]
+
+    def prefill(self, ids: npt.NDArray[np.int64], given: Mapping[str, Array] | None = None) -> dict[str, Array]:
+        """The codes of every site, (length, width), or (heads, length, length) inside attention.
+
+        given: codes that readers of an edge get instead of what was computed; then the float numbers too, "E.float".
+        """
+        names = [f"{site}.codes" for site in self.grids]
+        names += [f"{edge}.float" for edge in self.edges] if given else [self.graph.output]
+        feed = self._feed(ids)
+        if given:
+            feed |= self._given(given, slice(0, len(ids)), self.length or len(ids))
+        session = self._session("prefill.onnx", names, cut=given)
+        found = dict(zip(names, session.run(names, feed), strict=True))
+        logits = found.pop(self.graph.output, None)
+        result = {name: self._plain(name, value, len(ids)) for name, value in found.items()}
+        if logits is not None:
+            result["logits"] = logits[0, : len(ids)]
+        return result
+
+    def fused(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """Logits with the optimizations that ONNX Runtime has on when nothing is said."""
+        session = self._load(self.folder / "prefill.onnx", ort.SessionOptions())
+        logits: npt.NDArray[np.float32] = session.run([self.graph.output], self._feed(ids))[0][0, : len(ids)]
+        return logits
+
+    def decode(
+        self,
+        ids: npt.NDArray[np.int64],
+        before: Mapping[str, Array],
+        truth: Mapping[str, Array],
+        *,
+        given: bool = False,
+    ) -> tuple[float, int, int]:
+        """Feed the last tokens one at a time, behind keys and values of `before`, which has codes of all positions.
+
+        given: each node gets the codes of `truth`, the oracle's; otherwise what came before it. Returns the share of
+        codes, of all edges, that differ from `truth`, the most steps, and the number of tokens.
+        """
+        if "decode.onnx" not in self.manifest["models"]:
+            return 0.0, 0, 0
+        cache = self.manifest["cache"]
+        names = [*(f"{edge}.codes" for edge in self.edges), *(entry["new"] for entry in cache)]
+        session = self._session("decode.onnx", names, cut=truth if given else None)
+        start = max(1, len(ids) - DECODED)
+        past: dict[str, Array] = {}
+        for entry in cache:
+            name, shape = entry["past"].removeprefix("past."), (-1, entry["heads"], entry["head_dim"])
+            codes = before.get(name, before.get(f"{name}.codes"))
+            assert codes is not None, "keys and values are edges"
+            slots = self.length or start
+            full = np.full((1, entry["heads"], slots, entry["head_dim"]), entry["fill"], f"int{entry['bits']}")
+            full[0, :, :start] = codes[:start].reshape(shape).transpose(1, 0, 2)
+            past[entry["past"]] = full
+        differ = far = total = 0
+        for at in range(start, len(ids)):
+            feed = past | {"input_ids": ids[None, at : at + 1], "past_length": np.array([at])}
+            if given:
+                feed |= self._given(truth, slice(at, at + 1), 1, slots=self.length or at)
+            found = dict(zip(names, session.run(names, feed), strict=True))
+            for edge in self.edges:
+                off = np.abs(found[f"{edge}.codes"][0].astype(np.int64) - truth[edge][at])
+                differ, far, total = differ + int((off > 0).sum()), max(far, int(off.max())), total + off.size
+            for entry in cache:  # given the oracle's codes, those are also what it puts out as new
+                if self.length is None:
+                    past[entry["past"]] = np.concatenate([past[entry["past"]], found[entry["new"]]], axis=2)
+                elif at < self.length:
+                    past[entry["past"]][:, :, at] = found[entry["new"]][:, :, 0]
+        return differ / max(total, 1), far, len(ids) - start
+
+    def _given(self, truth: Mapping[str, Array], rows: slice, height: int, slots: int = 0) -> dict[str, Array]:
+        """The oracle's codes of some positions as inputs; `height` rows, of which the others hold the code of zero.
+
+        slots: of keys before these positions, which for scores stand in front.
+        """
+        feed: dict[str, Array] = {}
+        for name, grid in self.grids.items():
+            if name not in truth:
+                continue
+            codes = truth[name]
+            if name in self.graph.edges:
+                full: Array = np.full((height, codes.shape[1]), grid.zero)
+                full[: rows.stop - rows.start] = codes[rows]
+            else:
+                full = np.full((len(codes), height, slots + height), grid.zero)
+                part, now = codes[:, rows], rows.stop - rows.start
+                before = rows.start if slots else 0
+                full[:, :now, :before] = part[:, :, :before]
+                full[:, :now, slots : slots + now] = part[:, :, rows]
+                full = full.reshape(1, self._kv_heads(name), -1, slots + height)
+            feed[f"{name}.given"] = full.astype(f"int{grid.bits}")
+        return feed
+
+    def _attend(self, site: str) -> Attend:
+        """The node that a site is inside of."""
+        for node in self.graph.nodes:
+            if isinstance(node, Attend) and site.startswith(f"{node.y.removesuffix('.mixed')}."):
+                return node
+        raise AssertionError(f"{site} is inside no node")
+
+    def _kv_heads(self, site: str) -> int:
+        return self._attend(site).kv_heads
+
+    def seen(self, site: str, length: int) -> npt.NDArray[np.bool_]:
+        """Which scores are of any concern, (length, length)."""
+        node = self._attend(site)
+        age = np.arange(length)[:, None] - np.arange(length)
+        return ((age >= 0) | (not node.causal)) & ((age < node.window) | (not node.window))
+
+    def _feed(self, ids: npt.NDArray[np.int64]) -> dict[str, Array]:
+        row = np.zeros((1, self.length or len(ids)), np.int64)
+        row[0, : len(ids)] = ids
+        feed: dict[str, Array] = {"input_ids": row}
+        if any(port["name"] == "length" for port in self.manifest["models"]["prefill.onnx"]["inputs"]):
+            feed["length"] = np.array([len(ids)])
+        return feed
+
+    def _plain(self, name: str, value: Array, length: int) -> Array:
+        if value.ndim < 4:
+            return value[:length].reshape(length, -1)
+        heads = value.reshape(-1, self.length or length, value.shape[-1])  # from (1, kv heads, queries of a group, ..)
+        if name.endswith(".codes"):
+            return heads[:, :length, :length]
+        return heads[:, :length].swapaxes(0, 1).reshape(length, -1)
+
+    def _session(
+        self, file: str, names: Sequence[str], *, cut: Mapping[str, Array] | None = None
+    ) -> ort.InferenceSession:
+        """The file with more outputs; `cut`: with the readers of these sites fed from outside."""
+        proto = onnx.load(self.folder / file, load_external_data=False)
+        if cut:
+            fed = [site for site in self.grids if site in cut]
+            outside = {f"{site}.codes": f"{site}.given" for site in fed}
+            for node in proto.graph.node:
+                for place, name in enumerate(node.input):
+                    node.input[place] = outside.get(name, name)
+            for site in fed:
+                kind, edge = KINDS[self.grids[site].bits], self.graph.edges.get(site)
+                shape = [None, edge.width] if edge else [1, self._kv_heads(site), None, None]
+                proto.graph.input.append(helper.make_tensor_value_info(f"{site}.given", kind, shape))
+        there = {value.name for value in proto.graph.output}
+        for name in names:
+            if name not in there:
+                site, _, what = name.rpartition(".")
+                kind = TensorProto.FLOAT if what == "float" else KINDS[self.grids[site].bits]
+                proto.graph.output.append(helper.make_tensor_value_info(name, kind, None))
+        options = ort.SessionOptions()
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self.folder))
+        return self._load(proto.SerializeToString(), options)
+
+    def _load(self, model: Path | bytes, options: ort.SessionOptions) -> ort.InferenceSession:
+        options.log_severity_level = 3
+        try:
+            return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # of a dozen kinds that have no base of their own
+            what = f"onnxruntime {ort.__version__} cannot load it: {str(error).splitlines()[0]}"
+            raise Unsupported(what, str(self.folder), "Take a newer onnxruntime") from error
+
+
+def _rows(
+    runner: _Runner, truth: Mapping[str, Array], local: Mapping[str, Array], found: Mapping[str, Array]
+) -> Iterator[SiteRow]:
+    for site, grid in runner.grids.items():
+        if site not in truth:  # the oracle keeps no probabilities
+            continue
+        exact = truth[site].astype(np.int64)
+        here, there = (np.abs(part[f"{site}.codes"].astype(np.int64) - exact) for part in (local, found))
+        inside = site not in runner.graph.edges
+        if inside:
+            seen = runner.seen(site, exact.shape[-1])
+            here, there = here[:, seen], there[:, seen]
+        margin = None
+        if not inside and here.any():
+            exact_steps = local[f"{site}.float"].astype(np.float64)[here > 0] / grid.scale
+            margin = float(np.abs(exact_steps - np.floor(exact_steps) - 0.5).max())
+        yield SiteRow(
+            name=site,
+            kind=runner.manifest["sites"][site]["kind"],
+            bits=grid.bits,
+            codes=int(here.size),
+            local_differ=float((here > 0).mean()),
+            local_steps=int(here.max()),
+            margin=margin,
+            differ=float((there > 0).mean()),
+            steps=int(there.max()),
+        )

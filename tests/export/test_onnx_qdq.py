@@ -1,0 +1,317 @@
+"""ONNX QDQ export: every edge on its grid, the oracle's codes within one step, nothing half-written."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch", reason="random models are made with lilliput[compress]")
+onnx = pytest.importorskip("onnx", reason="needs lilliput[export]")
+
+from lilliput.artifact.integer import IntegerModel  # noqa: E402
+from lilliput.core.errors import ConfigError, Unsupported  # noqa: E402
+from lilliput.core.graph import Attend, Embed, Linear, Norm  # noqa: E402
+from lilliput.export.onnx_nodes import MARGIN  # noqa: E402
+from lilliput.export.onnx_qdq import OnnxQdq  # noqa: E402
+from support.integers import integer_model, some_tokens, tiny_decoder  # noqa: E402
+
+ORT = "onnxruntime is not installed, which runs the graphs"
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "stablelm", "opt", "gpt_neox")
+LENGTH = 24
+MOVES = {"Reshape", "Transpose", "Concat", "Unsqueeze", "Gather"}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Integer models of two layers, by family and bits of the weights, each made once."""
+    made: dict[tuple[str, int], IntegerModel] = {}
+
+    def model(family: str, bits: int = 8) -> IntegerModel:
+        if (family, bits) not in made:
+            decoder = tiny_decoder(tmp_path_factory.mktemp(family), family)
+            made[family, bits] = integer_model(decoder, some_tokens(LENGTH), bits)
+        return made[family, bits]
+
+    return model
+
+
+def write(model: IntegerModel, folder: Path, **options: Any) -> dict[str, Any]:
+    folder.mkdir(parents=True)
+    return OnnxQdq(**options).write(model, folder)
+
+
+def arrays(graph: Any) -> dict[str, np.ndarray]:
+    return {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+
+
+def run(folder: Path, file: str, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    ort = pytest.importorskip("onnxruntime", reason=ORT)
+    session = ort.InferenceSession(folder / file, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, feed), strict=True))
+
+
+@pytest.mark.parametrize(("family", "bits"), [("gemma2", 4), ("stablelm", 8)])
+def test_every_edge_is_written_and_read_on_its_grid(models: Any, tmp_path: Path, family: str, bits: int) -> None:
+    model = models(family, bits)
+    write(model, tmp_path / "out")
+    for file in ("prefill.onnx", "decode.onnx"):
+        graph = onnx.load(tmp_path / "out" / file).graph
+        value, maker = arrays(graph), {name: node for node in graph.node for name in node.output}
+        grids: dict[str, str] = {}  # codes to the name of the scale they were made with
+        for node in graph.node:
+            if node.op_type == "QuantizeLinear":
+                grids[node.output[0]] = node.input[1].removesuffix(".scale")
+                assert maker[node.input[0]].op_type not in {"DequantizeLinear", "Reshape", "Transpose", "Unsqueeze"}
+            elif node.op_type in MOVES:
+                sources = {grids[name] for name in node.input if name in grids}
+                assert len(sources) <= 1
+                if sources:
+                    grids[node.output[0]] = sources.pop()
+            elif node.op_type == "DequantizeLinear" and node.input[0] in grids:
+                assert node.input[1].removesuffix(".scale") == grids[node.input[0]]
+                assert node.input[2].removesuffix(".zero") == grids[node.input[0]]
+        for name, edge in model.graph.edges.items():
+            assert grids[f"{name}.codes"] == name
+            assert value[f"{name}.scale"] == np.float32(edge.grid.scale)
+            assert value[f"{name}.zero"] == edge.grid.zero
+            assert value[f"{name}.zero"].dtype == f"int{edge.grid.bits}"
+
+
+def test_numbers_in_float_are_scales_norms_and_the_declared_few(models: Any, tmp_path: Path) -> None:
+    model = models("gemma2")
+    write(model, tmp_path / "out")
+    allowed = {"two"}
+    for node in model.graph.nodes:
+        if isinstance(node, Norm):
+            allowed |= {f"{node.y}.gain", f"{node.y}.offset", f"{node.y}.eps"}
+        elif isinstance(node, Attend):
+            allowed |= {f"{node.y}.factor", f"{node.y}.floor", f"{node.y.removesuffix('.mixed')}.capped.float.limit"}
+        elif isinstance(node, Embed):
+            allowed |= {f"{node.y}.factor"}
+    for file in ("prefill.onnx", "decode.onnx"):
+        found = arrays(onnx.load(tmp_path / "out" / file).graph)
+        floats = {name for name, array in found.items() if array.dtype.kind == "f" and not re.search(r"\.scale", name)}
+        assert floats <= allowed | {"logits.limit"}
+        weights = [found[f"{node.matrix}.weight"] for node in model.graph.nodes if isinstance(node, Linear)]
+        assert {array.dtype for array in weights} == {np.dtype(np.int8)}
+
+
+def test_four_bit_weights_are_four_bits_in_the_file(models: Any, tmp_path: Path) -> None:
+    model = models("llama", 4)
+    write(model, tmp_path / "out")
+    graph = onnx.load(tmp_path / "out" / "prefill.onnx").graph
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    for node in model.graph.nodes:
+        if isinstance(node, Linear):
+            tensor = stored[f"{node.matrix}.weight"]
+            assert tensor.data_type == onnx.TensorProto.INT4
+            assert len(tensor.raw_data) * 2 == np.prod(tensor.dims)
+            assert (onnx.numpy_helper.to_array(tensor).astype(np.int8) == model.weights(node.matrix)).all()
+
+
+def test_an_odd_number_of_four_bit_codes_is_packed() -> None:
+    from lilliput.export.onnx_nodes import Blob
+
+    codes = np.array([[-8, 7, 3], [-1, 0, 5], [1, 2, -3]], np.int8)
+    blob = Blob.int4(codes)
+    tensor = onnx.TensorProto(data_type=blob.kind, dims=blob.shape, raw_data=blob.data.tobytes())
+    assert (onnx.numpy_helper.to_array(tensor).astype(np.int8) == codes).all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_node_is_within_one_step_of_the_oracle(models: Any, tmp_path: Path, family: str) -> None:
+    pytest.importorskip("onnxruntime", reason=ORT)
+    from lilliput.measure.agreement import compare
+
+    model, length = models(family, 4 if family == "qwen3" else 8), LENGTH + 4 if family == "llama" else None
+    found = compare(tmp_path / "out", write(model, tmp_path / "out", length=length), model, some_tokens(LENGTH))
+    assert [text for text in found.problems if "given the same inputs" in text] == []
+    assert {row.name for row in found.sites} >= model.graph.edges.keys()
+    assert max(row.local_steps for row in found.sites) <= 1
+    assert max(row.local_differ for row in found.sites) < 0.02
+    assert max(row.margin or 0.0 for row in found.sites) < 0.02  # all that differ lay between two codes
+    assert min(found.argmax_agreement, found.fused_argmax_agreement) >= 0.9  # one of 24 in a random model
+    assert found.decoded == 16
+    assert found.decode_local_steps <= 1
+    assert found.decode_local_differ < 0.005
+    embedded = next(row for row in found.sites if row.kind == "embed")
+    assert embedded.local_differ == 0
+    assert set(found.reasons) == {row.kind for row in found.sites if row.local_differ}
+
+
+def test_a_wrong_constant_is_found_and_named(models: Any, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime", reason=ORT)
+    from lilliput.measure.agreement import compare
+
+    model, name = models("llama"), "layers.1.mlp.down_proj"
+    manifest = write(model, tmp_path / "out")
+    proto = onnx.load(tmp_path / "out" / "prefill.onnx")
+    scale = next(tensor for tensor in proto.graph.initializer if tensor.name == f"{name}.weight.scale")
+    scale.raw_data = (np.frombuffer(scale.raw_data, np.float32) * np.float32(1.01)).tobytes()
+    onnx.save(proto, tmp_path / "out" / "prefill.onnx")
+    found = compare(tmp_path / "out", manifest, model, some_tokens(LENGTH))
+    assert not found.ok
+    assert {problem.split(" ")[0] for problem in found.problems if "given the same" in problem} == {name}
+
+
+def test_length_is_fixed_or_left_to_the_run_with_the_same_codes(models: Any, tmp_path: Path) -> None:
+    model, ids = models("mistral"), some_tokens(LENGTH)[None]
+    fixed = write(model, tmp_path / "fixed", length=32)
+    free = write(model, tmp_path / "free")
+    assert fixed["models"]["prefill.onnx"]["inputs"] == [{"name": "input_ids", "dtype": "int64", "shape": [1, 32]}]
+    assert free["models"]["prefill.onnx"]["inputs"][0]["shape"] == [1, "positions"]
+    shapes = {port["name"]: port["shape"] for port in fixed["models"]["decode.onnx"]["inputs"]}
+    assert shapes["past.layers.0.attn.k"] == [1, 2, 32, 16]
+    shapes = {port["name"]: port["shape"] for port in free["models"]["decode.onnx"]["inputs"]}
+    assert shapes["past.layers.0.attn.k"] == [1, 2, "slots", 16]
+    padded = np.full((1, 32), 5)
+    padded[:, :LENGTH] = ids
+    one, two = run(tmp_path / "free", "prefill.onnx", {"input_ids": ids}), None
+    two = run(tmp_path / "fixed", "prefill.onnx", {"input_ids": padded})
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        axis = 1 if name == "logits" else 2
+        assert (value == two[name].take(range(LENGTH), axis=axis)).all()
+
+
+def test_what_is_not_seen_weighs_nothing(models: Any, tmp_path: Path) -> None:
+    """Even where the scores that are seen are the lowest there are."""
+    model = models("llama")
+    low = [  # scores cut at a range far below what comes
+        node.model_copy(update={"scores": node.scores.model_copy(update={"zero": -32768})})
+        if isinstance(node, Attend)
+        else node
+        for node in model.graph.nodes
+    ]
+    graph = model.graph.model_copy(update={"nodes": tuple(low)})
+    changed = IntegerModel(model.spec, graph, model.constants, model.linears, model.floats)
+    for number, one in enumerate((model, changed)):
+        folder = tmp_path / str(number)
+        write(one, folder)
+        ids = np.stack([some_tokens(LENGTH), some_tokens(LENGTH)])
+        ids[1, LENGTH // 2 :] = some_tokens(LENGTH, seed=9)[LENGTH // 2 :]
+        first, second = (run(folder, "prefill.onnx", {"input_ids": row[None]})["logits"] for row in ids)
+        assert (first[:, : LENGTH // 2] == second[:, : LENGTH // 2]).all()
+        assert (first[:, LENGTH // 2 :] != second[:, LENGTH // 2 :]).any()
+        floors = arrays(onnx.load(folder / "prefill.onnx").graph)
+        for node in one.graph.nodes:
+            if isinstance(node, Attend):
+                lowest = node.scores.scale * (node.scores.low - node.scores.zero)
+                assert floors[f"{node.y}.floor"] == pytest.approx(lowest - MARGIN)
+
+
+def test_decode_ignores_free_slots(models: Any, tmp_path: Path) -> None:
+    model, ids = models("mistral"), some_tokens(LENGTH)[None]
+    manifest = write(model, tmp_path / "out", length=32)
+    whole = run(tmp_path / "out", "prefill.onnx", {"input_ids": np.pad(ids, ((0, 0), (0, 8)))})
+    past = {entry["past"]: whole[entry["new"]].copy() for entry in manifest["cache"]}
+    feed = {"input_ids": ids[:, -1:], "past_length": np.array([LENGTH - 1])}
+    last = run(tmp_path / "out", "decode.onnx", feed | past)
+    for value in past.values():
+        value[:, :, LENGTH - 1 :] = np.random.default_rng(0).integers(-128, 127, value[:, :, LENGTH - 1 :].shape)
+    again = run(tmp_path / "out", "decode.onnx", feed | past)
+    assert (last["logits"] == again["logits"]).all()
+    assert (last["logits"][0, 0] == whole["logits"][0, LENGTH - 1]).all()
+    for entry in manifest["cache"]:
+        assert (last[entry["new"]][:, :, 0] == whole[entry["new"]][:, :, LENGTH - 1]).all()
+
+
+def test_a_model_that_looks_both_ways_has_a_prefill_and_a_length(models: Any, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime", reason=ORT)
+    from lilliput.measure.agreement import compare
+
+    model = models("opt")
+    nodes = [n.model_copy(update={"causal": False}) if isinstance(n, Attend) else n for n in model.graph.nodes]
+    graph = model.graph.model_copy(update={"nodes": tuple(nodes)})
+    both = IntegerModel(model.spec, graph, model.constants, model.linears, model.floats)
+    for length in (None, 32):
+        folder = tmp_path / str(length)
+        manifest = write(both, folder, length=length)
+        assert list(manifest["models"]) == ["prefill.onnx"]
+        assert [port["name"] for port in manifest["models"]["prefill.onnx"]["outputs"]] == ["logits"]
+        found = compare(folder, manifest, both, some_tokens(LENGTH))
+        assert max(row.local_steps for row in found.sites) <= 1
+        assert found.argmax_agreement >= 0.9
+        assert found.decoded == 0
+    windowed = [n.model_copy(update={"window": 4}) if isinstance(n, Attend) else n for n in nodes]
+    graph = graph.model_copy(update={"nodes": tuple(windowed)})
+    with pytest.raises(Unsupported, match="window over keys on both sides"):
+        write(IntegerModel(model.spec, graph, model.constants, model.linears, model.floats), tmp_path / "no")
+
+
+def test_large_arrays_stand_in_one_file_for_both_graphs(models: Any, tmp_path: Path) -> None:
+    model, ids = models("gemma2", 4), some_tokens(LENGTH)[None]
+    write(model, tmp_path / "in")
+    write(model, tmp_path / "beside", external_from=0)
+    assert not (tmp_path / "in" / "weights.bin").exists()
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "beside").iterdir()}
+    weights = sum(model.weights(n.matrix).nbytes // 2 for n in model.graph.nodes if isinstance(n, Linear))
+    assert weights < sizes["weights.bin"] < 3 * weights  # the embedding's rows and padding, but nothing twice
+    for part in ("prefill.onnx", "decode.onnx"):
+        proto = onnx.load(tmp_path / "beside" / part, load_external_data=False)
+        outside = [t for t in proto.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
+        assert {f"{n.matrix}.weight" for n in model.graph.nodes if isinstance(n, Linear)} <= {t.name for t in outside}
+        onnx.checker.check_model(tmp_path / "beside" / part, full_check=True)
+    one, two = (run(tmp_path / name, "prefill.onnx", {"input_ids": ids}) for name in ("in", "beside"))
+    assert all((value == two[name]).all() for name, value in one.items())
+
+
+def test_encodings_say_the_same_ranges_by_names_of_the_graph(models: Any, tmp_path: Path) -> None:
+    model = models("stablelm", 4)
+    write(model, tmp_path / "out")
+    graph = onnx.load(tmp_path / "out" / "decode.onnx").graph
+    told = json.loads((tmp_path / "out" / "decode.encodings.json").read_text())
+    assert told["activation_encodings"].keys() <= {name for node in graph.node for name in node.output}
+    assert told["param_encodings"].keys() <= {tensor.name for tensor in graph.initializer}
+    for name, edge in model.graph.edges.items():
+        (entry,) = told["activation_encodings"][f"{name}.float"]
+        grid = edge.grid
+        assert (entry["bitwidth"], entry["scale"], entry["dtype"]) == (grid.bits, grid.scale, "int")
+        assert entry["min"] == pytest.approx(grid.scale * (grid.low - grid.zero), abs=1e-12)
+        assert entry["max"] == pytest.approx(grid.scale * (grid.high - grid.zero), abs=1e-12)
+        assert entry["min"] == pytest.approx(entry["scale"] * entry["offset"], abs=1e-12)
+        assert entry["is_symmetric"] == str(grid.zero == 0)
+    for node in model.graph.nodes:
+        if isinstance(node, Linear):
+            rows = told["param_encodings"][f"{node.matrix}.weight"]
+            assert [row["scale"] for row in rows] == pytest.approx(model.scales(node.matrix).tolist())
+            assert {(row["bitwidth"], row["offset"], row["is_symmetric"]) for row in rows} == {(4, -8, "True")}
+        if isinstance(node, Attend):
+            (masked,) = told["activation_encodings"][f"{node.y}.masked"]
+            lowest = node.scores.scale * (node.scores.low - node.scores.zero) - MARGIN
+            assert masked["min"] == pytest.approx(lowest, abs=masked["scale"])
+
+
+def test_the_same_model_gives_the_same_bytes(models: Any, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        write(models("llama"), tmp_path / name)
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("length", [None, 32])
+def test_the_readme_runs(models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int | None) -> None:
+    pytest.importorskip("onnxruntime", reason=ORT)
+    folder = tmp_path / "out"
+    manifest = write(models("llama"), folder, length=length)
+    (folder / "export.json").write_text(json.dumps(manifest))
+    block = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    assert block
+    monkeypatch.chdir(folder)
+    names: dict[str, Any] = {}
+    exec(block[1], names)
+    assert names["count"] == (32 if length else 23)
+    assert 0 <= names["token"] < 320
+    # what was decoded one at a time is what a prefill of all of it gives
+    again = np.zeros((1, length or names["count"]), np.int64)
+    assert names["past"]["past.layers.0.attn.k"].shape[2] == again.shape[1]
+
+
+@pytest.mark.parametrize(("length", "text"), [(0, "one token at least"), (257, "has 256 positions")])
+def test_a_length_that_makes_no_sense(models: Any, tmp_path: Path, length: int, text: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^onnx-qdq\.length: .*{text}"):
+        write(models("llama"), tmp_path / "out", length=length)

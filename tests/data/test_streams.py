@@ -113,6 +113,15 @@ def test_kept_apart_each_row_is_of_one_document_and_starts_with_bos() -> None:
         assert len(set(row[1:])) == 1
 
 
+@pytest.mark.parametrize("bos", [1, None])
+def test_rows_may_all_begin_with_a_bos_where_there_is_one(bos: int | None) -> None:
+    plain, begun = (
+        batches(["abcdefgh" * 4], Letters(bos), length=4, samples=5, bos=asked).rows for asked in (False, True)
+    )
+    assert (begun[:, 0] == 1).all() if bos else (begun == plain).all()
+    assert (begun[:, 1:] == plain[:, 1:]).all()
+
+
 def test_the_digest_depends_on_shape_and_tokens_only() -> None:
     rows = np.arange(12, dtype=np.int32)
     digest = Batches(rows.reshape(3, 4)).sha256

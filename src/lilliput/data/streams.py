@@ -76,13 +76,15 @@ def batches(
     samples: int,
     batch_size: int = 1,
     join: bool = True,
+    bos: bool = False,
     seed: int = 0,
 ) -> "Batches":
     """Draw `samples` rows of `length` tokens for calibration or training.
 
     join True: the documents, each with its BOS in front, are shuffled, laid end to end and cut into rows; the rows are
     shuffled and the first `samples` taken. join False: each row comes from one document and starts with its BOS;
-    documents are cut as `windows` does and only full rows are drawn.
+    documents are cut as `windows` does and only full rows are drawn. bos: put a BOS in the place of every row's first
+    token, where the model has one: the first position often has values of its own, which fixed ranges must hold.
     Raises ConfigError for sizes below 1 and where the text is too short for what is asked.
     """
     for name, value in (("length", length), ("samples", samples), ("batch_size", batch_size)):
@@ -102,7 +104,10 @@ def batches(
         kept = "" if join else f" in documents of {length} or more"
         what = f"{total} tokens{kept} are fewer than the {samples} x {length} asked for"
         raise ConfigError(what, where="calibration text", fix="Give more text or lower --samples")
-    return Batches(table[order(rows, seed)[:samples]], batch_size)
+    drawn = table[order(rows, seed)[:samples]]
+    if bos and tokenizer.bos_id is not None:
+        drawn[:, 0] = tokenizer.bos_id
+    return Batches(drawn, batch_size)
 
 
 class Wholes(Protocol):

@@ -318,7 +318,7 @@ class Run:
         if isinstance(spec, EncoderSpec):
             drawn = sentences(every, tokenizer, **sizes)
         else:
-            drawn = batches(every, tokenizer, join=options.join, **sizes)
+            drawn = batches(every, tokenizer, join=options.join, bos=self.work.maker is not None, **sizes)
         named = tuple(
             DataFile(name=Path(path).name, sha256=hashlib.sha256("\0".join(documents).encode()).hexdigest())
             for path, documents in texts.items()

@@ -4,10 +4,10 @@ Source: Liu et al., "LLM-QAT: Data-Free Quantization Aware Training", 2023, sect
 distribution is the target); Nair et al., "Matryoshka Quantization", 2025, section 3 (one weight trained through all of
 its top bits); Chen et al., "EfficientQAT", 2024, section 3.3 (grids trained end to end); straight-through gradients
 after Bengio et al., 2013.
-Deviation: the loss is the sum over the widths of the root of KL. Near the original KL grows with the square of the
-distance, so its root pulls equally hard at every width, where KL itself would see the narrowest alone and its logarithm
-the widest. Every width has grids of its own, as its store does; the model is not trained on the text, only held to the
-original on it. Widths beyond those trained keep the original weight's place within the trained cell. With tables only
+Deviation: the loss is the sum over the widths of the logarithm of KL, so that a share lost at one width weighs as much as
+the same share at another; KL itself would see the narrowest alone, and with its root the widest still lost what the
+narrow ones gained. Every width has grids of its own, as its store does; the model is not trained on the text, only held
+to the original on it. Widths beyond those trained keep the original weight's place within the trained cell. With tables only
 grids are trained, and codes stay.
 """
 
@@ -44,7 +44,7 @@ EVERY = 60.0
 class Tune(Tuner):
     """Trains by distillation for `steps` steps of `batch` rows.
 
-    learning_rate: of the weights behind the codes, relative to the spread of their matrix. grid_rate: of the logarithm
+    learning_rate: of the weights behind the codes, in steps of the widest width trained. grid_rate: of the logarithm
     of the scales and of the zeros in steps. widths: those to train for; empty for all up to 4 bits, or for the narrowest
     where all are wider. codes: false freezes the codes and trains grids alone, which needs far less memory. ends: treat
     the embedding and the head as well.
@@ -119,9 +119,9 @@ class Run:
         groups: list[dict[str, Any]] = []
         for name, layer in self.layers.items():
             if layer.weight.requires_grad:
-                # Of the model's weights: behind a code whose scale is zero stands any number.
-                spread = float(weights[f"{name}.weight"].float().std())
-                groups.append({"params": [layer.weight], "rate": options.learning_rate * spread, "name": name})
+                # Adam moves every weight by about its rate, noise or not: the finest grid says how much noise may be.
+                rate = options.learning_rate * _step(coded[name].scale[layer.serving(self.widths[-1])])
+                groups.append({"params": [layer.weight], "rate": rate, "name": name})
             groups.append({"params": layer.grids(), "rate": options.grid_rate, "name": name})
         self.optimizer = torch.optim.Adam(groups, lr=1.0, betas=BETAS, eps=1e-12)
         # What is not trained does not change: the codes of the ends, when they are left alone.
@@ -167,7 +167,7 @@ class Run:
                     what = f"the divergence at {width} bits is {float(divergence.detach())} in step {step + 1}"
                     fix = "Lower learning_rate and grid_rate; the codes of the stages before are kept"
                     raise QualityFailed(what, where="tune", fix=fix)
-                torch.sqrt(divergence.clamp_min(1e-8)).backward()  # type: ignore[no-untyped-call]
+                torch.log(divergence.clamp_min(1e-8)).backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
 
     def _divergence(self, width: int, tokens: Tensor, target: Tensor) -> Tensor:
@@ -208,3 +208,9 @@ class Run:
                 if all(tensor is not None for tensor in moments.values()):
                     self.optimizer.state[value] = moments
         return int(state["step"])
+
+
+def _step(scale: Tensor) -> float:
+    """The usual step of a matrix's groups; 0 where all its numbers are. scale: (out, groups) float16."""
+    used = scale[scale > 0].float()
+    return float(used.mean()) if len(used) else 0.0

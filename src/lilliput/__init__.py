@@ -12,12 +12,14 @@ Nothing heavy is imported until one of these names is used.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lilliput.core.version import VERSION
+
 if TYPE_CHECKING:
     from lilliput.engine import Engine as Engine
     from lilliput.engine import load as load
     from lilliput.pipeline import compress as compress
 
-__version__ = "0.1.0"
+__version__ = VERSION
 __all__ = ["Engine", "__version__", "compress", "load"]
 
 _HOMES = {"Engine": "lilliput.engine", "load": "lilliput.engine", "compress": "lilliput.pipeline"}

@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lilliput import __version__
 from lilliput.artifact.integer import IntegerModel
 from lilliput.artifact.read import Artifact
 from lilliput.core.errors import ConfigError, Unsupported
+from lilliput.core.version import VERSION
 
 MANIFEST = "export.json"
 """Says what a folder holds, and that we made it."""
@@ -53,7 +53,7 @@ def export(artifact: Artifact, out: str | Path, name: str, form: Format, *, forc
                 shutil.copyfile(artifact.path / file, folder / file)
         manifest = {
             "format": name,
-            "lilliput": __version__,
+            "lilliput": VERSION,
             "artifact": {"name": artifact.path.name, "source": artifact.manifest.source.name},
             **told,
             "files": {path.name: _digest(path) for path in sorted(folder.iterdir())},

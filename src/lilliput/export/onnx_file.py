@@ -8,8 +8,8 @@ import numpy as np
 import onnx
 from onnx import ModelProto, TensorProto, helper
 
-from lilliput import __version__
 from lilliput.core.errors import Unsupported
+from lilliput.core.version import VERSION
 from lilliput.export.onnx_nodes import IR_VERSION, OPSET, Blob, Phase
 
 WEIGHTS = "weights.bin"
@@ -62,7 +62,7 @@ class _Store:
 
 def _little(blob: Blob) -> memoryview:
     array = blob.data.astype(blob.data.dtype.newbyteorder("<"), copy=False)
-    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return memoryview(np.ascontiguousarray(array).tobytes())
 
 
 def _model(phase: Phase, store: _Store | None) -> ModelProto:
@@ -80,7 +80,7 @@ def _model(phase: Phase, store: _Store | None) -> ModelProto:
         graph,
         opset_imports=[helper.make_opsetid("", OPSET)],
         producer_name="lilliput",
-        producer_version=__version__,
+        producer_version=VERSION,
     )
     model.ir_version = IR_VERSION
     return model

@@ -157,15 +157,20 @@ def _attention(spec: ModelSpec, layer: int, tensors: Tensors, x: Tensor, site: S
     if spec.qk_norm is not None:
         norm, width = spec.qk_norm.norm, spec.head_dim
         q, k = (
-            site(f"{at}{c}_norm", normalize(norm, tensors, f"attn.{c}_norm", y.unflatten(-1, (-1, width))).flatten(2))
+            site(
+                f"{at}{c}_norm",
+                normalize(norm, tensors, f"attn.{c}_norm", y.reshape(*y.shape[:-1], -1, width)).flatten(2),
+            )
             for c, y in (("q", q), ("k", k))
         )
-    heads = [y.unflatten(-1, (-1, spec.head_dim)) for y in (q, k, v)]
+
+    def split(y: Tensor) -> Tensor:
+        return y.reshape(*y.shape[:-1], -1, spec.head_dim)
+
+    heads = [split(y) for y in (q, k, v)]
     if spec.rotary is not None:
         turned = rotate(heads[0], heads[1], spec.rotary)
-        heads[:2] = [
-            site(f"{at}{c}", y.flatten(2)).unflatten(-1, (-1, spec.head_dim)) for c, y in zip("qk", turned, strict=True)
-        ]
+        heads[:2] = [split(site(f"{at}{c}", y.flatten(2))) for c, y in zip("qk", turned, strict=True)]
     mixed = site(f"{at}mixed", _attend(spec, layer, heads, site))
     return site(f"{at}o_proj", _linear(tensors, "attn.o_proj", mixed))
 

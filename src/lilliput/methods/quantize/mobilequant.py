@@ -431,7 +431,7 @@ class _Run:
     def _train(self) -> None:
         m, rates = self.method, self.student.rates()
         saved = self._load()
-        done = json.loads(saved.pop("told")) if saved else {"phase": 0, "history": []}
+        done: dict[str, Any] = json.loads(saved.pop("told")) if saved else {"phase": 0, "history": []}
         history = done["history"]
         for number, phase in enumerate(self._phases()):
             if number < done["phase"]:

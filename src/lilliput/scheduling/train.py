@@ -72,15 +72,16 @@ def train(
         best, kept = float("inf"), {k: v.clone() for k, v in model.state_dict().items()}
         for _ in range(EPOCHS):
             model.train()
-            for batch in (torch.randperm(len(pairs) - held) + held).split(BATCH):
+            for batch in torch.split(torch.randperm(len(pairs) - held) + held, BATCH):
                 optimizer.zero_grad()
-                _loss(model(*padded([pairs[i] for i in batch])), target[batch], weight).backward()
+                loss = _loss(model(*padded([pairs[i] for i in batch])), target[batch], weight)
+                loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
             model.eval()
             with torch.no_grad():
-                loss = float(_loss(model(*padded(pairs[:held])), target[:held], weight))
-            if loss < best:
-                best, kept = loss, {k: v.clone() for k, v in model.state_dict().items()}
+                now = float(_loss(model(*padded(pairs[:held])), target[:held], weight))
+            if now < best:
+                best, kept = now, {k: v.clone() for k, v in model.state_dict().items()}
     model.load_state_dict(kept)
     return exported(model, inv_freq, ladder, grid, job)
 

@@ -84,4 +84,5 @@ def gather(keys: F64, values: F64, query: F64) -> F64:
     score = np.einsum("htd,hd->ht", keys, query) / np.sqrt(query.shape[1])
     share = np.exp(score - score.max(1, keepdims=True))
     share /= share.sum(1, keepdims=True)
-    return np.einsum("ht,htd->hd", share, values).reshape(-1)
+    gathered: F64 = np.einsum("ht,htd->hd", share, values).reshape(-1)
+    return gathered

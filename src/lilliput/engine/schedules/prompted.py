@@ -109,7 +109,8 @@ class _Deciding(Run):
         self.reset(0, 0)
 
     def reset(self, prompt_len: int, max_new_tokens: int) -> None:
-        self.prompt_len, self.starts, self.seen = prompt_len, None, list[Any]()
+        self.prompt_len, self.seen = prompt_len, list[Any]()
+        self.starts: list[int] | None = None
 
     def next_bits(self, step: int, cur_bits: int, signals: Signals) -> int:
         if self.starts is None:

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from harness import emit
 
+from harness import emit
 from lilliput.apps.cli.output import table
 from lilliput.data.documents import read_documents
 from lilliput.engine import Engine

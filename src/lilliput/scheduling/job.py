@@ -4,7 +4,6 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-
 from pathlib import Path
 from typing import Literal, get_args
 

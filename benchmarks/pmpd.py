@@ -136,7 +136,7 @@ def fitted(
     for tolerance in tolerances:
         for method in ("learned", "features", "search"):
             job = ScheduleJob(
-                method=method,  # type: ignore[arg-type]
+                method=method,
                 tolerance=tolerance,
                 max_new_tokens=size.tokens,
                 ladder=LADDER,
@@ -337,8 +337,8 @@ def made_artifact(work: Path, quick: bool) -> Path:
     if not folder.exists():
         wide = {"bits": [2, 3, 4, 8], "group_size": 64, "ragged": True, "end_bits": [4, 8]}
         recipe = [{"rtn": {**wide, "sym": False}}] if quick else [{"gptq": wide}, {"tune": {"steps": 60}}]
-        data = None if quick else MODEL / "calibration.txt"
-        compress(str(MODEL), folder, recipe=recipe, calibration=data, samples=64, length=256)  # type: ignore[arg-type]
+        data = () if quick else (MODEL / "calibration.txt",)
+        compress(str(MODEL), folder, recipe=recipe, calibration=data, samples=64, length=256)
     return folder
 
 

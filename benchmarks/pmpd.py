@@ -66,7 +66,7 @@ class Size:
     rounds: int
 
 
-FULL, QUICK = Size(80, 208, 256, 3), Size(16, 8, 24, 1)
+FULL, QUICK = Size(64, 208, 256, 3), Size(24, 8, 24, 1)
 
 
 @dataclass
@@ -285,7 +285,7 @@ def quality(
     line = [f"frontier {text}" for text in best[:: max(1, len(best) // 6)] if "@" in text]
     runs |= {name: parse(name.removeprefix("frontier ")) for name in line}
     rows = along(engine, author, cases, runs)
-    beyond = {"4", "3", "2", "prompt 4, then 2", "thirds", "search 1%", "search 5%", "learned 1%", "features 1%"}
+    beyond = {"4", "3", "2", "thirds", "search 1%", "learned 1%", "features 1%"}
     written(engine, cases, {name: run for name, run in runs.items() if name in beyond | {"entropy"}}, rows, size)
     texts = {name: "one a prompt" if isinstance(run, list) else str(run) for name, run in runs.items()}
     told = report(population, rows, texts, ["4", *line, "3", "2"], size)

@@ -66,7 +66,7 @@ class Size:
     rounds: int
 
 
-FULL, QUICK = Size(64, 208, 256, 3), Size(24, 8, 24, 1)
+FULL, QUICK = Size(48, 200, 256, 3), Size(24, 8, 24, 1)
 
 
 @dataclass
@@ -275,18 +275,18 @@ def quality(
     notebook.close()
     thirds = static(LADDER, (size.tokens // 3, size.tokens * 2 // 3), size.tokens)
     runs: dict[str, Schedule | list[Schedule]] = {str(b): Constant(bits=b) for b in LADDER}
-    runs |= {"prompt 4, then 3": parse("4@prompt,3@0"), "prompt 4, then 2": parse("4@prompt,2@0")}
+    runs["prompt 4, then 2"] = parse("4@prompt,2@0")
     runs |= {"thirds": thirds, "random": shuffled(thirds, cases)}
     runs |= {name: one.schedule for name, one in found.items()}
     chooser = found["learned 1%"].schedule
     assert isinstance(chooser, Learned)
     runs |= {"swapped": list(swapped(chooser, engine, cases, size)), "entropy": Entropy(ladder=LADDER)}
     best = [row.schedule for row in found["search 5%"].frontier if row.best]
-    line = [f"frontier {text}" for text in best[:: max(1, len(best) // 6)] if "@" in text]
+    line = [f"frontier {text}" for text in best[:: max(1, len(best) // 5)] if "@" in text]
     runs |= {name: parse(name.removeprefix("frontier ")) for name in line}
     rows = along(engine, author, cases, runs)
-    beyond = {"4", "3", "2", "thirds", "search 1%", "learned 1%", "features 1%"}
-    written(engine, cases, {name: run for name, run in runs.items() if name in beyond | {"entropy"}}, rows, size)
+    writing = {"4", "3", "2", "thirds", "search 1%", "learned 1%", "features 1%", "entropy"}
+    written(engine, cases, {name: run for name, run in runs.items() if name in writing}, rows, size)
     texts = {name: "one a prompt" if isinstance(run, list) else str(run) for name, run in runs.items()}
     told = report(population, rows, texts, ["4", *line, "3", "2"], size)
     for fields in told:

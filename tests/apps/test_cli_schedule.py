@@ -22,7 +22,7 @@ def artifact(tmp_path: Path) -> Path:
 @pytest.fixture
 def task(tmp_path: Path) -> Path:
     file = tmp_path / "task.jsonl"
-    rows = [{"prompt": f"Once there were {i} mice", "answer": "and a cat"} for i in range(18)]
+    rows = [{"prompt": f"Once there were {i} mice", "answer": "and a cat"} for i in range(24)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
 
@@ -64,9 +64,7 @@ def test_a_dry_run_changes_nothing_and_keeps_its_notes(
     assert "average bits" in capsys.readouterr().out
 
 
-def test_features_are_learned_kept_and_followed(
-    artifact: Path, task: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_features_are_learned_kept_and_followed(artifact: Path, task: Path, capsys: pytest.CaptureFixture[str]) -> None:
     some = ("--ladder", "4/2", "-n", 16, "--grid", 2, "--threads", 1)
     made = told(capsys, "schedule", artifact, "--task", task, "--method", "features", *some)
     assert (made["schedule"]["name"], made["schedule"]["horizon"]) == ("features", 16)

@@ -45,7 +45,9 @@ def test_figures_are_those_of_whole_passes(small: Engine, cases: list[Case]) -> 
             wide, low = small.logits(ids)[at:], small.logits(ids, bits=3)[at:]
             kl, same = divergence(wide, low)
             nll = -log_softmax(low)[np.arange(len(low)), list(case.answer)].mean()
-            assert score == pytest.approx({"kl": kl.mean(), "agreement": same.mean(), "nll": nll}[metric.name], rel=1e-4)
+            assert score == pytest.approx(
+                {"kl": kl.mean(), "agreement": same.mean(), "nll": nll}[metric.name], rel=1e-4
+            )
         assert judge.score(Constant(bits=8)).average_bits == 8
 
 
@@ -60,7 +62,9 @@ def test_the_same_text_scores_one_and_widths_are_those_used(small: Engine, cases
     judge = Judge(small, cases, RougeL(), Widest(small), 20)
     assert (judge.score(Constant(bits=8)).scores == 1).all()
     scored = judge.score(Static(at=((0, 8), (4, 2))))
-    assert scored.average_bits == pytest.approx((scored.forwards.clip(max=4) * 6 + scored.forwards * 2).sum() / scored.forwards.sum())
+    assert scored.average_bits == pytest.approx(
+        (scored.forwards.clip(max=4) * 6 + scored.forwards * 2).sum() / scored.forwards.sum()
+    )
 
 
 def test_tolerances() -> None:
@@ -85,7 +89,9 @@ def test_a_killed_run_goes_on_and_a_torn_line_is_left_out(small: Engine, cases: 
             asked.append(len(answer))
             return super().score(logits, original, answer)
 
-    assert (Judge(small, cases, Counting(), Widest(small), 20, again).score(Constant(bits=2)).scores == whole.scores).all()
+    assert (
+        Judge(small, cases, Counting(), Widest(small), 20, again).score(Constant(bits=2)).scores == whole.scores
+    ).all()
     again.close()
     assert len(asked) == 1
     other = Notebook(path, {"model": "b"})

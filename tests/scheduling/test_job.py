@@ -139,7 +139,7 @@ def test_learned_on_a_task_and_scored_again_from_the_notebook(small: Engine, tmp
     if method == "learned":
         pytest.importorskip("torch")
     job = ScheduleJob(method=method, max_new_tokens=12, ladder=(4, 2), grid=3, watch=2)  # type: ignore[arg-type]
-    found, again = (find_schedule(small, prompts(16), job, notebook=tmp_path / "notes.jsonl") for _ in range(2))
+    found, again = (find_schedule(small, prompts(24), job, notebook=tmp_path / "notes.jsonl") for _ in range(2))
     assert isinstance(found.schedule, Learned if method == "learned" else Features)
     assert found.frontier == again.frontier
     assert all((found.schedule.tensors()[name] == w).all() for name, w in again.schedule.tensors().items())

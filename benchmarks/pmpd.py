@@ -13,7 +13,7 @@ Writes benchmarks/results/pmpd.jsonl.
 import argparse
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -192,7 +192,7 @@ def along(
             tail = surprises(rows[from_:], case.answer[from_:])
             kl = float(divergences(rows, original).mean())
             told[name].append((kl, float(tail.sum()), len(tail), sum(widths), len(widths)))
-        if i % 20 == 19:
+        if i % 10 == 9:
             print(f"{i + 1} of {len(cases)} answers", flush=True)
     return {name: Rows(*np.array(rows, dtype=np.float64).T) for name, rows in told.items()}
 
@@ -222,8 +222,8 @@ def interval(figure: Callable[[Any], float], cases: int, seed: int = 0) -> tuple
     """A figure of all cases, and its 95 % interval over resampled ones."""
     draw = np.random.default_rng(seed)
     values = [figure(draw.integers(0, cases, cases)) for _ in range(RESAMPLES)]
-    low, high = np.percentile(values, [2.5, 97.5])
-    return figure(slice(None)), (float(low), float(high))
+    low, high = (float(f"{edge:.6g}") for edge in np.percentile(values, [2.5, 97.5]))
+    return figure(slice(None)), (low, high)
 
 
 def report(population: str, rows: dict[str, Rows], texts: dict[str, str], line: Sequence[str], size: Size) -> list[Any]:
@@ -285,7 +285,7 @@ def quality(
     line = [f"frontier {text}" for text in best[:: max(1, len(best) // 5)] if "@" in text]
     runs |= {name: parse(name.removeprefix("frontier ")) for name in line}
     rows = along(engine, author, cases, runs)
-    writing = {"4", "3", "2", "thirds", "search 1%", "learned 1%", "features 1%", "entropy"}
+    writing = {"4", "3", "2", "thirds", "search 1%", "search 5%", "learned 1%", "features 1%", "entropy"}
     written(engine, cases, {name: run for name, run in runs.items() if name in writing}, rows, size)
     texts = {name: "one a prompt" if isinstance(run, list) else str(run) for name, run in runs.items()}
     told = report(population, rows, texts, ["4", *line, "3", "2"], size)
@@ -349,6 +349,7 @@ def main() -> None:
     parser.add_argument("--part", choices=["all", "quality", "mixed", "speed"], default="all")
     parser.add_argument("--speed-artifact", type=Path, help="another artifact to time, such as a 1.1B one")
     parser.add_argument("--speed-schedule", action="append", default=[], metavar="TEXT", help="as 4@0,3@85,2@170")
+    parser.add_argument("--prompts", type=int, help="to measure on, a population; by default 200")
     parser.add_argument("--work", type=Path, default=Path("build/pmpd"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true")
@@ -357,6 +358,7 @@ def main() -> None:
     from lilliput.models import Checkpoint
 
     size, work = QUICK if arguments.quick else FULL, arguments.work
+    size = replace(size, test=arguments.prompts or size.test)
     work.mkdir(parents=True, exist_ok=True)
     engine = Engine(made_artifact(work, arguments.quick), threads=arguments.threads)
     own = f"tales={arguments.text}"

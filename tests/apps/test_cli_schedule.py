@@ -81,8 +81,8 @@ def test_features_are_learned_kept_and_followed(artifact: Path, task: Path, caps
         (("--metric", "bleu"), 2, "'bleu' is not known"),
         (("--ladder", "4-2"), 2, "Write 4/3/2"),
         (("--ladder", "4/1"), 2, "1 bits are not in this artifact"),
-        (("--method", "learned", "--limit", "3"), 2, "teach no chooser"),
-        (("--reference-field", "no_such"), 2, "no_such"),
+        (("--method", "learned", "--limit", "3", "-n", "16"), 2, "teach no chooser"),
+        (("--reference-field", "no_such"), 3, "no_such"),
         (("-n", "5000"), 2, "leaves room"),
     ],
 )

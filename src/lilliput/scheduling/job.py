@@ -54,11 +54,12 @@ class ScheduleJob:
         if not 0 <= self.tolerance < 1:
             what = f"a tolerance of {self.tolerance} is outside [0, 1)"
             raise ConfigError(what, where="tolerance", fix="Give a share such as 1% or 0.01")
-        if self.max_new_tokens < 4 or not 1 <= self.grid <= 64 or not 0 <= self.watch < self.max_new_tokens - 1:
-            what = f"{self.max_new_tokens} tokens in {self.grid} parts, {self.watch} of them watched, leave no choice"
-            raise ConfigError(
-                what, where="max_new_tokens", fix="Give 4 tokens or more, 1 to 64 parts, and a small watch"
-            )
+        if self.max_new_tokens < 4 or not 1 <= self.grid <= 64:
+            what = f"{self.max_new_tokens} tokens in {self.grid} parts leave no choice"
+            raise ConfigError(what, where="max_new_tokens", fix="Give 4 tokens or more, and 1 to 64 parts")
+        if self.method == "features" and not 0 <= self.watch < self.max_new_tokens - 1:
+            what = f"{self.watch} forwards watched leave nothing of {self.max_new_tokens} tokens"
+            raise ConfigError(what, where="watch", fix="Give fewer, such as a quarter of the answer")
 
     def rungs(self, bits: Sequence[int]) -> tuple[int, ...]:
         """Return the ladder for an artifact of widths `bits`. Raises ConfigError for one it cannot have."""

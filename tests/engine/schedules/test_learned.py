@@ -77,7 +77,7 @@ def test_decisions_differ_by_prompt_fall_rung_by_rung_and_lie_on_the_grid() -> N
         assert all(a >= b for a, b in pairwise(widths))
         assert {t for t, (a, b) in enumerate(pairwise([4, *widths])) if a != b} <= set(GRID)
         seen.add(tuple(widths))
-    assert len(seen) > 3
+    assert len(seen) > 1
 
 
 def test_keys_turned_back_do_not_depend_on_where_they_stood() -> None:

@@ -123,6 +123,7 @@ def command(
         prefill=prefill,
         grid=grid,
         exhaustive=exhaustive,
+        watch=min(8, max_new_tokens // 4),
         seed=seed,
     )
     engine = Engine(artifact, threads=threads, activations=activations)

@@ -289,7 +289,7 @@ def quality(
     if population == "tales":  # the table of the mixed one is about KL
         written(engine, cases, {name: run for name, run in runs.items() if name in writing}, rows, size)
     texts = {name: "one a prompt" if isinstance(run, list) else str(run) for name, run in runs.items()}
-    told = report(population, rows, texts, ["4", *line, "3", "2"], size)
+    told = report(population, rows, texts, ["4", *line, "search 1%", "search 5%", "3", "2"], size)
     for fields in told:
         kept = {"fit_prompts": len(fit), "sources": [source.partition("=")[0] for source in sources]}
         fields["answer_tokens"] = float(np.mean([len(case.answer) for case in cases]))

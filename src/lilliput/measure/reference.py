@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from lilliput.core.errors import ConfigError
+from lilliput.artifact.read import StoredTensor
+from lilliput.core.errors import ConfigError, Unsupported
 from lilliput.core.progress import Progress, Silent
+from lilliput.core.spec import ModelSpec
 from lilliput.measure.quality import Runner
 
 if TYPE_CHECKING:
@@ -70,6 +72,49 @@ class StreamedRunner:
             raise ConfigError("not one of the windows it was run on", where="original", fix="Give all windows at first")
         with torch.inference_mode():
             return _numpy(self._ends.finish(state))
+
+
+class WritingOriginal:
+    """The original in the engine's float kernels, all of it in memory as it is stored: writes reference answers."""
+
+    def __init__(self, checkpoint: "Checkpoint", eos: Sequence[int], *, threads: int) -> None:
+        """eos: tokens that end an answer. Raises Unsupported for an encoder."""
+        from lilliput.engine.native import Model
+
+        spec = checkpoint.spec
+        if not isinstance(spec, ModelSpec):
+            what = f"holds a {spec.family} encoder, which writes no text"
+            raise Unsupported(
+                what, where=str(checkpoint.folder), fix="Give the decoder that the artifact was made from"
+            )
+        floats = {name: _stored(checkpoint.read(name), checkpoint.info(name).dtype) for name in checkpoint.names()}
+        self.spec, self._eos = spec, eos
+        self._model = Model(spec, floats, {}, threads=threads)
+
+    def logits(self, tokens: I32) -> F32:
+        """(length,) token ids to (length, vocab) float32."""
+        return self._model.logits([int(token) for token in tokens], 0)
+
+    def write(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[tuple[int, ...]]:
+        """Continue prompts greedily; ids without the end-of-sequence id."""
+        from lilliput.engine.sampling import Sampling
+
+        made = self._model.generate(
+            prompts,
+            bits=0,
+            max_new_tokens=max_new_tokens,
+            context=self.spec.context,
+            eos=self._eos,
+            sampling=Sampling(),
+        )
+        return [tuple(one.tokens) for one in made]
+
+
+def _stored(tensor: "Tensor", dtype: str) -> StoredTensor:
+    import torch
+
+    data = tensor.contiguous().view(torch.uint16) if dtype == "BF16" else tensor.contiguous()
+    return StoredTensor(dtype, tuple(tensor.shape), data.numpy())
 
 
 def open_original(

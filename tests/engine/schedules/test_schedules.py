@@ -52,8 +52,8 @@ def test_text_reads_back_and_so_does_what_a_manifest_keeps(text: str) -> None:
     assert SCHEDULES.load(kept.name).stored(kept, {}) == fitted
 
 
-def test_every_registered_schedule_has_a_text_above() -> None:
-    assert {parse(text).name for text in TEXTS} == SCHEDULES.keys()
+def test_every_registered_schedule_has_a_text_above_unless_it_is_learned() -> None:
+    assert {parse(text).name for text in TEXTS} | {"learned", "features"} == SCHEDULES.keys()
 
 
 def test_steps_are_as_written() -> None:

@@ -24,6 +24,7 @@ VERBS = {
     "inspect": "Describe a checkpoint or an artifact.",
     "compress": "Make one artifact of several bit widths from a checkpoint.",
     "run": "Continue a prompt.",
+    "schedule": "Find the widths to decode a task at, and keep them.",
     "eval": "Measure quality at each width, beside the original.",
     "bench": "Measure speed and memory at each width.",
     "verify": "Check every byte of an artifact.",

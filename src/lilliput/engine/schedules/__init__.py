@@ -10,6 +10,8 @@ SCHEDULES = Registry(
     confidence="lilliput.engine.schedules.sure:Confidence",
     constant="lilliput.engine.schedules.fixed:Constant",
     entropy="lilliput.engine.schedules.sure:Entropy",
+    features="lilliput.engine.schedules.features:Features",
     latency_budget="lilliput.engine.schedules.latency_budget:LatencyBudget",
+    learned="lilliput.engine.schedules.learned:Learned",
     static="lilliput.engine.schedules.fixed:Static",
 )

@@ -1,0 +1,386 @@
+"""Quality and speed of schedules beside constant widths: prompt at one width, answer at falling ones.
+
+    python benchmarks/pmpd.py --text valid.jsonl.gz [--mixed NAME=FILE[:FIELD] ..] [--work DIR] [--quick]
+    python benchmarks/pmpd.py --part speed --speed-artifact 1.1b.lilliput --text valid.jsonl.gz
+
+Quality is taken along the float model's greedy continuation of prompts cut out of held-out documents; the schedules are
+fitted on prompts of other documents of the same files. Figures are means over prompts with 95 % intervals by bootstrap
+over prompts, paired where two schedules are compared. The tail is the last third of each answer. The artifact and the
+references are made once and kept in --work. --mixed adds a population of several kinds of text, --text among them.
+Writes benchmarks/results/pmpd.jsonl.
+"""
+
+import argparse
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from harness import emit
+from lilliput.apps.cli.output import table
+from lilliput.data.documents import read_documents
+from lilliput.engine import Engine
+from lilliput.engine.schedules.base import Schedule
+from lilliput.engine.schedules.fixed import Constant, Static
+from lilliput.engine.schedules.learned import Learned
+from lilliput.engine.schedules.sure import Entropy
+from lilliput.engine.schedules.text import parse
+from lilliput.measure.continuations import Author, Case, Notebook, write_answers
+from lilliput.measure.metrics import Original, divergences, surprises
+from lilliput.measure.rouge import rouge_l
+from lilliput.scheduling import Found, ScheduleJob, find_schedule
+from lilliput.scheduling.learn import look
+from lilliput.scheduling.search import static
+
+F64 = npt.NDArray[np.float64]
+ROOT = Path(__file__).parents[1]
+MODEL = ROOT / "assets" / "tales7m"
+LADDER = (4, 3, 2)
+RESAMPLES = 2000
+COLUMNS = {
+    "schedule": "schedule",
+    "average_bits": "bits",
+    "kl": "KL",
+    "kl_ci95": "95 %",
+    "beside_constant": "less KL than constant",
+    "beside_constant_ci95": "95 %",
+    "tail_perplexity": "tail perplexity",
+    "rouge_l": "ROUGE-L",
+    "rouge_l_ci95": "95 %",
+    "tokens_per_s": "tokens/s",
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is measured: prompts to fit on and to measure on, tokens of an answer, rounds of timing."""
+
+    fit: int
+    test: int
+    tokens: int
+    rounds: int
+
+
+FULL, QUICK = Size(48, 200, 256, 3), Size(24, 8, 24, 1)
+
+
+@dataclass
+class Rows:
+    """One schedule along every answer, (cases,) each. kl: mean nats. tail: summed nats of the last third's tokens."""
+
+    kl: F64
+    tail: F64
+    tail_tokens: F64
+    bits: F64
+    forwards: F64
+    rouge: F64 | None = None
+
+    def average_bits(self, rows: Any = slice(None)) -> float:
+        """Bits of all decode forwards over their number."""
+        return float(self.bits[rows].sum() / self.forwards[rows].sum())
+
+
+def cut(texts: Sequence[str], engine: Engine, count: int, seed: int) -> list[list[int]]:
+    """Cut `count` prompts of 32 to 192 tokens out of documents, a few out of long ones, none overlapping."""
+    draw, prompts = random.Random(seed), list[list[int]]()
+    for text in texts:
+        ids = engine.tokenizer.encode(text)
+        for start in range(0, len(ids), max(512, len(ids) // 4)):
+            piece = ids[start : start + draw.randint(32, 192)]
+            if len(piece) >= 32:
+                prompts.append(piece if start == 0 else [*ids[:1], *piece[1:]])  # BOS stands first
+    draw.shuffle(prompts)
+    return prompts[:count]
+
+
+def parted(documents: Sequence[str], seed: int = 0) -> tuple[list[str], list[str]]:
+    """A quarter of the documents to fit on, and the others."""
+    order = list(documents)
+    random.Random(seed).shuffle(order)
+    return order[: max(1, len(order) // 4)], order[max(1, len(order) // 4) :]
+
+
+def prompts_of(sources: Sequence[str], engine: Engine, size: Size) -> tuple[list[list[int]], list[list[int]]]:
+    """Prompts to fit on and to measure on, as many of each source. A source is NAME=FILE or NAME=FILE:FIELD."""
+    fit, test = list[list[int]](), list[list[int]]()
+    for source in sources:
+        path, _, field = source.partition("=")[2].partition(":")
+        mine, others = parted(_split(read_documents(path, field=field or None)))
+        fit += cut(mine, engine, -(-size.fit // len(sources)), 1)
+        test += cut(others, engine, -(-size.test // len(sources)), 2)
+    return fit, test
+
+
+def _split(documents: Sequence[str]) -> list[str]:
+    """A plain text file is one document: cut it into parts of 4,000 characters."""
+    if len(documents) > 1:
+        return list(documents)
+    return [documents[0][at : at + 4000] for at in range(0, len(documents[0]), 4000)]
+
+
+def fitted(
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    author: Author,
+    size: Size,
+    work: Path,
+    tolerances: Sequence[float],
+) -> dict[str, Found]:
+    """Search and learn on the prompts to fit on."""
+    found: dict[str, Found] = {}
+    for tolerance in tolerances:
+        for method in ("learned", "features", "search"):
+            job = ScheduleJob(
+                method=method,
+                tolerance=tolerance,
+                max_new_tokens=size.tokens,
+                ladder=LADDER,
+                watch=min(8, size.tokens // 4),
+            )
+            found[f"{method} {tolerance:.0%}"] = find_schedule(
+                engine, prompts, job, author=author, author_name="float", notebook=work / "fit.jsonl"
+            )
+            print(method, tolerance, found[f"{method} {tolerance:.0%}"].schedule, flush=True)
+    return found
+
+
+def shuffled(steps: Schedule, cases: Sequence[Case], seed: int = 0) -> list[Schedule]:
+    """For each answer the widths of `steps`, dealt to its forwards at random."""
+    draw, made, at = random.Random(seed), list[Schedule](), steps.steps()
+    assert at is not None
+    for case in cases:
+        widths = [next(bits for start, bits in reversed(at) if start <= t) for t in range(case.forwards)]
+        draw.shuffle(widths)
+        runs, start = list[tuple[int, int]](), 0
+        for bits, run in groupby(widths):
+            runs.append((start, bits))
+            start += len(list(run))
+        made.append(Static(at=tuple(runs), allow_raise=True, prefill=at[0][1]))
+    return made
+
+
+def swapped(chooser: Learned, engine: Engine, cases: Sequence[Case], size: Size, seed: int = 0) -> list[Schedule]:
+    """The steps the classifier chooses, each handed to another prompt: its prior without its insight."""
+    job, chosen = ScheduleJob(max_new_tokens=size.tokens), list[Schedule]()
+    for case in cases:
+        found = look(engine, case, job, LADDER[0], 0)
+        assert found is not None
+        places = chooser.logits(found.keys, found.values).argmax(1)
+        choice = chooser.ascending([chooser.grid[place] for place in places])
+        chosen.append(static(LADDER, choice, size.tokens))
+    random.Random(seed).shuffle(chosen)
+    return chosen
+
+
+def along(
+    engine: Engine, author: Author, cases: Sequence[Case], runs: dict[str, Schedule | list[Schedule]]
+) -> dict[str, Rows]:
+    """Follow every schedule along every answer; the float model meets each answer once."""
+    told: dict[str, list[tuple[float, ...]]] = {name: [] for name in runs}
+    for i, case in enumerate(cases):
+        ids = case.prompt + case.answer[:-1]
+        original = Original.of(author.logits(np.array(ids, dtype=np.int32))[len(case.prompt) - 1 :])
+        from_ = len(case.answer) * 2 // 3
+        for name, run in runs.items():
+            schedule = run[i] if isinstance(run, list) else run
+            rows, widths = engine.follow(ids, len(case.prompt), schedule)
+            tail = surprises(rows[from_:], case.answer[from_:])
+            kl = float(divergences(rows, original).mean())
+            told[name].append((kl, float(tail.sum()), len(tail), sum(widths), len(widths)))
+        if i % 10 == 9:
+            print(f"{i + 1} of {len(cases)} answers", flush=True)
+    return {name: Rows(*np.array(rows, dtype=np.float64).T) for name, rows in told.items()}
+
+
+def written(
+    engine: Engine, cases: Sequence[Case], runs: dict[str, Schedule | list[Schedule]], rows: dict[str, Rows], size: Size
+) -> None:
+    """Add ROUGE-L of what every schedule writes."""
+    for name, run in runs.items():
+        scores = []
+        for start in range(0, len(cases), 16):
+            part = cases[start : start + 16]
+            schedule = run[start : start + 16] if isinstance(run, list) else run
+            made = engine.generate_batch([c.prompt for c in part], schedule=schedule, max_new_tokens=size.tokens)
+            scores += [rouge_l(done.tokens, case.answer) for done, case in zip(made, part, strict=True)]
+        rows[name].rouge = np.array(scores)
+        print("written", name, flush=True)
+
+
+def interpolated(rows: dict[str, Rows], names: Sequence[str], bits: float, of: Any) -> float:
+    """KL at `bits` on the line through the named schedules on the cases `of`: their mixture over prompts."""
+    points = sorted((rows[name].average_bits(of), float(rows[name].kl[of].mean())) for name in names)
+    return float(np.interp(bits, [b for b, _ in points], [k for _, k in points]))
+
+
+def interval(figure: Callable[[Any], float], cases: int, seed: int = 0) -> tuple[float, tuple[float, float]]:
+    """A figure of all cases, and its 95 % interval over resampled ones."""
+    draw = np.random.default_rng(seed)
+    values = [figure(draw.integers(0, cases, cases)) for _ in range(RESAMPLES)]
+    low, high = (float(f"{edge:.6g}") for edge in np.percentile(values, [2.5, 97.5]))
+    return figure(slice(None)), (low, high)
+
+
+def report(population: str, rows: dict[str, Rows], texts: dict[str, str], line: Sequence[str], size: Size) -> list[Any]:
+    """One line a schedule: its figures, and its KL beside constants and searched steps of the same average bits."""
+    count, told = len(next(iter(rows.values())).kl), []
+    for name, row in rows.items():
+        kl, kl_ci = interval(lambda of, row=row: float(row.kl[of].mean()), count)
+        fields: dict[str, Any] = {
+            "part": "quality",
+            "population": population,
+            "schedule": name,
+            "text": texts[name],
+            "prompts": count,
+            "average_bits": row.average_bits(),
+            "kl": kl,
+            "kl_ci95": kl_ci,
+            "tail_perplexity": float(np.exp(row.tail.sum() / row.tail_tokens.sum())),
+            "new_tokens": size.tokens,
+        }
+        for beside, names in (("constant", ["4", "3", "2"]), ("static", list(line))):
+            if name not in names:
+
+                def less(of: Any, row: Rows = row, names: Sequence[str] = names) -> float:
+                    return interpolated(rows, names, row.average_bits(of), of) - float(row.kl[of].mean())
+
+                fields[f"beside_{beside}"], fields[f"beside_{beside}_ci95"] = interval(less, count)
+        for other in ("3", "2", "random", "swapped"):
+            twin = {"3": "prompt 4, then 3", "2": "prompt 4, then 2", "random": "thirds", "swapped": "learned 1%"}[
+                other
+            ]
+            if other in rows and name == twin:
+                gain = interval(lambda of, a=rows[other], b=row: float((a.kl[of] - b.kl[of]).mean()), count)
+                fields[f"less_kl_than_{other}"], fields[f"less_kl_than_{other}_ci95"] = gain
+        if row.rouge is not None:
+            fields["rouge_l"], fields["rouge_l_ci95"] = interval(lambda of, r=row.rouge: float(r[of].mean()), count)
+        told.append(fields)
+    return told
+
+
+def quality(
+    population: str, sources: Sequence[str], engine: Engine, author: Author, size: Size, work: Path
+) -> list[Any]:
+    """Fit, measure and report one population. Returns its lines."""
+    fit, test = prompts_of(sources, engine, size)
+    work.mkdir(parents=True, exist_ok=True)
+    found = fitted(engine, fit, author, size, work, (0.01, 0.05))
+    notebook = Notebook(work / "test.jsonl", {"tokens": size.tokens, "model": str(engine.artifact.path)})
+    cases = write_answers(test, author, size.tokens, notebook)
+    notebook.close()
+    thirds = static(LADDER, (size.tokens // 3, size.tokens * 2 // 3), size.tokens)
+    runs: dict[str, Schedule | list[Schedule]] = {str(b): Constant(bits=b) for b in LADDER}
+    runs["prompt 4, then 2"] = parse("4@prompt,2@0")
+    runs |= {"thirds": thirds, "random": shuffled(thirds, cases)}
+    runs |= {name: one.schedule for name, one in found.items()}
+    chooser = found["learned 1%"].schedule
+    assert isinstance(chooser, Learned)
+    runs |= {"swapped": list(swapped(chooser, engine, cases, size)), "entropy": Entropy(ladder=LADDER)}
+    best = [row.schedule for row in found["search 5%"].frontier if row.best]
+    line = [f"frontier {text}" for text in best[:: max(1, len(best) // 5)] if "@" in text]
+    runs |= {name: parse(name.removeprefix("frontier ")) for name in line}
+    rows = along(engine, author, cases, runs)
+    writing = {"4", "3", "2", "thirds", "search 1%", "search 5%", "learned 1%", "features 1%", "entropy"}
+    if population == "tales":  # the table of the mixed one is about KL
+        written(engine, cases, {name: run for name, run in runs.items() if name in writing}, rows, size)
+    texts = {name: "one a prompt" if isinstance(run, list) else str(run) for name, run in runs.items()}
+    told = report(population, rows, texts, ["4", *line, "search 1%", "search 5%", "3", "2"], size)
+    for fields in told:
+        kept = {"fit_prompts": len(fit), "sources": [source.partition("=")[0] for source in sources]}
+        fields["answer_tokens"] = float(np.mean([len(case.answer) for case in cases]))
+        emit("pmpd", **fields, **kept)
+    return told
+
+
+def speed(engine: Engine, runs: dict[str, dict[str, Any]], prompt: Sequence[int], size: Size) -> dict[str, Any]:
+    """Decode speed of every run in interleaved rounds, the median, beside that of constant 4 in the same round."""
+    engine.tokenizer.eos_ids = ()  # every answer is as long as asked for
+    rates: dict[str, list[float]] = {name: [] for name in runs}
+    made: dict[str, Any] = {}
+    for _ in range(size.rounds):
+        for name, options in runs.items():
+            made[name] = engine.generate(prompt, max_new_tokens=size.tokens, **options)
+            rates[name].append((len(made[name].tokens) - 1) / made[name].decode_s)
+    told = {}
+    for name, one in made.items():
+        ratios = [a / b for a, b in zip(rates[name], rates["4"], strict=True)]
+        fields = {
+            "tokens_per_s": float(np.median(rates[name])),
+            "times_constant_4": float(np.median(ratios)),
+            "times_range": [min(ratios), max(ratios)],
+            "average_bits": one.average_bits,
+            "acceptance": one.acceptance,
+            "same_tokens_as_4": one.tokens == made["4"].tokens,
+        }
+        told[name] = fields
+        emit("pmpd", part="speed", artifact=engine.artifact.path.name, schedule=name, threads=engine.threads,
+             rounds=size.rounds, new_tokens=size.tokens, prompt_tokens=len(prompt), **fields)  # fmt: skip
+    return told
+
+
+def speed_runs(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Constant widths, drafts, and the schedules of the given texts."""
+    runs: dict[str, dict[str, Any]] = {str(bits): {"schedule": Constant(bits=bits)} for bits in LADDER}
+    runs |= {f"4, drafts at {bits}": {"bits": 4, "draft_bits": bits} for bits in LADDER[1:]}
+    return runs | {text: {"schedule": parse(text)} for text in texts}
+
+
+def made_artifact(work: Path, quick: bool) -> Path:
+    """The nested artifact of tales7m, made once: gptq and a short tuning, for --quick round-to-nearest."""
+    from lilliput.pipeline import compress
+
+    folder = work / ("quick.lilliput" if quick else "tales7m.lilliput")
+    if not folder.exists():
+        wide = {"bits": [2, 3, 4, 8], "group_size": 64, "ragged": True, "end_bits": [4, 8]}
+        recipe = [{"rtn": {**wide, "sym": False}}] if quick else [{"gptq": wide}, {"tune": {"steps": 60}}]
+        data = () if quick else (MODEL / "calibration.txt",)
+        compress(str(MODEL), folder, recipe=recipe, calibration=data, samples=64, length=256)
+    return folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", required=True, help="held-out text, JSONL or plain")
+    parser.add_argument("--mixed", action="append", default=[], metavar="NAME=FILE[:FIELD]")
+    parser.add_argument("--part", choices=["all", "quality", "mixed", "speed"], default="all")
+    parser.add_argument("--speed-artifact", type=Path, help="another artifact to time, such as a 1.1B one")
+    parser.add_argument("--speed-schedule", action="append", default=[], metavar="TEXT", help="as 4@0,3@85,2@170")
+    parser.add_argument("--prompts", type=int, help="to measure on, a population; by default 200")
+    parser.add_argument("--work", type=Path, default=Path("build/pmpd"))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--quick", action="store_true")
+    arguments = parser.parse_args()
+    from lilliput.measure.reference import WritingOriginal
+    from lilliput.models import Checkpoint
+
+    size, work = QUICK if arguments.quick else FULL, arguments.work
+    size = replace(size, test=arguments.prompts or size.test)
+    work.mkdir(parents=True, exist_ok=True)
+    engine = Engine(made_artifact(work, arguments.quick), threads=arguments.threads)
+    own = f"tales={arguments.text}"
+    for name, sources in (("tales", [own]), ("mixed", [own, *arguments.mixed])):
+        part = "quality" if name == "tales" else "mixed"
+        if arguments.part in ("all", part) and (name == "tales" or arguments.mixed):
+            author = WritingOriginal(Checkpoint.open(MODEL), engine.tokenizer.eos_ids, threads=arguments.threads)
+            told = quality(name, sources, engine, author, size, work / f"{name}{'-quick' * arguments.quick}")
+            print(f"{name}: {told[0]['prompts']} prompts, answers of {told[0]['answer_tokens']:.0f} tokens")
+            print(table(told, COLUMNS))
+    if arguments.part in ("all", "speed"):
+        prompt = engine.tokenizer.encode(read_documents(arguments.text)[0])[:64]
+        for timed in (
+            engine,
+            *([Engine(arguments.speed_artifact, threads=arguments.threads)] * bool(arguments.speed_artifact)),
+        ):
+            ids = [token % timed.spec.vocab_size for token in prompt]
+            found = speed(timed, speed_runs(arguments.speed_schedule or ["4@0,3@85,2@170"]), ids, size)
+            print(table([{"schedule": name, **fields} for name, fields in found.items()],
+                        {key: key.replace("_", " ") for key in ("schedule", *next(iter(found.values())))}))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

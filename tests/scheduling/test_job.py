@@ -1,0 +1,163 @@
+"""From a task to a schedule in the artifact; what is learned, on artifacts of random numbers."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lilliput.core.errors import ConfigError
+from lilliput.engine import Engine, load
+from lilliput.engine.schedules.features import Features, all_choices
+from lilliput.engine.schedules.learned import Learned
+from lilliput.scheduling import ScheduleJob, find_schedule
+from lilliput.scheduling.learn import Beginning, Table, fit_features
+from support.small_artifact import write_small_artifact
+
+GRID, LADDER = (0, 10, 20, 30), (4, 3, 2)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    folder = tmp_path_factory.mktemp("job") / "small.lilliput"
+    write_small_artifact(folder)
+    return load(folder, threads=1)
+
+
+def prompts(count: int) -> list[list[int]]:
+    draw = random.Random(0)
+    return [[257, *(draw.randrange(200) for _ in range(draw.randrange(3, 9)))] for _ in range(count)]
+
+
+def beginnings(classes: np.ndarray, seed: int = 0) -> list[Beginning]:
+    """Prompts of 4 to 20 tokens whose values lean one way for each class; keys say nothing."""
+    draw, made = np.random.default_rng(seed), []
+    leaning = np.random.default_rng(9).normal(0, 1, (4, 2, 1, 8))
+    for which in classes:
+        count = int(draw.integers(4, 20))
+        keys, values = draw.normal(0, 1, (2, 2, count, 8))
+        entropy = float(which + draw.normal(0, 0.05))
+        made.append(Beginning(count, ((entropy, 0.5),) * 3, keys.astype("f4"), (values + leaning[which]).astype("f4")))
+    return made
+
+
+def test_the_search_keeps_within_the_tolerance_and_shows_all_it_scored(small: Engine) -> None:
+    job = ScheduleJob(tolerance=0.05, max_new_tokens=24, ladder=(8, 4, 2), grid=4, exhaustive=True)
+    found = find_schedule(small, prompts(6), job)
+    chosen = next(row for row in found.frontier if row.chosen)
+    assert chosen.schedule == str(found.schedule)
+    assert chosen.within
+    assert all(row.average_bits >= chosen.average_bits for row in found.frontier if row.within)
+    assert len(found.frontier) == len({row.schedule for row in found.frontier}) > 10
+    best = [row for row in found.frontier if row.best]
+    assert [row.score for row in best] == sorted(row.score for row in best)  # fewer bits, more divergence
+    assert found.entry().horizon == 24
+    quick = find_schedule(small, prompts(6), ScheduleJob(tolerance=0.05, max_new_tokens=24, ladder=(8, 4, 2), grid=4))
+    assert {row.schedule: row.score for row in quick.frontier}.items() <= {
+        row.schedule: row.score for row in found.frontier
+    }.items()
+
+
+def test_references_given_are_what_counts(small: Engine) -> None:
+    job = ScheduleJob(metric="nll", max_new_tokens=8, ladder=(4, 2), grid=2, tolerance=0.5)
+    found = find_schedule(small, prompts(2), job, references=[[1, 2, 3, 4], [5, 6, 7]])
+    widest = next(row for row in found.frontier if row.average_bits == 4)
+    nll = 0.0
+    for prompt, answer in zip(prompts(2), ([1, 2, 3, 4], [5, 6, 7]), strict=True):
+        rows = small.logits([*prompt, *answer[:-1]], bits=4)[len(prompt) - 1 :].astype(np.float64)
+        nll += float((np.log(np.exp(rows).sum(1)) - rows[range(len(answer)), answer]).mean()) / 2
+    assert widest.score == pytest.approx(nll, rel=1e-4)
+
+
+def test_a_label_that_separates_is_learned_and_padding_changes_nothing() -> None:
+    torch = pytest.importorskip("torch")
+    from lilliput.scheduling.train import padded, train
+
+    classes = np.random.default_rng(1).integers(0, 4, 160)
+    labels = np.stack([np.minimum(classes, 2), classes], axis=1)
+    job, none = ScheduleJob(method="learned", max_new_tokens=30), np.zeros(0, dtype=np.float32)
+    made = train(labels, beginnings(classes), none, LADDER, GRID, job)
+    fresh = np.random.default_rng(2).integers(0, 4, 100)
+    seen = beginnings(fresh, seed=5)
+    chosen = np.stack([made.logits(one.keys, one.values).argmax(1) for one in seen])
+    assert (chosen == np.stack([np.minimum(fresh, 2), fresh], axis=1)).mean() > 0.9
+    again = train(labels, beginnings(classes), none, LADDER, GRID, job)
+    assert all((made.weights[name] == again.weights[name]).all() for name in made.weights)  # the same seed
+    reader = _reader_of(made, torch)
+    pairs = [(one.keys, one.values) for one in seen[:8]]
+    with torch.no_grad():
+        together = reader(*padded(pairs)).numpy()
+        alone = np.concatenate([reader(*padded([pair])).numpy() for pair in pairs])
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+    np.testing.assert_allclose(together, [made.logits(*pair) for pair in pairs], atol=1e-4)  # NumPy says the same
+
+
+def _reader_of(made: Learned, torch):  # type: ignore[no-untyped-def]
+    from lilliput.scheduling.train import Reader
+
+    weights = {name: torch.from_numpy(array) for name, array in made.weights.items()}
+    reader = Reader(*made.weights["query"].shape, made.rungs, len(made.grid), weights["mean"], weights["spread"]).eval()
+    names = {"hidden": "hidden.weight", "hidden_bias": "hidden.bias", "out": "out.weight", "out_bias": "out.bias"}
+    reader.load_state_dict({names.get(name, name): value for name, value in weights.items() if name != "inv_freq"})
+    return reader
+
+
+def test_labels_are_the_cheapest_choice_within_the_tolerance() -> None:
+    choices = tuple(all_choices(GRID, 1))
+    loss = np.array([[0.4, 0.2, 0.005, 0.0], [0.0, 0.0, 0.0, 0.0], [9.0, 9.0, 9.0, 9.0], [0.0, 0.5, 0.0, 0.0]])
+    bits = np.tile([2.0, 2.7, 3.4, 4.0], (4, 1))
+    table = Table((4, 2), GRID, choices, loss, bits, np.zeros(4))
+    assert table.labels(np.full(4, 0.01)).tolist() == [[2], [0], [3], [0]]
+
+
+def test_features_spend_bits_where_they_help_within_the_tolerance_of_all() -> None:
+    """Half of the prompts, told by their entropy, lose much by few bits, the others nothing."""
+    classes = np.random.default_rng(0).integers(0, 2, 120)
+    choices = tuple(all_choices(GRID, 1))
+    bits = np.tile([2.0, 2.7, 3.3, 4.0], (120, 1))
+    loss = classes[:, None] * (4 - bits) * 0.5
+    table = Table((4, 2), GRID, choices, loss, bits, np.zeros(120))
+    job = ScheduleJob(method="features", max_new_tokens=30, watch=2)
+    made = fit_features(table, range(120), beginnings(classes), job, 0.01)
+    assert made.price > 0
+
+    def choice(entropy: float) -> tuple[int, ...] | None:
+        class Row:
+            def entropy(self) -> float:
+                return entropy
+
+            def top1(self) -> float:
+                return 0.5
+
+        return made.decide(2, 10, [(entropy, 0.5)] * 2, Row())  # type: ignore[arg-type]
+
+    assert (choice(0.0), choice(1.0)) == ((0,), (30,))
+
+
+@pytest.mark.parametrize("method", ["learned", "features"])
+def test_learned_on_a_task_and_scored_again_from_the_notebook(small: Engine, tmp_path: Path, method: str) -> None:
+    if method == "learned":
+        pytest.importorskip("torch")
+    job = ScheduleJob(method=method, max_new_tokens=12, ladder=(4, 2), grid=3, watch=2)  # type: ignore[arg-type]
+    found, again = (find_schedule(small, prompts(24), job, notebook=tmp_path / "notes.jsonl") for _ in range(2))
+    assert isinstance(found.schedule, Learned if method == "learned" else Features)
+    assert found.frontier == again.frontier
+    assert all((found.schedule.tensors()[name] == w).all() for name, w in again.schedule.tensors().items())
+    assert [row.schedule for row in found.frontier if row.chosen] == [str(found.schedule)]
+
+
+def test_faults_are_one_line(small: Engine) -> None:
+    for job, match in (
+        ({"ladder": (4,)}, "leaves nothing to choose"),
+        ({"ladder": (4, 5)}, "5 bits are not in this artifact"),
+        ({"ladder": (2, 4)}, "does not fall"),
+        ({"prefill": 6}, "6 bits are not in this artifact"),
+        ({"method": "learned"}, "teach no chooser"),
+        ({"max_new_tokens": 1000}, "leaves room"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            find_schedule(small, prompts(2), ScheduleJob(**{"max_new_tokens": 8, "watch": 1, **job}))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="share such as 1%"):
+        ScheduleJob(tolerance=1.5)
+    with pytest.raises(LookupError, match="kl"):
+        find_schedule(small, prompts(2), ScheduleJob(metric="kll", max_new_tokens=8, watch=1))

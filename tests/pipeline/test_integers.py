@@ -90,12 +90,10 @@ def test_with_sixteen_bits_everywhere_the_graph_is_its_weights_in_float(
     run(model, tmp_path / "out", text, wide=True)
     graph, weights = Artifact.open(tmp_path / "out").integer(), Engine(tmp_path / "out", activations="float")
     assert graph is not None
-    for batch in batches(
-        [TEXT], weights.tokenizer, length=32, samples=6
-    ):  # what it was calibrated on: nothing is cut off
-        for row in batch:
-            real = weights.logits(row)
-            assert np.abs(Oracle(graph).logits(row) - real).max() < 0.01 * np.abs(real).max()
+    # What it was calibrated on: nothing is cut off.
+    for row in batches([TEXT], weights.tokenizer, length=32, samples=6, bos=True).rows:
+        real = weights.logits(row)
+        assert np.abs(Oracle(graph).logits(row) - real).max() < 0.01 * np.abs(real).max()
 
 
 def test_a_run_that_stopped_after_the_method_goes_on_from_there(

@@ -180,7 +180,7 @@ class Artifact:
         Raises InputCorrupt for a graph that a runner could not follow, InputMissing when this copy lacks a width.
         """
         manifest, graph = self.manifest, self.graph()
-        if graph is None or not isinstance(manifest.spec, ModelSpec):
+        if graph is None:
             return None
         self._served(manifest.bits[-1])
         handle, size = self._folder.open(CONSTANTS_FILE)

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from lilliput.methods.journal import Activations
     from lilliput.models.checkpoint import TensorInfo
     from lilliput.models.decoder import Block, Decoder
+    from lilliput.models.encoder import Encoder
 
 
 ENDS = ("embed_tokens", "embed_patches", "lm_head")

@@ -93,6 +93,9 @@ def plan_work(checkpoint: Checkpoint, recipe: Recipe) -> Work:
             raise Unsupported(what, where=f"recipe {recipe.name}", fix=f"Leave {other.name} out")
         if maker:
             refuse_pictures(checkpoint.spec)
+        if maker and checkpoint.spec.projection is not None:
+            what = "an encoder's last projection is stored in float, and an integer model has none such"
+            raise Unsupported(what, where=checkpoint.family, fix="Use methods of layers and blocks")
     if not runs or (runs[-1] and _kind(runs[-1][0]) is ModelMethod):
         runs.append([])
     blocks, final = in_sweep(runs[-1])

@@ -49,7 +49,9 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--integer", nargs="*", choices=("static", "trained"), default=["static"])
     parser.add_argument("--integer-bits", type=int, nargs="*", default=[8, 4], help="of the integer models' weights")
-    parser.add_argument("--budget16", type=int, nargs="*", help="edges of 16 bits, by sensitivity; the usual ones if left out")
+    parser.add_argument(
+        "--budget16", type=int, nargs="*", help="edges of 16 bits, by sensitivity; the usual ones if left out"
+    )
     parser.add_argument("--steps", type=int, default=300, help="of training")
     parser.add_argument("--limit", type=int, help="pictures searched, all if left out")
     parser.add_argument("--samples", type=int, default=512, help="captions to calibrate on")

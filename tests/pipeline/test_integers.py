@@ -165,7 +165,9 @@ def test_budgets_and_most_encoders_are_refused(model: Path, text: Path, tmp_path
         compress(tmp_path / "bert", tmp_path / "out", recipe=[{"smoothquant": {}}, *recipe], calibration=[text])
 
 
-LINES = [f"the old man and the {what} went on{' and on' * (i % 4)}" for i, what in enumerate("abcdefghijklmnopqrstuvwx")]
+LINES = [
+    f"the old man and the {what} went on{' and on' * (i % 4)}" for i, what in enumerate("abcdefghijklmnopqrstuvwx")
+]
 
 
 def embed(out: Path, **options: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -217,7 +219,12 @@ def test_training_brings_an_encoder_closer_to_its_original(tmp_path: Path) -> No
         recipe = [{"mobilequant": {"bits": 4, "steps": 20, "batch": 4, "loss": loss, "held": 0.25}}]
         out, sizes = tmp_path / loss, {"samples": 24, "length": 32}
         compress(
-            tmp_path / "bert", out, recipe=recipe, calibration=[tmp_path / "lines.txt"], gate=False, **sizes  # type: ignore[arg-type]
+            tmp_path / "bert",
+            out,
+            recipe=recipe,
+            calibration=[tmp_path / "lines.txt"],
+            gate=False,
+            **sizes,  # type: ignore[arg-type]
         )
         told = Artifact.open(out).manifest.integer
         assert told is not None

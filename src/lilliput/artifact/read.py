@@ -31,7 +31,6 @@ from lilliput.artifact.stored import StoredLinear as StoredLinear
 from lilliput.artifact.stored import StoredTensor as StoredTensor
 from lilliput.core.errors import ConfigError, InputCorrupt, InputMissing
 from lilliput.core.graph import Graph
-from lilliput.core.spec import ModelSpec
 
 SCHEDULE_LIMIT = 256 << 20
 """Bytes of the largest file of a learned schedule we read."""

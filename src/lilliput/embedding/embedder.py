@@ -35,9 +35,7 @@ class Embedder:
     spec: EncoderSpec
     bits: tuple[int, ...]
 
-    def __init__(
-        self, artifact: str | Path | Artifact, *, activations: Literal["float", "integer"] = "float"
-    ) -> None:
+    def __init__(self, artifact: str | Path | Artifact, *, activations: Literal["float", "integer"] = "float") -> None:
         """artifact: a folder, or one that is open already. activations: what linear layers read; "integer" runs the
         artifact's integer graph (docs/integer.md).
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lilliput.core.errors import InputCorrupt
-from lilliput.core.spec import AnySpec, EncoderSpec, ModelSpec
+from lilliput.core.spec import AnySpec, EncoderSpec
 from lilliput.models import Block, Checkpoint, Decoder, Encoder, load_block, load_decoder, load_encoder_block
 
 Frame = Decoder | Encoder

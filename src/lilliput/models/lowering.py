@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lilliput.core.errors import ConfigError
 from lilliput.core.graph import Attend, Edge, Embed, Graph, Grid, Linear, Multiply, Node, Norm, Rotate, Sum, Table
-from lilliput.core.spec import Activation, AnySpec, EncoderActivation, EncoderSpec, ModelSpec
+from lilliput.core.spec import Activation, AnySpec, EncoderActivation, EncoderSpec
 from lilliput.core.spec import Norm as NormSpec
 from lilliput.models.sites import PROBABILITIES, has_sum, refuse_pictures
 from lilliput.numerics import fixed
@@ -26,6 +26,7 @@ SMALLEST: Final = float(np.finfo(np.float32).tiny)
 """Scales below it have fewer bits in float32, where embedding and logits meet them."""
 _EMPTY_ROW: Final = 2.0**-8
 """Codes of the output in one step of the bias of a row without weights."""
+
 
 def _sigmoid(x: F64) -> F64:
     found: F64 = np.where(x >= 0, 1.0, np.exp(-np.abs(x))) / (1 + np.exp(-np.abs(x)))

@@ -20,6 +20,9 @@ from lilliput.models.decoder import ACTIVATIONS, SCORES, rotate
 PROBABILITIES = "attn.probabilities"
 """Not an edge: what `attend` multiplies values with, 16 bits for steps of 1 / 65535, 8 for steps of 1 / 255."""
 
+WIDE = ("attn.scores", "attn.capped")
+"""Ends of the names of edges that always have 16 bits."""
+
 Tensors = Mapping[str, Tensor]
 
 

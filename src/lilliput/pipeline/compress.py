@@ -49,7 +49,14 @@ from lilliput.models import Checkpoint, load_encoder
 from lilliput.numerics.nested import Quantized
 from lilliput.pipeline.budget import Target, allocate, check_target, largest
 from lilliput.pipeline.card import model_card
-from lilliput.pipeline.gate import UNQUANTIZED, judge, measure, measure_integer, measure_integer_vectors, measure_vectors
+from lilliput.pipeline.gate import (
+    UNQUANTIZED,
+    judge,
+    measure,
+    measure_integer,
+    measure_integer_vectors,
+    measure_vectors,
+)
 from lilliput.pipeline.integers import run_integer
 from lilliput.pipeline.plan import Budget, Work, budget, plan_work
 from lilliput.pipeline.report import CompressReport, WidthRow

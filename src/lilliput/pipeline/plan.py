@@ -89,7 +89,9 @@ def plan_work(checkpoint: Checkpoint, recipe: Recipe) -> Work:
             what = f"{method.name} learns from predicting tokens, which a {checkpoint.family} encoder does not do"
             raise Unsupported(what, where=f"recipe {recipe.name}", fix="Use methods of layers and blocks")
         if maker and (other := next(joined.from_iterable(runs), None)):
-            what = f"{other.name} stands before {maker.name}, which makes an encoder's integer model from its checkpoint"
+            what = (
+                f"{other.name} stands before {maker.name}, which makes an encoder's integer model from its checkpoint"
+            )
             raise Unsupported(what, where=f"recipe {recipe.name}", fix=f"Leave {other.name} out")
         if maker:
             refuse_pictures(checkpoint.spec)

@@ -48,7 +48,7 @@ from lilliput.models.decoder import Block, Decoder
 from lilliput.models.encoder import Encoder
 from lilliput.models.pairs import Pair, pairs, smoothing
 from lilliput.models.simulate import Simulation
-from lilliput.models.sites import PROBABILITIES, Site, run_block, run_end, run_start, site_policy
+from lilliput.models.sites import PROBABILITIES, WIDE, Site, run_block, run_end, run_start, site_policy
 from lilliput.numerics.learned import cosine
 from lilliput.numerics.observers import Rule
 from lilliput.numerics.straight import best_share, coded_rows, on_grid, on_rows
@@ -67,7 +67,7 @@ class MobileQuant(IntegerMethod):
 
     bits: of the weights, 8 or 4; end_bits: of embedding and head. sites: bits of edges by a pattern of their names, the last
     that matches counts. budget16: how many edges, or as a fraction what share of their bytes, get 16 bits, those that
-    lose most at 8; all others that `sites` does not name get 8. None for the usual policy.
+    lose most at 8; all others that `sites` does not name get 8, but for scores, which always have 16. None for the usual policy.
     alpha: what SmoothQuant's scales leave to the weights, None for no such scales. rule, share, apart: how ranges of 8 bits
     are read off, as in `Observer`; apart: without the first position, which then saturates.
     let, lwc, ranges, rounding: train scales of pairs, clipping of rows, ranges of edges, the roundings of weights.
@@ -386,7 +386,7 @@ class _Run:
         m = self.method
         assert m.budget16 is not None
         named = site_policy(self.spec, {"*": 8} | m.sites), site_policy(self.spec, {"*": 16} | m.sites)
-        free = {name: 8 for name in policy if named[0][name] != named[1][name]}
+        free = {name: 8 for name in policy if named[0][name] != named[1][name] and not name.endswith(WIDE)}
         self.progress.begin("sensitivity of edges", len(free))
         rows = list(self._batches(self.kept_out or self.trained))[:4]
         found = sensitivity(folded, watched, free, rows, lambda: self.progress.advance(1))

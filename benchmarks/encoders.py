@@ -152,7 +152,8 @@ def float_vectors(model: Path, texts: Sequence[str]) -> F32:
             rows = [tokenizer.whole(text, checkpoint.spec.context) for text in texts[start : start + 32]]
             parts.append(encoder(torch.from_numpy(padded(rows))).numpy())
     found: F32 = np.concatenate(parts)
-    return found / np.linalg.norm(found, axis=1, keepdims=True)
+    unit: F32 = found / np.linalg.norm(found, axis=1, keepdims=True)
+    return unit
 
 
 def score(vectors: F32, original: F32, owner: npt.NDArray[np.int64]) -> dict[str, float]:

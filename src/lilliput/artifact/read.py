@@ -31,7 +31,6 @@ from lilliput.artifact.stored import StoredLinear as StoredLinear
 from lilliput.artifact.stored import StoredTensor as StoredTensor
 from lilliput.core.errors import ConfigError, InputCorrupt, InputMissing
 from lilliput.core.graph import Graph
-from lilliput.core.spec import ModelSpec
 
 SCHEDULE_LIMIT = 256 << 20
 """Bytes of the largest file of a learned schedule we read."""
@@ -180,7 +179,7 @@ class Artifact:
         Raises InputCorrupt for a graph that a runner could not follow, InputMissing when this copy lacks a width.
         """
         manifest, graph = self.manifest, self.graph()
-        if graph is None or not isinstance(manifest.spec, ModelSpec):
+        if graph is None:
             return None
         self._served(manifest.bits[-1])
         handle, size = self._folder.open(CONSTANTS_FILE)

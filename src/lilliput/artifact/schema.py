@@ -212,7 +212,7 @@ class IntegerInfo(_Frozen):
     what the method that made it has to say.
     """
 
-    quality: QualityEntry | None = None
+    quality: Quality | None = None
     record: dict[str, JsonValue] = {}
 
 
@@ -295,8 +295,9 @@ class Manifest(_Frozen):
         absent = {FLOAT_FILE, INDEX_FILE, *map(rung_file, self.bits)} - self.files.keys()
         if self.integer is not None:
             absent |= {GRAPH_FILE, CONSTANTS_FILE} - self.files.keys()
-            if not isinstance(self.spec, ModelSpec) or not self.entries:
-                raise ValueError("an integer graph belongs to a quantized decoder")
+            pictures = isinstance(self.spec, EncoderSpec) and isinstance(self.spec.inputs, PatchInputs)
+            if pictures or not self.entries:
+                raise ValueError("an integer graph belongs to a quantized model of texts")
         if absent or MANIFEST_FILE in self.files:
             raise ValueError(f"`files` lacks {', '.join(sorted(absent))}" if absent else "`files` lists the manifest")
         if self.schedule is not None:

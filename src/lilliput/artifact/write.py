@@ -237,7 +237,7 @@ def amend(
     *,
     quality: Sequence[QualityEntry | EmbeddingQuality] | None = None,
     layers: Sequence[LayerRecord] | None = None,
-    graph_quality: QualityEntry | None = None,
+    graph_quality: QualityEntry | EmbeddingQuality | None = None,
 ) -> Manifest:
     """Replace the measurements in a finished folder's manifest, and take in side files changed or added since.
 

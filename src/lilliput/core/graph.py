@@ -45,7 +45,8 @@ class Edge(_Frozen):
 
 
 class Embed(_Frozen):
-    """Rows of `matrix`, times `factor`, plus learned positions from row `offset` on where there are any; then rounded."""
+    """Rows of `matrix`, times `factor`, plus learned positions from row `offset` on where there are any, plus row 0 of
+    `types` where there is one; then rounded."""
 
     op: Literal["embed"] = "embed"
     y: str
@@ -53,6 +54,7 @@ class Embed(_Frozen):
     factor: float = 1.0
     positions: str | None = None
     offset: int = 0
+    types: str | None = Field(default=None, exclude_if=lambda value: value is None)
 
 
 class Linear(_Frozen):

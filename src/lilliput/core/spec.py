@@ -109,6 +109,11 @@ class ModelSpec(_Frozen):
         return "embed_tokens"
 
     @property
+    def causal(self) -> bool:
+        """Always: a position sees itself and those before it."""
+        return True
+
+    @property
     def norm_first(self) -> bool:
         """Always: attn_norm and mlp_norm are read by the linear layers behind them and by nothing else."""
         return True
@@ -226,6 +231,31 @@ class EncoderSpec(_Frozen):
     def qk_norm(self) -> None:
         """Queries and keys are taken as they are."""
         return
+
+    @property
+    def attn_scale(self) -> float:
+        """Factor on q.k."""
+        return float(self.head_dim**-0.5)
+
+    @property
+    def attn_softcap(self) -> None:
+        """Scores are taken as they are."""
+        return
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """No layer has one."""
+        return (0,) * self.num_layers
+
+    @property
+    def parallel_block(self) -> bool:
+        """The MLP comes after the attention."""
+        return False
+
+    @property
+    def post_norms(self) -> bool:
+        """No norm is behind a half and in front of the sum; those of norm_first False are behind the sum."""
+        return False
 
     @property
     def embedding_size(self) -> int:

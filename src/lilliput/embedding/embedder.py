@@ -1,12 +1,13 @@
 """An encoder's artifact as a runner: texts or pictures to vectors, at any width it serves (needs torch).
 
 The matrices are dequantized to float32 by the artifact's reference formula, one width in memory at a time, so what comes
-out is what the artifact says; the memory is that of the float model.
+out is what the artifact says; the memory is that of the float model. Or the artifact's integer graph runs, as its
+definition says, a text at a time.
 """
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,7 @@ from lilliput.core.spec import EncoderSpec, PatchInputs
 from lilliput.data.images import open_picture, prepare
 from lilliput.data.streams import padded
 from lilliput.data.tokenizer import Tokenizer
+from lilliput.engine.oracle import Oracle
 from lilliput.models import Encoder
 
 F32 = npt.NDArray[np.float32]
@@ -26,15 +28,19 @@ BATCH = 32
 
 
 class Embedder:
-    """A loaded encoder. spec: what it is; bits: widths that can be asked for, empty when nothing is quantized."""
+    """A loaded encoder. spec: what it is; bits: widths that can be asked for, empty when nothing is quantized; of an
+    integer graph the one of its weights.
+    """
 
     spec: EncoderSpec
     bits: tuple[int, ...]
 
-    def __init__(self, artifact: str | Path | Artifact) -> None:
-        """artifact: a folder, or one that is open already.
+    def __init__(self, artifact: str | Path | Artifact, *, activations: Literal["float", "integer"] = "float") -> None:
+        """artifact: a folder, or one that is open already. activations: what linear layers read; "integer" runs the
+        artifact's integer graph (docs/integer.md).
 
-        Raises what `Artifact.open` raises, and Unsupported for an artifact that generates text.
+        Raises what `Artifact.open` raises, Unsupported for an artifact that generates text, and ConfigError where there
+        is no integer graph.
         """
         artifact = artifact if isinstance(artifact, Artifact) else Artifact.open(artifact)
         spec = artifact.manifest.spec
@@ -42,6 +48,13 @@ class Embedder:
             what = f"holds a {spec.family} decoder, which generates text"
             raise Unsupported(what, where=str(artifact.path), fix="Use lilliput.engine.Engine, or `lilliput run`")
         self.artifact, self.spec, self.bits = artifact, spec, artifact.bits
+        self._oracle: Oracle | None = None
+        if activations == "integer":
+            model = artifact.integer()
+            if model is None:
+                fix = "Leave activations out, or compress with mobilequant"
+                raise ConfigError("it has no integer graph", where=str(artifact.path), fix=fix)
+            self._oracle, self.bits = Oracle(model), (model.bits,)
         self._loaded: tuple[int | None, Encoder] | None = None
         self._tokenizer: Tokenizer | None = None
 
@@ -73,7 +86,14 @@ class Embedder:
         return self._unit((prepared(pictures[at : at + BATCH]) for at in range(0, len(pictures), BATCH)), bits)
 
     def vectors(self, inputs: npt.NDArray[Any], *, bits: int | None = None) -> F32:
-        """Return what `models.encoder.Encoder` makes of its inputs at a width: (batch, embedding_size) float32."""
+        """Return what `models.encoder.Encoder`, or the integer graph, makes of its inputs at a width: (batch,
+        embedding_size) float32. Raises ConfigError for a width that an integer graph does not have.
+        """
+        if self._oracle is not None:
+            if bits not in (None, *self.bits):
+                what = f"the integer graph has weights of {self.bits[0]} bits, not {bits}"
+                raise ConfigError(what, where="bits", fix="Leave the width out")
+            return self._oracle.vectors(inputs)
         with torch.inference_mode():
             found: F32 = self._encoder(bits)(torch.from_numpy(np.array(inputs))).numpy()
         return found

@@ -1,6 +1,7 @@
 """The integer graph, run as docs/integer.md defines it: what every other runner of integer artifacts must equal.
 
-NumPy only and meant to be read, not to be fast. Whole numbers go in at `embed` and come out as logits; in between
+NumPy only and meant to be read, not to be fast. Whole numbers go in at `embed` and come out as logits, or as what a
+vector is the mean of; in between
 nothing is a float, which `strict` has every operation prove.
 """
 
@@ -12,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from lilliput.artifact.integer import IntegerModel
-from lilliput.core.errors import ConfigError, OutOfResource
+from lilliput.core.errors import ConfigError, OutOfResource, Unsupported
 from lilliput.core.graph import Attend, Embed, Grid, Linear, Multiply, Norm, Rotate, Sum, Table
+from lilliput.core.spec import PADDING, EncoderSpec
 from lilliput.numerics import fixed
 
 I16 = npt.NDArray[np.int16]
@@ -57,8 +59,12 @@ class Oracle:
     def feed(self, state: State, tokens: Sequence[int] | npt.NDArray[np.integer[Any]]) -> I16:
         """Take in tokens behind those of `state`; return the codes of their logits, (tokens, vocab).
 
-        Raises ConfigError for ids that are not there, OutOfResource beyond the positions of the graph.
+        Raises ConfigError for ids that are not there, OutOfResource beyond the positions of the graph, Unsupported for
+        an encoder.
         """
+        if isinstance(self.spec, EncoderSpec):
+            what = f"a {self.spec.family} encoder makes vectors of whole texts"
+            raise Unsupported(what, where="integer graph", fix="Use embed or vectors")
         return self._walk(state, tokens, None)[self.graph.output]
 
     def logits(self, tokens: Sequence[int] | npt.NDArray[np.integer[Any]], *, bits: int | None = None) -> F32:
@@ -79,6 +85,27 @@ class Oracle:
         if cap is not None:
             value = (np.tanh(value / np.float32(cap)) * np.float32(cap)).astype(np.float32)
         return value
+
+    def embed(self, tokens: Sequence[int] | npt.NDArray[np.integer[Any]]) -> F32:
+        """The vector of one text, (embedding_size,), of no particular length; the second declared float step of encoders.
+
+        Raises Unsupported for a model that generates text, and as `feed` does.
+        """
+        spec = self.spec
+        if not isinstance(spec, EncoderSpec):
+            what = f"a {spec.family} decoder generates text"
+            raise Unsupported(what, where="integer graph", fix="Use logits, or feed")
+        grid = self._grid(self.graph.output)
+        codes = self._walk(self.start(), tokens, None)[self.graph.output].astype(np.int64) - grid.zero
+        if spec.pooling == "mean":
+            total: F32 = np.float32(grid.scale) * codes.sum(0).astype(np.float32) / np.float32(len(codes))
+            return total
+        picked: F32 = np.float32(grid.scale) * codes[0 if spec.pooling == "first" else -1].astype(np.float32)
+        return picked
+
+    def vectors(self, inputs: npt.NDArray[np.integer[Any]]) -> F32:
+        """`embed` of each row without its padding: (batch, length) ids to (batch, embedding_size)."""
+        return np.stack([self.embed(row[row != PADDING]) for row in np.asarray(inputs)])
 
     def sites(self, tokens: Sequence[int] | npt.NDArray[np.integer[Any]], *, scores: bool = False) -> dict[str, Codes]:
         """The codes of every edge for one fresh sequence, (length, width).
@@ -112,8 +139,9 @@ class Oracle:
         if ids.ndim != 1 or not len(ids) or ids.dtype.kind not in "iu":
             what = f"{ids.shape} of {ids.dtype} is not a list of one or more token ids"
             raise ConfigError(what, where="tokens", fix="Give whole numbers")
-        if int(ids.min()) < 0 or int(ids.max()) >= self.spec.vocab_size:
-            what = f"a token is outside the vocabulary of {self.spec.vocab_size}"
+        known = self.spec.matrices()[self.spec.entrance][0]
+        if int(ids.min()) < 0 or int(ids.max()) >= known:
+            what = f"a token is outside the vocabulary of {known}"
             raise ConfigError(what, where="tokens", fix="Encode the text with this model's own tokenizer")
         if done + len(ids) > self.graph.positions:
             what = f"{done + len(ids)} tokens exceed the {self.graph.positions} positions of the graph"
@@ -126,6 +154,8 @@ class Oracle:
         rows = self.model.rows(node.matrix, ids) * np.float32(node.factor)
         if node.positions is not None:
             rows = rows + self.model.rows(node.positions, np.arange(done, done + len(ids)) + node.offset)
+        if node.types is not None:
+            rows = rows + self.model.rows(node.types, np.zeros(1, np.int64))
         if not np.isfinite(rows).all():
             fix = "Run verify, then make the artifact again"
             raise ConfigError("an embedding is not finite", where=node.matrix, fix=fix)

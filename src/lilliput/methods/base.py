@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from lilliput.methods.journal import Activations
     from lilliput.models.checkpoint import TensorInfo
     from lilliput.models.decoder import Block, Decoder
+    from lilliput.models.encoder import Encoder
 
 
 ENDS = ("embed_tokens", "embed_patches", "lm_head")
@@ -290,12 +291,12 @@ class Tuner(Method, ABC):
 class Integers:
     """A model of whole numbers, ready to be lowered (`models.lowering`).
 
-    model: the decoder in float: norms and biases as the method left them, every matrix as it was before it was rounded.
+    model: the model in float: norms and biases as the method left them, every matrix as it was before it was rounded.
     codes: every matrix of the spec by canonical name, one width of 4 or 8 bits, one group a row, the zero 0.5.
     grids: one for every edge of `models.sites.sites`. record: plain data on how it went, for the manifest.
     """
 
-    model: "Decoder"
+    model: "Decoder | Encoder"
     codes: Mapping[str, Quantized]
     grids: "Mapping[str, Grid]"
     record: Mapping[str, Any] = field(default_factory=dict)
@@ -303,7 +304,7 @@ class Integers:
 
 @dataclass(frozen=True, kw_only=True)
 class IntegerMethod(Method, ABC):
-    """Makes an integer model of the whole decoder; the last stage of a recipe, and the only one that makes codes.
+    """Makes an integer model of a whole decoder, or encoder of texts; the last stage of a recipe, and the only one that makes codes.
 
     bits: of the codes of the blocks' matrices, 4 or 8. end_bits: of the embedding and the head.
     """
@@ -322,11 +323,11 @@ class IntegerMethod(Method, ABC):
         return self.end_bits if name in ENDS else self.bits
 
     @abstractmethod
-    def make(self, model: "Decoder", batches: "Batches", folder: "Path", progress: "Progress") -> Integers:
+    def make(self, model: "Decoder | Encoder", batches: "Batches", folder: "Path", progress: "Progress") -> Integers:
         """Return the integer model, with codes of `width` bits for every matrix.
 
-        model: float32, the method's own to change. batches: (batch, length) int32 token arrays. folder: where progress
-        may be kept so that a killed run goes on.
+        model: float32, the method's own to change. batches: (batch, length) int32 token arrays, for an encoder with
+        PADDING behind the shorter texts. folder: where progress may be kept so that a killed run goes on.
         """
 
 

@@ -1,4 +1,4 @@
-"""What passes the edges of a decoder on calibration text, the grids that suit it, and the edges that need 16 bits.
+"""What passes the edges of a model on calibration text, the grids that suit it, and the edges that need 16 bits.
 
 A range of 8 bits is what an Observer's rule picks. One of 16 bits spans all that was seen and `ROOM` more, which costs a
 part of a bit that is not missed; and nothing is cut off where cutting is what hurts most, in the residual stream.
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from lilliput.core.errors import QualityFailed
 from lilliput.core.graph import Grid
+from lilliput.core.spec import AnySpec, EncoderSpec
 from lilliput.models.simulate import Rounding, Simulation
 from lilliput.models.sites import PROBABILITIES
 from lilliput.numerics.observers import Observer, Rule
@@ -119,19 +120,18 @@ def spanning(low: float, high: float, bits: int) -> Grid:
 def sensitivity(
     model: Simulation, ranges: Ranges, policy: Mapping[str, int], rows: Sequence[Tensor], tell: Callable[[], None]
 ) -> dict[str, float]:
-    """How much the divergence from the model grows when an edge has 8 bits and all others 16: nats a position, by edge.
+    """How much the divergence from the model grows when an edge has 8 bits and all others 16, by edge; see `unlikeness`.
 
-    model: float, whose edges `ranges` has watched. policy: the edges. rows: batches of tokens, (batch, length). tell: called
+    model: float, whose edges `ranges` has watched. policy: the edges. rows: batches of tokens, (batch, length), without padding. tell: called
     after every edge.
     """
     wide = {name: ranges.grid(name, 16) for name in policy}
-    targets = [torch.log_softmax(model.run(tokens), -1) for tokens in rows]
+    targets = [model.run(tokens) for tokens in rows]
 
     def divergence(grids: Mapping[str, Grid]) -> float:
         site, total = Rounding(grids), 0.0
         for tokens, target in zip(rows, targets, strict=True):
-            found = torch.log_softmax(model.run(tokens, site), -1)
-            total += float(F.kl_div(found, target, reduction="none", log_target=True).sum(-1).mean())
+            total += float(unlikeness(model.spec, model.run(tokens, site), target))
         return total / len(rows)
 
     base, found = divergence(wide), {}
@@ -139,6 +139,16 @@ def sensitivity(
         found[name] = divergence(wide | {name: ranges.grid(name, 8)}) - base
         tell()
     return found
+
+
+def unlikeness(spec: AnySpec, found: Tensor, wanted: Tensor) -> Tensor:
+    """How far what a model puts out is from what it should: the mean divergence of logits, (.., vocab), in nats; of an
+    encoder's vectors, (.., embedding_size), the mean of 1 - cosine.
+    """
+    if isinstance(spec, EncoderSpec):
+        return 1 - F.cosine_similarity(found, wanted, dim=-1).mean()
+    found, wanted = torch.log_softmax(found, -1), torch.log_softmax(wanted, -1)
+    return F.kl_div(found, wanted, reduction="none", log_target=True).sum(-1).mean()
 
 
 def widest(found: Mapping[str, float], budget: int | float, sizes: Mapping[str, float]) -> list[str]:

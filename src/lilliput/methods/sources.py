@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lilliput.core.errors import InputCorrupt
-from lilliput.core.spec import AnySpec, EncoderSpec, ModelSpec
+from lilliput.core.spec import AnySpec, EncoderSpec
 from lilliput.models import Block, Checkpoint, Decoder, Encoder, load_block, load_decoder, load_encoder_block
 
 Frame = Decoder | Encoder
@@ -78,9 +78,9 @@ class CheckpointSource:
 
 
 class DecoderSource:
-    """A whole decoder, such as a ModelMethod returns; given out in copies, so a sweep may change what it gets."""
+    """A whole decoder, such as a ModelMethod returns, or an encoder; given out in copies, so a sweep may change what it gets."""
 
-    def __init__(self, decoder: Decoder, made_by: str) -> None:
+    def __init__(self, decoder: Frame, made_by: str) -> None:
         self._decoder = decoder
         self._state = decoder.state_dict()
         for name, value in self._state.items():
@@ -89,7 +89,7 @@ class DecoderSource:
                 raise InputCorrupt(what, where=name, fix="Lower its learning rate, or leave this stage out")
 
     @property
-    def spec(self) -> ModelSpec:
+    def spec(self) -> AnySpec:
         """The model's description."""
         return self._decoder.spec
 
@@ -99,16 +99,21 @@ class DecoderSource:
         assert isinstance(block, Block), "a decoder has blocks"
         return block.float()
 
-    def frame(self) -> Decoder:
+    def frame(self) -> Frame:
         """Return copies of the norms, learned positions and the head's bias in float32, around no blocks."""
+        frame: Frame
         with torch.device("meta"):
-            frame = Decoder(self.spec, self._state.keys(), layers=0)
+            if isinstance(self.spec, EncoderSpec):
+                frame = Encoder(self.spec, self._state.keys(), layers=0)
+            else:
+                frame = Decoder(self.spec, self._state.keys(), layers=0)
         small = {n: v.float().clone() for n, v in self._state.items() if not n.startswith("layers.") and n not in _ENDS}
         frame.load_state_dict(small, strict=False, assign=True)
         return frame
 
     def whole(self) -> Decoder:
         """Return a copy of all of it in float32."""
+        assert isinstance(self._decoder, Decoder), "asked for by methods that planning refuses for an encoder"
         return deepcopy(self._decoder).float()
 
     def read(self, name: str) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lilliput.core.errors import OutOfResource, Unsupported
-from lilliput.core.spec import Activation, AnySpec, ModelSpec, Norm, Rotary
+from lilliput.core.spec import Activation, AnySpec, EncoderActivation, ModelSpec, Norm, Rotary
 from lilliput.models.checkpoint import TensorInfo
 
 if TYPE_CHECKING:
@@ -23,11 +23,12 @@ SCORES = 1 << 24
 
 _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
-ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+ACTIVATIONS: dict[Activation | EncoderActivation, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
 }
 
 

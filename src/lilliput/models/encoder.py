@@ -6,7 +6,7 @@ of every linear layer and at its own output. So whatever gathers statistics of i
 states needs to know nothing of padding: zeros add nothing to a norm, a Gram matrix or a squared error.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,19 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lilliput.core.errors import OutOfResource
-from lilliput.core.spec import PADDING, AnySpec, EncoderActivation, EncoderSpec, PatchInputs
+from lilliput.core.spec import PADDING, AnySpec, EncoderSpec, PatchInputs
 from lilliput.models.decoder import ACTIVATIONS, Block, Normalize, fill
 
 if TYPE_CHECKING:
     from lilliput.models.checkpoint import Checkpoint
 
 Rows = Callable[[Tensor], Tensor]
-_ACTIVATIONS: dict[EncoderActivation, Callable[[Tensor], Tensor]] = {
-    "gelu": ACTIVATIONS["gelu"],
-    "gelu_tanh": ACTIVATIONS["gelu_tanh"],
-    "relu": ACTIVATIONS["relu"],
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-}
 
 
 class EncoderAttention(nn.Module):
@@ -54,7 +48,7 @@ class EncoderMLP(nn.Module):
 
     def __init__(self, spec: EncoderSpec, linears: list[nn.Linear]) -> None:
         super().__init__()
-        self.activate = _ACTIVATIONS[spec.activation]
+        self.activate = ACTIVATIONS[spec.activation]
         self.up_proj, self.down_proj = linears
 
     def forward(self, x: Tensor, seen: Tensor) -> Tensor:
@@ -114,6 +108,19 @@ class Encoder(nn.Module):
         count = spec.num_layers if layers is None else layers
         self.layers = nn.ModuleList(EncoderBlock(spec, i, names) for i in range(count))
         self.projection = nn.Linear(hidden, spec.projection, bias=False) if spec.projection else None
+
+    @classmethod
+    def of(cls, spec: EncoderSpec, state: Mapping[str, Tensor]) -> "Encoder":
+        """Return the encoder that holds these tensors themselves, by canonical name."""
+        with torch.device("meta"):
+            encoder = cls(spec, state.keys())
+        encoder.load_state_dict(state, strict=True, assign=True)
+        return encoder
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The blocks, in order."""
+        return self.layers
 
     def embed(self, inputs: Tensor, rows: Rows | None = None) -> Tensor:
         """Hidden states in front of the first block, (batch, positions, hidden), zeros on padding.

@@ -1,4 +1,4 @@
-"""From a decoder's description, its codes and a grid for every edge to the integer graph of docs/integer.md.
+"""From a model's description, its codes and a grid for every edge to the integer graph of docs/integer.md.
 
 Constants are computed in float64 with halves to even, so the same input gives the same graph everywhere. Nothing here
 knows a family: what a spec says is what is built.
@@ -12,11 +12,11 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from lilliput.core.errors import ConfigError, Unsupported
+from lilliput.core.errors import ConfigError
 from lilliput.core.graph import Attend, Edge, Embed, Graph, Grid, Linear, Multiply, Node, Norm, Rotate, Sum, Table
-from lilliput.core.spec import Activation, AnySpec, ModelSpec
+from lilliput.core.spec import Activation, AnySpec, EncoderActivation, EncoderSpec
 from lilliput.core.spec import Norm as NormSpec
-from lilliput.models.sites import PROBABILITIES
+from lilliput.models.sites import PROBABILITIES, has_sum, refuse_pictures
 from lilliput.numerics import fixed
 from lilliput.numerics.nested import Quantized
 
@@ -27,12 +27,19 @@ SMALLEST: Final = float(np.finfo(np.float32).tiny)
 _EMPTY_ROW: Final = 2.0**-8
 """Codes of the output in one step of the bias of a row without weights."""
 
+
+def _sigmoid(x: F64) -> F64:
+    found: F64 = np.where(x >= 0, 1.0, np.exp(-np.abs(x))) / (1 + np.exp(-np.abs(x)))
+    return found
+
+
 _erf = np.vectorize(math.erf, otypes=[np.float64])
-FUNCTIONS: dict[Activation, Callable[[F64], F64]] = {
-    "silu": lambda x: x * np.where(x >= 0, 1.0, np.exp(-np.abs(x))) / (1 + np.exp(-np.abs(x))),
+FUNCTIONS: dict[Activation | EncoderActivation, Callable[[F64], F64]] = {
+    "silu": lambda x: x * _sigmoid(x),
     "gelu": lambda x: 0.5 * x * (1 + _erf(x / math.sqrt(2))),
     "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
     "relu": lambda x: np.maximum(x, 0),
+    "quick_gelu": lambda x: x * _sigmoid(1.702 * x),
 }
 
 
@@ -51,18 +58,16 @@ def lower(
     name, the head's among them: one width of 4 or 8 bits, one group a row, the zero 0.5. positions: the longest
     sequence, by default the model's context.
     Raises ConfigError for an edge without a grid or with one that cannot be served, and for codes of another kind,
-    Unsupported for an encoder; each names what it is about.
+    Unsupported for an encoder of pictures; each names what it is about.
     """
-    if not isinstance(spec, ModelSpec):
-        fix = "Give a model that generates text"
-        raise Unsupported("an encoder has no integer graph yet", where=spec.family, fix=fix)
+    refuse_pictures(spec)
     return _Lowering(spec, grids, tensors, codes, positions or spec.context).run()
 
 
 class _Lowering:
     def __init__(
         self,
-        spec: ModelSpec,
+        spec: AnySpec,
         grids: Mapping[str, Grid],
         tensors: Mapping[str, Tensor],
         codes: Mapping[str, Quantized],
@@ -75,6 +80,8 @@ class _Lowering:
 
     def run(self) -> tuple[Graph, dict[str, Array]]:
         spec = self.spec
+        if isinstance(spec, EncoderSpec):
+            return self._encoder(spec)
         if spec.rotary is not None:
             turns = fixed.turns(spec.rotary.inv_freq, self.positions)
             self.constants["rotary.cos"], self.constants["rotary.sin"] = turns
@@ -85,7 +92,7 @@ class _Lowering:
         )
         self._put(start, spec.hidden_size)
         for layer in range(spec.num_layers):
-            self._block(layer)
+            self._block(layer, post_norms=spec.post_norms)
         self._norm("final_norm", "final.input", spec.norm)
         self._linear("embed_tokens" if spec.tied_head else "lm_head", "final_norm", "logits")
         graph = Graph(
@@ -93,25 +100,51 @@ class _Lowering:
         )
         return graph, self.constants
 
-    def _block(self, layer: int) -> None:
+    def _encoder(self, spec: EncoderSpec) -> tuple[Graph, dict[str, Array]]:
+        types = "embed_types" if "embed_types.weight" in self.tensors else None
+        first = "embed" if has_sum(spec) else "layers.0.input"
+        start = Embed(y=first, matrix="embed_tokens", positions="embed_positions", types=types)
+        last = self._put(start, spec.hidden_size)
+        if spec.embed_norm:
+            last = self._norm("embed_norm", last, spec.norm, y="layers.0.input" if spec.norm_first else "embed_norm")
+        for layer in range(spec.num_layers):
+            last = self._block(layer, post_norms=False) if spec.norm_first else self._block_behind(layer, last)
+        if spec.final_norm:
+            last = self._norm("final_norm", last, spec.norm)
+        if spec.projection is not None:
+            last = self._linear("projection", last, "projection")
+        return Graph(
+            edges=self.edges, nodes=tuple(self.nodes), output=last, positions=self.positions
+        ), self.constants  # fmt: skip
+
+    def _block_behind(self, layer: int, x: str) -> str:
+        """A block whose norms are behind its sums; x is its residual stream."""
+        at = f"layers.{layer}."
+        for part in ("attn", "mlp"):
+            inner = self._sum(f"{at}{part}_input", x)
+            inner = self._attention(layer, inner) if part == "attn" else self._mlp(layer, inner)
+            x = self._norm(f"{at}{part}_post_norm", self._sum(f"{at}{part}_sum", x, inner), self.spec.norm)
+        return x
+
+    def _block(self, layer: int, *, post_norms: bool) -> str:
         spec, at = self.spec, f"layers.{layer}."
         after = f"layers.{layer + 1}.input" if layer + 1 < spec.num_layers else "final.input"
         self._norm(f"{at}attn_norm", f"{at}input", spec.norm)
-        attn = self._attention(layer)
-        if spec.post_norms:
+        attn = self._attention(layer, f"{at}attn_norm")
+        if post_norms:
             attn = self._norm(f"{at}attn_post_norm", attn, spec.norm)
         middle = f"{at}input" if spec.parallel_block else self._sum(f"{at}middle", f"{at}input", attn)
         normed = f"{at}attn_norm"
         if not spec.shared_block_norm:
             normed = self._norm(f"{at}mlp_norm", middle, spec.norm)
         mlp = self._mlp(layer, normed)
-        if spec.post_norms:
+        if post_norms:
             mlp = self._norm(f"{at}mlp_post_norm", mlp, spec.norm)
-        self._sum(after, middle, *((attn,) if spec.parallel_block else ()), mlp)
+        return self._sum(after, middle, *((attn,) if spec.parallel_block else ()), mlp)
 
-    def _attention(self, layer: int) -> str:
+    def _attention(self, layer: int, normed: str) -> str:
         spec, at = self.spec, f"layers.{layer}.attn."
-        q, k, v = (self._linear(f"{at}{c}_proj", f"layers.{layer}.attn_norm", f"{at}{c}_proj") for c in "qkv")
+        q, k, v = (self._linear(f"{at}{c}_proj", normed, f"{at}{c}_proj") for c in "qkv")
         if spec.qk_norm is not None:
             q = self._norm(f"{at}q_norm", q, spec.qk_norm.norm, spec.num_heads)
             k = self._norm(f"{at}k_norm", k, spec.qk_norm.norm, spec.num_kv_heads)
@@ -130,19 +163,20 @@ class _Lowering:
 
     # ---- nodes
 
-    def _norm(self, name: str, x: str, norm: NormSpec, heads: int = 1) -> str:
-        width = self.edges[x].width
+    def _norm(self, name: str, x: str, norm: NormSpec, heads: int = 1, *, y: str = "") -> str:
+        """y: the edge it writes, where that is not called as the norm is."""
+        y, width = y or name, self.edges[x].width
         weight = self._tensor(f"{name}.weight").reshape(-1) + norm.offset
         weight = np.tile(weight, width // len(weight))
         bias = self._tensor(f"{name}.bias") if f"{name}.bias" in self.tensors else None
-        own, to = self._grid(x), self._grid(name)
-        with _at(name):
+        own, to = self._grid(x), self._grid(y)
+        with _at(y):
             gain, offset, eps, shift = fixed.norm_constants(norm.kind, weight, bias, width // heads, norm.eps, own, to)
-        self.constants[f"{name}.gain"] = gain
+        self.constants[f"{y}.gain"] = gain
         if offset is not None:
-            self.constants[f"{name}.offset"] = offset
+            self.constants[f"{y}.offset"] = offset
         node = Norm(
-            x=x, y=name, kind=norm.kind, heads=heads, eps=eps, shift=shift, biased=offset is not None
+            x=x, y=y, kind=norm.kind, heads=heads, eps=eps, shift=shift, biased=offset is not None
         )  # fmt: skip
         return self._put(node, width)
 
@@ -213,6 +247,7 @@ class _Lowering:
             kv_heads=spec.num_kv_heads,
             head_dim=spec.head_dim,
             window=spec.windows[layer],
+            causal=spec.causal,
             scores=scores,
             multiplier=multiplier,
             shift=shift,

@@ -19,6 +19,7 @@ from lilliput.numerics.straight import on_grid
 
 if TYPE_CHECKING:
     from lilliput.models.decoder import Decoder
+    from lilliput.models.encoder import Encoder
 
 
 def whole(bits: int) -> Grid:
@@ -39,12 +40,12 @@ class Rounding:
 
 
 class Simulation:
-    """A runner of an integer model in float32: `logits` as `measure.quality.Runner` asks for.
+    """A runner of an integer model in float32: `logits` as `measure.quality.Runner` asks for, of an encoder `run`.
 
     model: the float tensors. codes: matrices by canonical name; those missing stay float. grids: by edge.
     """
 
-    def __init__(self, model: "Decoder", codes: Mapping[str, Quantized], grids: Mapping[str, Grid]) -> None:
+    def __init__(self, model: "Decoder | Encoder", codes: Mapping[str, Quantized], grids: Mapping[str, Grid]) -> None:
         self.spec = model.spec
         self._site = Rounding(grids)
         self._tensors = {name: value.detach().float() for name, value in model.state_dict().items()}
@@ -56,16 +57,18 @@ class Simulation:
 
     @torch.no_grad()
     def run(self, tokens: Tensor, site: Site | None = None) -> Tensor:
-        """(batch, length) ids to (batch, length, vocab) logits. site: instead of the grids."""
+        """(batch, length) ids to (batch, length, vocab) logits, or with an encoder, which is given texts of one length
+        without padding, to (batch, embedding_size) vectors. site: instead of the grids."""
         site = site or self._site
         return run_end(self.spec, self._tensors, self.states(tokens, site), site)
 
     @torch.no_grad()
     def states(self, tokens: Tensor, site: Site | None = None) -> Tensor:
         """(batch, length) ids to the states behind the last block, (batch, length, hidden)."""
-        hidden = run_start(self.spec, self._tensors, tokens)
+        site = site or self._site
+        hidden = run_start(self.spec, self._tensors, tokens, site)
         for layer, tensors in enumerate(self._blocks):
-            hidden = run_block(self.spec, layer, tensors, hidden, site or self._site)
+            hidden = run_block(self.spec, layer, tensors, hidden, site)
         return hidden
 
     def logits(self, tokens: npt.NDArray[np.int32], *, bits: int | None = None) -> npt.NDArray[np.float32]:

@@ -14,7 +14,7 @@ def model_card(
     plan: Plan,
     recipe: Recipe,
     quality: Sequence[QualityEntry | EmbeddingQuality],
-    graph: QualityEntry | None = None,
+    graph: QualityEntry | EmbeddingQuality | None = None,
 ) -> str:
     """Return Markdown with the YAML header model hubs read. graph: what the integer graph does, if there is one."""
     widths = ", ".join(map(str, plan.bits))
@@ -57,11 +57,11 @@ def model_card(
             lines.append(f"| {name} | {found} | {weight} | {size:,} |")
         lines.append("")
     if graph is not None:
-        lines += [
-            f"The integer graph, every activation in whole numbers (`integer.json`): KL {graph.kl:.4g},"
-            f" same likeliest token {graph.top1_agreement:.1%}.",
-            "",
-        ]
+        if isinstance(graph, EmbeddingQuality):
+            said = f"cosine {graph.cosine:.4f} in the mean, {graph.cosine_min:.4f} at the least"
+        else:
+            said = f"KL {graph.kl:.4g}, same likeliest token {graph.top1_agreement:.1%}"
+        lines += [f"The integer graph, every activation in whole numbers (`integer.json`): {said}.", ""]
     lines += ["The recipe:", "", "```yaml", recipe.text().rstrip(), "```", ""]
     return "\n".join(lines)
 

@@ -45,11 +45,18 @@ from lilliput.methods.fisher import gather_for
 from lilliput.methods.journal import Journal, State, steps_done
 from lilliput.methods.sources import CheckpointSource, DecoderSource, Source
 from lilliput.methods.sweep import FLOAT, Job, Outcome, Sweep
-from lilliput.models import Checkpoint
+from lilliput.models import Checkpoint, load_encoder
 from lilliput.numerics.nested import Quantized
 from lilliput.pipeline.budget import Target, allocate, check_target, largest
 from lilliput.pipeline.card import model_card
-from lilliput.pipeline.gate import UNQUANTIZED, judge, measure, measure_integer, measure_vectors
+from lilliput.pipeline.gate import (
+    UNQUANTIZED,
+    judge,
+    measure,
+    measure_integer,
+    measure_integer_vectors,
+    measure_vectors,
+)
 from lilliput.pipeline.integers import run_integer
 from lilliput.pipeline.plan import Budget, Work, budget, plan_work
 from lilliput.pipeline.report import CompressReport, WidthRow
@@ -265,13 +272,17 @@ class Run:
             quality: Sequence[QualityEntry | EmbeddingQuality]
             if isinstance(self.checkpoint.spec, EncoderSpec):
                 probe_is = "pictures made by rule" if self.pictures else "sentences of the probe text"
-                quality = measure_vectors(self.folder, probe, logits, f"the {probe_is} shipped with lilliput")
+                probe_is = f"the {probe_is} shipped with lilliput"
+                quality = measure_vectors(self.folder, probe, logits, probe_is)
             else:
                 quality = measure(self.folder, probe[0].tolist(), logits)
-            graph = None
+            graph: QualityEntry | EmbeddingQuality | None = None
             if self.work.maker:
                 bits = self.work.maker.bits
-                graph = measure_integer(self.folder, probe[0].tolist(), logits[FLOAT], bits)
+                if isinstance(self.checkpoint.spec, EncoderSpec):
+                    graph = measure_integer_vectors(self.folder, probe, logits[FLOAT], bits, probe_is)
+                else:
+                    graph = measure_integer(self.folder, probe[0].tolist(), logits[FLOAT], bits)
             self._describe(quality, graph)
             problems = judge(quality, graph)
             if problems and self.options.gate:
@@ -428,10 +439,11 @@ class Run:
     ) -> Outcome:
         """As `_sweep`, with the codes that an IntegerMethod made, and their graph."""
         assert isinstance(data, Batches), "an IntegerMethod needs text, which planning has seen to"
-        model = source.whole()
+        encodes = isinstance(source.spec, EncoderSpec)
+        model = load_encoder(self.checkpoint) if encodes else source.whole()
         if reference is None:
             with torch.no_grad():
-                reference = model(probe)[0]
+                reference = model(probe) if encodes else model(probe)[0]
         seed = self.options.seed + sum(map(len, self.work.runs))
         made = run_integer(maker, model, data, self.notes, seed, self.progress)
         last = DecoderSource(made.integers.model, made_by=maker.name)
@@ -507,7 +519,11 @@ class Run:
         (self.folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
         (self.folder / "recipe.yaml").write_text(self.recipe.text(), "utf-8")
 
-    def _describe(self, quality: Sequence[QualityEntry | EmbeddingQuality], graph: QualityEntry | None) -> Manifest:
+    def _describe(
+        self,
+        quality: Sequence[QualityEntry | EmbeddingQuality],
+        graph: QualityEntry | EmbeddingQuality | None,
+    ) -> Manifest:
         card = model_card(self._provenance(), self.work.plan, self.recipe, quality, graph)
         (self.folder / "README.md").write_text(card, "utf-8")
         return amend(self.folder, quality=quality, graph_quality=graph)

@@ -31,6 +31,8 @@ LIMITS = {2: 3.0, 3: 1.5, 4: 0.5, 5: 0.2, 6: 0.1, 7: 0.05, 8: 0.03}
 below, and a text of a hundred tokens is not a benchmark."""
 INTEGER_LIMITS = {4: 1.5, 8: 0.5}
 """The same for an integer graph, whose activations are rounded too, by the bits of its weights."""
+INTEGER_COSINES = {4: 0.8, 8: 0.95}
+"""Mean cosine below which an encoder's integer graph counts as broken."""
 FLOAT_LIMIT = 3.0
 """The same for a result that is not quantized, where a recipe may prune as hard as it likes."""
 COSINES = {2: 0.3, 3: 0.6, 4: 0.85, 5: 0.93, 6: 0.97, 7: 0.98, 8: 0.99}
@@ -85,19 +87,31 @@ def measure_vectors(
     folder: Path, probe: npt.NDArray[Any], vectors: Mapping[str, F32], probe_is: str
 ) -> list[EmbeddingQuality]:
     """As `measure`, for an encoder. probe: its inputs, see `Embedder.vectors`; vectors: (inputs, embedding_size)."""
-    embedder, original = Embedder(folder), vectors["float"].astype(np.float64)
-    found: list[EmbeddingQuality] = []
+    embedder, found = Embedder(folder), []
     for key in sorted((k for k in vectors if k != "float"), key=int):
         bits = int(key)
         said = embedder.vectors(probe, bits=bits or None)
         compare(said, vectors[key], bits, "vectors")
-        length = np.linalg.norm(original, axis=1)
-        cosine = (said * original).sum(1) / np.maximum(np.linalg.norm(said, axis=1) * length, 1e-30)
-        error = np.linalg.norm(said - original, axis=1) / np.maximum(length, 1e-30)
-        told = {"cosine": cosine.mean(), "cosine_min": cosine.min(), "error": error.mean()}
-        numbers = {name: float(f"{value:.4g}") for name, value in told.items()}
-        found.append(EmbeddingQuality(bits=bits or UNQUANTIZED, inputs=len(probe), inputs_are=probe_is, **numbers))
+        found.append(_likeness(said, vectors["float"], bits or UNQUANTIZED, probe_is))
     return found
+
+
+def measure_integer_vectors(
+    folder: Path, probe: npt.NDArray[Any], original: F32, bits: int, probe_is: str
+) -> EmbeddingQuality:
+    """As `measure_integer`, for an encoder. probe: (sentences, length) ids; original: (sentences, embedding_size)."""
+    said = Embedder(folder, activations="integer").vectors(probe)
+    return _likeness(said, original, bits, probe_is)
+
+
+def _likeness(said: F32, original: F32, bits: int, probe_is: str) -> EmbeddingQuality:
+    wanted = original.astype(np.float64)
+    length = np.linalg.norm(wanted, axis=1)
+    cosine = (said * wanted).sum(1) / np.maximum(np.linalg.norm(said, axis=1) * length, 1e-30)
+    error = np.linalg.norm(said - wanted, axis=1) / np.maximum(length, 1e-30)
+    told = {"cosine": cosine.mean(), "cosine_min": cosine.min(), "error": error.mean()}
+    numbers = {name: float(f"{value:.4g}") for name, value in told.items()}
+    return EmbeddingQuality(bits=bits, inputs=len(said), inputs_are=probe_is, **numbers)
 
 
 def compare(said: F32, meant: F32, bits: int, kind: str = "logits") -> None:
@@ -112,10 +126,15 @@ def compare(said: F32, meant: F32, bits: int, kind: str = "logits") -> None:
         raise QualityFailed(what, where=where, fix="This is a fault of ours or of the disk: run verify, then report it")
 
 
-def judge(quality: Sequence[QualityEntry | EmbeddingQuality], integer: QualityEntry | None = None) -> list[str]:
+def judge(
+    quality: Sequence[QualityEntry | EmbeddingQuality], integer: QualityEntry | EmbeddingQuality | None = None
+) -> list[str]:
     """One line for every width, and the integer graph, whose divergence from the original is beyond its limit."""
     lines = []
-    if integer is not None and not integer.kl <= (limit := INTEGER_LIMITS[integer.bits]):
+    if isinstance(integer, EmbeddingQuality):
+        if not integer.cosine >= (least := INTEGER_COSINES[integer.bits]):
+            lines.append(f"the integer graph: the cosine to the original is {integer.cosine:.3g}, below {least:g}")
+    elif integer is not None and not integer.kl <= (limit := INTEGER_LIMITS[integer.bits]):
         lines.append(f"the integer graph: KL to the original is {integer.kl:.3g} nats a token, above {limit:g}")
     for row in quality:
         name = "the result" if row.bits == UNQUANTIZED else f"{row.bits} bits"

@@ -11,11 +11,11 @@ from lilliput.artifact.integer import write_graph
 from lilliput.core.errors import ConfigError
 from lilliput.core.graph import Grid
 from lilliput.core.progress import Progress
-from lilliput.core.spec import ModelSpec
+from lilliput.core.spec import AnySpec, EncoderSpec
 from lilliput.data.streams import Batches
 from lilliput.methods.base import IntegerMethod, Integers
 from lilliput.methods.journal import sync
-from lilliput.models import Decoder
+from lilliput.models import Decoder, Encoder
 from lilliput.models.lowering import lower
 from lilliput.pipeline.tune import Given, Store
 
@@ -39,14 +39,14 @@ class Made:
 
 
 def run_integer(
-    method: IntegerMethod, model: Decoder, data: Batches, folder: Path, seed: int, progress: Progress
+    method: IntegerMethod, model: Decoder | Encoder, data: Batches, folder: Path, seed: int, progress: Progress
 ) -> Made:
     """Have `method` make its integer model, or take it from a run that got this far. folder: where work is kept.
 
     Raises ConfigError when it made other codes than it announced, or a site is left without a range.
     """
     kept, told = Store(folder / "integer"), folder / "integer" / "told.json"
-    spec: ModelSpec = model.spec
+    spec: AnySpec = model.spec
     if not kept.whole:
         torch.manual_seed(seed)
         progress.say(f"{method.name} on the whole model")
@@ -63,10 +63,11 @@ def run_integer(
         kept.settle(whole=True)
     data_kept: dict[str, Any] = json.loads(told.read_text("utf-8"))
     grids_kept = {name: Grid.model_validate(grid) for name, grid in data_kept["grids"].items()}
-    return Made(Integers(Decoder.of(spec, kept.floats()), kept.coded(), grids_kept, data_kept["record"]))
+    whole = Encoder.of(spec, kept.floats()) if isinstance(spec, EncoderSpec) else Decoder.of(spec, kept.floats())
+    return Made(Integers(whole, kept.coded(), grids_kept, data_kept["record"]))
 
 
-def _check(method: IntegerMethod, spec: ModelSpec, made: Integers) -> None:
+def _check(method: IntegerMethod, spec: AnySpec, made: Integers) -> None:
     for name, shape in spec.matrices().items():
         codes = made.codes.get(name)
         if codes is None or codes.bits != (method.width(name),) or codes.shape != shape:

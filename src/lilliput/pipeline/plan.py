@@ -25,6 +25,7 @@ from lilliput.methods.base import (
     build_stage,
 )
 from lilliput.models import Checkpoint, TensorInfo
+from lilliput.models.sites import refuse_pictures
 from lilliput.numerics.grids import group_count
 from lilliput.numerics.nested import Quantized
 from lilliput.numerics.packing import serving_width
@@ -81,12 +82,22 @@ def plan_work(checkpoint: Checkpoint, recipe: Recipe) -> Work:
         what = f"{tuners[0].name} would change the codes that {maker.name} has made a graph of"
         raise ConfigError(what, f"recipe {recipe.name}", f"Leave {tuners[0].name} out")
     if isinstance(checkpoint.spec, EncoderSpec):
-        for method in (*tuners, *((maker,) if maker else ()), *joined.from_iterable(runs)):
+        for method in (*tuners, *joined.from_iterable(runs)):
             sensitive = isinstance(method, LayerMethod) and method.needs is Statistic.FISHER
-            if not sensitive and not isinstance(method, ModelMethod | Tuner | IntegerMethod):
+            if not sensitive and not isinstance(method, ModelMethod | Tuner):
                 continue
             what = f"{method.name} learns from predicting tokens, which a {checkpoint.family} encoder does not do"
             raise Unsupported(what, where=f"recipe {recipe.name}", fix="Use methods of layers and blocks")
+        if maker and (other := next(joined.from_iterable(runs), None)):
+            what = (
+                f"{other.name} stands before {maker.name}, which makes an encoder's integer model from its checkpoint"
+            )
+            raise Unsupported(what, where=f"recipe {recipe.name}", fix=f"Leave {other.name} out")
+        if maker:
+            refuse_pictures(checkpoint.spec)
+        if maker and checkpoint.spec.projection is not None:
+            what = "an encoder's last projection is stored in float, and an integer model has none such"
+            raise Unsupported(what, where=checkpoint.family, fix="Use methods of layers and blocks")
     if not runs or (runs[-1] and _kind(runs[-1][0]) is ModelMethod):
         runs.append([])
     blocks, final = in_sweep(runs[-1])

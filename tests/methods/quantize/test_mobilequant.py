@@ -21,7 +21,7 @@ from lilliput.models import Checkpoint, Decoder, load_decoder
 from lilliput.models.lowering import lower
 from lilliput.models.pairs import Pair
 from lilliput.models.simulate import Rounding, Simulation
-from lilliput.models.sites import site_policy, sites
+from lilliput.models.sites import WIDE, site_policy, sites
 from support.families import VOCAB, write_checkpoint
 from support.integers import stored_linear
 
@@ -228,12 +228,14 @@ def test_a_loss_that_is_not_finite_names_step_and_edge_and_keeps_the_state_befor
 
 
 def test_sixteen_bits_go_to_the_edges_that_lose_most(tmp_path: Path) -> None:
-    integers = made(decoder_of(tmp_path, **SMALL), tmp_path / "a", steps=0, budget16=5, sites={"logits": 16})
+    decoder = decoder_of(tmp_path, **SMALL)
+    integers = made(decoder, tmp_path / "a", steps=0, budget16=5, sites={"logits": 16})
     found, chosen = integers.record["sensitivity"], integers.record["sixteen"]
     assert "logits" not in found
     assert chosen == sorted(found, key=lambda name: -found[name])[:5]
     wide = {name for name, grid in integers.grids.items() if grid.bits == 16}
-    assert wide == {*chosen, "logits"}
+    assert not any(name.endswith(WIDE) for name in found)
+    assert wide == {*chosen, "logits", *(f"layers.{i}.attn.scores" for i in range(decoder.spec.num_layers))}
     fewer = made(decoder_of(tmp_path), tmp_path / "b", steps=0, budget16=0)
     assert divergence(integers, tmp_path) < divergence(fewer, tmp_path)
 

@@ -65,6 +65,7 @@ def _artifact(out: Output, path: str) -> None:
     if integer is not None:
         edges = ", ".join(f"{count} of {bits} bits" for bits, count in integer["edges"].items())
         kl = "" if integer["kl"] is None else f", KL {integer['kl']:.4g}"
+        kl = kl if integer["cosine"] is None else f", cosine {integer['cosine']:.4g}"
         facts["integer graph"] = f"{integer['nodes']} nodes, edges {edges}, {integer['positions']:,} positions{kl}"
     shown = [row | {"size": format_bytes(row["size_bytes"])} for row in rows]
     columns = {"bits": "bits", "size": "weights", "kl": "KL", "top1_agreement": "top-1 agreement"}
@@ -83,8 +84,9 @@ def _integer(artifact: "Artifact") -> dict[str, Any] | None:
         "nodes": len(graph.nodes),
         "edges": {str(bits): widths.count(bits) for bits in (8, 16)},
         "positions": graph.positions,
-        "kl": told.quality and told.quality.kl,
-        "top1_agreement": told.quality and told.quality.top1_agreement,
+        "kl": getattr(told.quality, "kl", None),
+        "top1_agreement": getattr(told.quality, "top1_agreement", None),
+        "cosine": getattr(told.quality, "cosine", None),
     }
 
 

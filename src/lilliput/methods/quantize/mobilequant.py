@@ -1,4 +1,4 @@
-"""MobileQuant: learn the scales, clippings and ranges with which a decoder can be whole numbers throughout.
+"""MobileQuant: learn the scales, clippings and ranges with which a model can be whole numbers throughout.
 
 Every edge of docs/integer.md has one grid fixed in advance, every matrix symmetric rows. SmoothQuant's scales are folded
 into all legal pairs, ranges are read off calibration text, and then the logarithms of the pairs' scales, the clipping of
@@ -24,6 +24,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,17 +36,19 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lilliput.core.errors import ConfigError, QualityFailed
+from lilliput.core.errors import ConfigError, QualityFailed, Unsupported
 from lilliput.core.graph import Grid
 from lilliput.core.progress import Progress
+from lilliput.core.spec import PADDING, EncoderSpec
 from lilliput.data.streams import Batches
 from lilliput.methods.base import IntegerMethod, Integers
 from lilliput.methods.journal import Activations, sync
-from lilliput.methods.ranges import Loudness, Ranges, sensitivity, widest
+from lilliput.methods.ranges import Loudness, Ranges, sensitivity, unlikeness, widest
 from lilliput.models.decoder import Block, Decoder
+from lilliput.models.encoder import Encoder
 from lilliput.models.pairs import Pair, pairs, smoothing
 from lilliput.models.simulate import Simulation
-from lilliput.models.sites import PROBABILITIES, Site, run_block, run_end, run_start, site_policy
+from lilliput.models.sites import PROBABILITIES, WIDE, Site, run_block, run_end, run_start, site_policy
 from lilliput.numerics.learned import cosine
 from lilliput.numerics.observers import Rule
 from lilliput.numerics.straight import best_share, coded_rows, on_grid, on_rows
@@ -64,12 +67,12 @@ class MobileQuant(IntegerMethod):
 
     bits: of the weights, 8 or 4; end_bits: of embedding and head. sites: bits of edges by a pattern of their names, the last
     that matches counts. budget16: how many edges, or as a fraction what share of their bytes, get 16 bits, those that
-    lose most at 8; all others that `sites` does not name get 8. None for the usual policy.
+    lose most at 8; all others that `sites` does not name get 8, but for scores, which always have 16. None for the usual policy.
     alpha: what SmoothQuant's scales leave to the weights, None for no such scales. rule, share, apart: how ranges of 8 bits
     are read off, as in `Observer`; apart: without the first position, which then saturates.
     let, lwc, ranges, rounding: train scales of pairs, clipping of rows, ranges of edges, the roundings of weights.
     scope: all blocks together or one after the other, each for `steps`. loss: squared error of the states behind the last
-    block, or divergence of the logits; one block alone always has the former.
+    block, or divergence of the logits, for an encoder 1 - cosine of the vectors; one block alone always has the former.
     steps of `batch` rows; let_rate, clip_rate, range_rate, rounding_rate: peak changes a step, of logarithms, of logits, of
     logarithms and zeros (a tenth of it at 16 bits), and of roundings in steps. patience: checks, of which there are ten,
     without gain before training ends. held: share of the rows held out. seed: of the order of rows.
@@ -120,18 +123,22 @@ class MobileQuant(IntegerMethod):
         """Whether there is anything to train."""
         return self.steps > 0 and (self.let or self.lwc or self.ranges or self.rounding)
 
-    def make(self, model: Decoder, batches: Batches, folder: Path, progress: Progress) -> Integers:
+    def make(self, model: Decoder | Encoder, batches: Batches, folder: Path, progress: Progress) -> Integers:
         """Return the integer model; see `IntegerMethod.make`.
 
-        Raises QualityFailed, naming step and edge, where a loss or a gradient is not finite; Unsupported for an encoder.
+        Raises QualityFailed, naming step and edge, where a loss or a gradient is not finite; Unsupported for an encoder
+        of pictures, and for one block by block.
         """
         site_policy(model.spec, self.sites)  # a bad pattern fails before any work
+        if isinstance(model.spec, EncoderSpec) and self.trains and self.scope == "block":
+            fix = "Leave scope out"
+            raise Unsupported("an encoder is trained end to end", where=f"{self.name}.scope", fix=fix)
         folder.mkdir(parents=True, exist_ok=True)
         return _Run(self, model.requires_grad_(False), batches, folder, progress).finish()
 
 
 class Student:
-    """A decoder rounded everywhere, and what may be trained of it.
+    """A model rounded everywhere, and what may be trained of it.
 
     values: every trainable tensor by name; "let/I/K" logarithms of the scales of pair K of block I; "clip/NAME" logits of
     the share of each row's reach, (out, 1); "nudge/NAME" offsets of roundings in steps, (out, in); "step/B" logarithms
@@ -139,14 +146,14 @@ class Student:
     """
 
     def __init__(
-        self, method: MobileQuant, model: Decoder, shares: Mapping[str, Tensor], grids: Mapping[str, Grid]
+        self, method: MobileQuant, model: Decoder | Encoder, shares: Mapping[str, Tensor], grids: Mapping[str, Grid]
     ) -> None:
         self.method, self.spec = method, model.spec
         state = {name: value.detach() for name, value in model.state_dict().items()}
         self.base = [_within(state, i) for i in range(model.spec.num_layers)]
         self.ends = {name: value for name, value in state.items() if not name.startswith("layers.")}
         for name in _ends(self.spec):
-            self.ends[f"{name}.weight"] = on_rows(state[f"{name}.weight"], 1.0, method.end_bits)
+            self.ends[f"{name}.weight"] = on_rows(state[f"{name}.weight"], 1.0, method.width(name))
         self._float_ends = {n: state[f"{n}.weight"] for n in _ends(self.spec)}
         self.values: dict[str, Tensor] = {}
         self.pairs: list[list[Pair]] = []
@@ -229,21 +236,21 @@ class Student:
 
     def hidden(self, tokens: Tensor, site: Site | None = None) -> Tensor:
         """States behind the last block."""
-        hidden = run_start(self.spec, self.ends, tokens)
+        hidden = run_start(self.spec, self.ends, tokens, site or self.site)
         for layer in range(self.spec.num_layers):
             hidden = self.block(layer, hidden, site)
         return hidden
 
     def logits(self, hidden: Tensor, site: Site | None = None) -> Tensor:
-        """Logits of states behind the last block."""
+        """Logits of states behind the last block, or vectors."""
         return run_end(self.spec, self.ends, hidden, site or self.site)
 
     @torch.no_grad()
-    def result(self, model: Decoder, record: Mapping[str, Any]) -> Integers:
+    def result(self, model: Decoder | Encoder, record: Mapping[str, Any]) -> Integers:
         """What training came to, its float tensors put into `model`."""
         m, codes = self.method, {}
         for name in _ends(self.spec):
-            codes[name] = coded_rows(self._float_ends[name], 1.0, m.end_bits)
+            codes[name] = coded_rows(self._float_ends[name], 1.0, m.width(name))
         for layer in range(self.spec.num_layers):
             now = self.floats(layer)
             for name in self.spec.linears(layer):
@@ -292,7 +299,9 @@ class _Phase:
 class _Run:
     """One model on its way to whole numbers."""
 
-    def __init__(self, method: MobileQuant, model: Decoder, batches: Batches, folder: Path, progress: Progress) -> None:
+    def __init__(
+        self, method: MobileQuant, model: Decoder | Encoder, batches: Batches, folder: Path, progress: Progress
+    ) -> None:
         self.method, self.model, self.spec, self.folder, self.progress = method, model, model.spec, folder, progress
         self.rows = torch.from_numpy(np.array(batches.rows, np.int64))
         self.record: dict[str, Any] = {}
@@ -300,6 +309,11 @@ class _Run:
         if method.trains and not 0 < kept < len(self.rows):
             what = f"{len(self.rows)} rows of text leave none to train on or none to hold out"
             raise ConfigError(what, where=f"{method.name}.held", fix="Give at least 2 rows and hold out a part of them")
+        if isinstance(self.spec, EncoderSpec):  # texts of one length stand together, for they are run together
+            length = (self.rows != PADDING).sum(1)
+            parts = [torch.arange(kept), torch.arange(kept, len(self.rows))]
+            self.rows = self.rows[torch.cat([part[length[part].argsort(stable=True)] for part in parts])]
+        self.lengths: list[int] = (self.rows != PADDING).sum(1).tolist()
         self.trained, self.kept_out = list(range(kept)), list(range(kept, len(self.rows)))
         told = json.dumps(method.options(), sort_keys=True) + batches.sha256 + self.spec.model_dump_json()
         self.digest = hashlib.sha256(told.encode()).hexdigest()
@@ -313,9 +327,19 @@ class _Run:
             self._train()
         return self.student.result(self.model, self.record)
 
+    def groups(self, rows: Sequence[int]) -> Iterator[list[int]]:
+        """Rows that are run together, in order: `batch` of them at the most, of one length."""
+        for length, same in groupby(rows, lambda row: self.lengths[row]):
+            assert length > 0, "a text has tokens"
+            every = list(same)
+            yield from (every[at : at + self.method.batch] for at in range(0, len(every), self.method.batch))
+
+    def tokens(self, rows: Sequence[int]) -> Tensor:
+        """Ids of rows of one length, without padding."""
+        return self.rows[list(rows), : self.lengths[rows[0]]]
+
     def _batches(self, rows: Sequence[int]) -> Iterator[Tensor]:
-        for start in range(0, len(rows), self.method.batch):
-            yield self.rows[list(rows[start : start + self.method.batch])]
+        return (self.tokens(group) for group in self.groups(rows))
 
     # ---- before training
 
@@ -325,7 +349,9 @@ class _Run:
         blocks = [block for block in self.model.blocks if isinstance(block, Block)]
         loud = Loudness(_edge(spec, i, name) for i in range(spec.num_layers) for name in _inputs(spec))
         start = Simulation(self.model, {}, {})
-        self._write("targets", (start.states(tokens, loud) for tokens in self._batches(range(len(self.rows)))))
+        states = (start.states(tokens, loud) for tokens in self._batches(range(len(self.rows))))
+        width = self.rows.shape[1]
+        self._write("targets", (F.pad(x, (0, 0, 0, width - x.shape[1])) for x in states))
         divided: dict[str, Tensor] = {}
         if m.alpha is not None:
             for layer, block in enumerate(blocks):
@@ -360,7 +386,7 @@ class _Run:
         m = self.method
         assert m.budget16 is not None
         named = site_policy(self.spec, {"*": 8} | m.sites), site_policy(self.spec, {"*": 16} | m.sites)
-        free = {name: 8 for name in policy if named[0][name] != named[1][name]}
+        free = {name: 8 for name in policy if named[0][name] != named[1][name] and not name.endswith(WIDE)}
         self.progress.begin("sensitivity of edges", len(free))
         rows = list(self._batches(self.kept_out or self.trained))[:4]
         found = sensitivity(folded, watched, free, rows, lambda: self.progress.advance(1))
@@ -381,15 +407,19 @@ class _Run:
         return {n: t.detach() for n, t in self.model.state_dict().items() if not n.startswith("layers.")}
 
     def _whole(self, rows: Sequence[int], site: Site | None = None) -> Tensor:
-        """The loss of the whole model on some rows."""
-        hidden = self.student.hidden(self.rows[list(rows)], site)
-        target = self._stream("targets").take(rows)
+        """The loss of the whole model on some rows, the mean over them."""
+        groups = list(self.groups(sorted(rows, key=self.lengths.__getitem__)))
+        return torch.stack([len(group) * self._part(group, site) for group in groups]).sum() / len(rows)
+
+    def _part(self, rows: Sequence[int], site: Site | None) -> Tensor:
+        """The same for rows that are run together."""
+        hidden = self.student.hidden(self.tokens(rows), site)
+        target = self._stream("targets").take(rows)[:, : hidden.shape[1]]
         if self.method.loss == "hidden":
             return _relative(hidden, target)
         with torch.no_grad():
-            wanted = torch.log_softmax(run_end(self.spec, self.original, target), -1)
-        found = torch.log_softmax(self.student.logits(hidden, site), -1)
-        return F.kl_div(found, wanted, reduction="none", log_target=True).sum(-1).mean()
+            wanted = run_end(self.spec, self.original, target)
+        return unlikeness(self.spec, self.student.logits(hidden, site), wanted)
 
     def _phases(self) -> Iterator[_Phase]:
         """What is to be trained, in order. Between the phases of blocks the streams of both models move on."""
@@ -536,9 +566,10 @@ class _Training:
     def _order(self) -> Iterator[int]:
         """Numbers of rows, shuffled anew each time all were seen; a resumed run goes on where it was."""
         rows, m = self.own.trained, self.own.method
+        units = list(self.own.groups(rows)) if isinstance(self.own.spec, EncoderSpec) else [[row] for row in rows]
         done, generator = self.first * m.batch, torch.Generator().manual_seed(m.seed * 1000 + self.number)
         while True:
-            epoch = [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
+            epoch = [i for at in torch.randperm(len(units), generator=generator).tolist() for i in units[at]]
             yield from epoch[done:] if done < len(epoch) else ()
             done = max(0, done - len(epoch))
 
@@ -639,8 +670,13 @@ def _turned(spec: Any) -> tuple[str, str]:
 
 def _inputs(spec: Any) -> list[str]:
     """Edges of a block whose channels are looked at: those that linear layers read, queries and keys."""
-    found = [*_turned(spec), "attn_norm", "attn.mixed", "mlp.inner" if spec.gated_mlp else "mlp.act"]
-    return found if spec.shared_block_norm else [*found, "mlp_norm"]
+    found = [*_turned(spec), _read(spec, "attn"), "attn.mixed", "mlp.inner" if spec.gated_mlp else "mlp.act"]
+    return found if spec.shared_block_norm else [*found, _read(spec, "mlp")]
+
+
+def _read(spec: Any, part: str) -> str:
+    """The edge of a block that the first linear layers of a half read."""
+    return f"{part}_norm" if spec.norm_first else f"{part}_input"
 
 
 def _source(spec: Any, linear: str) -> str:
@@ -650,7 +686,7 @@ def _source(spec: Any, linear: str) -> str:
         return "attn.mixed"
     if name == "down_proj":
         return "mlp.inner" if spec.gated_mlp else "mlp.act"
-    return "attn_norm" if kind == "attn" or spec.shared_block_norm else "mlp_norm"
+    return _read(spec, "attn" if kind == "attn" or spec.shared_block_norm else "mlp")
 
 
 def _edge(spec: Any, layer: int, name: str) -> str:

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -30,8 +31,8 @@ def program(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 def asked(tmp_path: Path, **more: Any) -> argparse.Namespace:
     write_checkpoint(tmp_path / "model", "llama")
     text = tmp_path / "text.jsonl"
-    story = "the sun and the moon, and the stars over the hill and the sea. " * 4
-    text.write_text("".join(json.dumps({"text": f"{n} {story}"}) + "\n" for n in range(10)))
+    stories = (" ".join(Random(n).choices(["the", "sun", "and", "moon", "over", "sea"], k=60)) for n in range(10))
+    text.write_text("".join(json.dumps({"text": f"{n} {story}"}) + "\n" for n, story in enumerate(stories)))
     given = {"model": tmp_path / "model", "calibration": text, "text": None, "split": 0.3, "work": tmp_path}
     given |= {"window": 32, "limit": 4, "tuning": False, "samples": 4, "length": 16, "threads": 1, "check": 8}
     return argparse.Namespace(**given | more)

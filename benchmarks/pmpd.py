@@ -250,10 +250,8 @@ def report(population: str, rows: dict[str, Rows], texts: dict[str, str], line: 
                     return interpolated(rows, names, row.average_bits(of), of) - float(row.kl[of].mean())
 
                 fields[f"beside_{beside}"], fields[f"beside_{beside}_ci95"] = interval(less, count)
-        for other in ("3", "2", "random", "swapped"):
-            twin = {"3": "prompt 4, then 3", "2": "prompt 4, then 2", "random": "thirds", "swapped": "learned 1%"}[
-                other
-            ]
+        twins = {"3": "prompt 4, then 3", "2": "prompt 4, then 2", "random": "thirds", "swapped": "learned 1%"}
+        for other, twin in twins.items():
             if other in rows and name == twin:
                 gain = interval(lambda of, a=rows[other], b=row: float((a.kl[of] - b.kl[of]).mean()), count)
                 fields[f"less_kl_than_{other}"], fields[f"less_kl_than_{other}_ci95"] = gain

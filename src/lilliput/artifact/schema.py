@@ -258,6 +258,11 @@ class ScheduleEntry(_Frozen):
             raise ValueError("what it learned lacks the model or the horizon it was learned for")
         return self
 
+    @property
+    def prefill(self) -> int | None:
+        """Width that reads the prompt, where it is not the ladder's first."""
+        return None if self.prefill_bits == self.ladder[0] else self.prefill_bits
+
 
 class Manifest(_Frozen):
     """Everything an artifact says about itself. Holds no time of day: the same run twice gives the same bytes."""

@@ -1,8 +1,7 @@
 """The integer graph, run as docs/integer.md defines it: what every other runner of integer artifacts must equal.
 
 NumPy only and meant to be read, not to be fast. Whole numbers go in at `embed` and come out as logits, or as what a
-vector is the mean of; in between
-nothing is a float, which `strict` has every operation prove.
+vector is the mean of; in between nothing is a float, which `strict` has every operation prove.
 """
 
 from collections.abc import Callable, Sequence

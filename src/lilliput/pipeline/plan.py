@@ -44,7 +44,8 @@ class Work:
     runs: the recipe's methods, neighbours of one kind together; the last run is of those of a sweep, maybe empty.
 
     blocks, methods: for the last run, what changes every block, and every layer's methods with its own widths.
-    tuners: what comes after it. maker: what makes an integer model instead; the last run is empty then. plan: the artifact to be. tensors: of the model that the last run meets, by full name.
+    tuners: what comes after it. maker: what makes an integer model instead; the last run is empty then. plan: the
+    artifact to be. tensors: of the model that the last run meets, by full name.
     """
 
     runs: list[list[Method]]

@@ -79,7 +79,7 @@ class Signals:
         return self._cache
 
 
-class Run:
+class Run(ABC):
     """What a schedule knows of one answer. One for each sequence, made by `Schedule.start`."""
 
     def reset(self, prompt_len: int, max_new_tokens: int) -> None:
@@ -88,12 +88,12 @@ class Run:
     def on_prefill(self, signals: Signals) -> None:
         """See the prompt, once it is read and before the first `next_bits`."""
 
+    @abstractmethod
     def next_bits(self, step: int, cur_bits: int, signals: Signals) -> int:
         """Return the width of decode forward `step`.
 
         cur_bits: of the forward before, for step 0 the first rung. Signals are of the forward before as well.
         """
-        raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
         """All that `next_bits` depends on besides its arguments, as JSON values."""
@@ -175,9 +175,8 @@ class Schedule(ABC):
     @classmethod
     def stored(cls, entry: ScheduleEntry, tensors: Mapping[str, npt.NDArray[Any]]) -> Self:
         """Return the schedule that `entry` and `tensors` were made of. Raises ConfigError or TypeError."""
-        prefill = None if entry.prefill_bits == entry.ladder[0] else entry.prefill_bits
         options: dict[str, Any] = dict(entry.options)
-        return cls(ladder=entry.ladder, prefill=prefill, **options)
+        return cls(ladder=entry.ladder, prefill=entry.prefill, **options)
 
     @abstractmethod
     def start(self) -> Run:

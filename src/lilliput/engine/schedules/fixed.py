@@ -50,7 +50,7 @@ class Constant(Schedule):
     def stored(cls, entry: ScheduleEntry, tensors: Mapping[str, npt.NDArray[Any]]) -> Self:
         """Return the one width of the ladder."""
         (bits,) = entry.ladder
-        return cls(bits=bits, prefill=None if entry.prefill_bits == bits else entry.prefill_bits)
+        return cls(bits=bits, prefill=entry.prefill)
 
     def start(self) -> Run:
         """Return a run that always says `bits`."""
@@ -95,8 +95,7 @@ class Static(Schedule):
     @classmethod
     def stored(cls, entry: ScheduleEntry, tensors: Mapping[str, npt.NDArray[Any]]) -> Self:
         """Return the steps."""
-        prefill = None if entry.prefill_bits == entry.ladder[0] else entry.prefill_bits
-        return cls(at=entry.steps, prefill=prefill, allow_raise=bool(entry.options.get("allow_raise")))
+        return cls(at=entry.steps, prefill=entry.prefill, allow_raise=bool(entry.options.get("allow_raise")))
 
     def start(self) -> Run:
         """Return a run that reads the steps."""

@@ -85,8 +85,7 @@ class Prompted(Schedule):
         options: dict[str, Any] = {**entry.options, "grid": tuple(entry.options["grid"])}  # type: ignore[arg-type]
         if entry.horizon is None:
             raise ValueError("no horizon")
-        prefill = None if entry.prefill_bits == entry.ladder[0] else entry.prefill_bits
-        return cls(ladder=entry.ladder, prefill=prefill, horizon=entry.horizon, weights=dict(tensors), **options)
+        return cls(ladder=entry.ladder, prefill=entry.prefill, horizon=entry.horizon, weights=dict(tensors), **options)
 
     def start(self) -> Run:
         """Return the state of one fresh sequence."""

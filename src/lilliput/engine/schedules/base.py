@@ -84,9 +84,11 @@ class Run(ABC):
 
     def reset(self, prompt_len: int, max_new_tokens: int) -> None:
         """Begin an answer: tokens of its prompt, and the most it may have. A turn of a chat is an answer of its own."""
+        return
 
     def on_prefill(self, signals: Signals) -> None:
         """See the prompt, once it is read and before the first `next_bits`."""
+        return
 
     @abstractmethod
     def next_bits(self, step: int, cur_bits: int, signals: Signals) -> int:

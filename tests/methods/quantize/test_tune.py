@@ -83,9 +83,12 @@ def test_rows_of_zeros_do_not_speed_up_the_others(decoder: Decoder, tmp_path: Pa
     before = weights[f"{name}.weight"].clone()
     try:
         weights[f"{name}.weight"][:40] = 0.0
-        run = Run(Tune(steps=1), decoder, decoder, coded_of(decoder), rows_for(decoder), tmp_path, Silent())
+        coded = coded_of(decoder)
+        run = Run(Tune(steps=1), decoder, decoder, coded, rows_for(decoder), tmp_path, Silent())
         (rate,) = [g["rate"] for g in run.optimizer.param_groups if g["params"][0] is run.layers[name].weight]
         assert rate <= 0.005 * float(before.std())
+        steps = coded[name].scale[coded[name].serving(run.widths[-1])]
+        assert rate == pytest.approx(0.005 * float(steps[steps > 0].float().mean()))
     finally:
         weights[f"{name}.weight"].copy_(before)
 

@@ -23,9 +23,16 @@ class Contender:
     learns: bool = True
 
 
-def ours(*stages: Mapping[str, Any], learns: bool = True, shared: bool = False) -> Contender:
-    """A recipe of ours, "$bits", "$group_size" and "$steps" standing for numbers; shared: one artifact for all."""
-    return Contender(OURS, "run_lilliput.py", {"recipe": list(stages), "shared": shared}, learns=learns)
+def ours(
+    *stages: Mapping[str, Any], learns: bool = True, shared: bool = False, targets: Mapping[int, float] | None = None
+) -> Contender:
+    """A recipe of ours, "$bits", "$group_size" and "$steps" standing for numbers.
+
+    shared: one artifact for all widths. targets: bits a weight by the width it is compared at; layers get widths of their
+    own, among those of the recipe, that keep to it.
+    """
+    widths = {bits: {"target_bits": most} for bits, most in targets.items()} if targets else ALL
+    return Contender(OURS, "run_lilliput.py", {"recipe": list(stages), "shared": shared}, widths, learns)
 
 
 BLOCKS = {"group_size": "$group_size", "ragged": True, "embeddings": False, "head": False}
@@ -52,6 +59,9 @@ CONTENDERS: dict[str, Contender] = {
     "lilliput omniquant": ours({"omniquant": {"bits": ["$bits"], **BLOCKS}}),
     "lilliput tuned": ours({"gptq": {"bits": ["$bits"], **BLOCKS}}, {"tune": {"steps": "$steps"}}),
     "lilliput tuned nested": ours({"gptq": {"bits": [2, 3, 4], **BLOCKS}}, {"tune": {"steps": "$steps"}}, shared=True),
+    "lilliput tuned mixed": ours(
+        {"gptq": {"bits": [2, 3, 4, 5, 6], **BLOCKS}}, {"tune": {"steps": "$steps"}}, targets={4: 4.79, 3: 3.84, 2: 2.92}
+    ),  # as many bits as llama.cpp's K_M, which gives its layers several widths too
     "llm-compressor rtn": Contender("llm-compressor", "run_llm_compressor.py", {"method": "rtn"}, learns=False),
     "llm-compressor gptq": Contender("llm-compressor", "run_llm_compressor.py", {"method": "gptq"}),
     "llm-compressor awq": Contender("llm-compressor", "run_llm_compressor.py", {"method": "awq"}),

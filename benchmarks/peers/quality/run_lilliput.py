@@ -1,6 +1,7 @@
 """Worker of Lilliput: one recipe to one artifact, read back by `Artifact.dequantize`.
 
-options: {"recipe": stages with "$bits" and "$group_size" in place of numbers, "shared": one artifact serves all widths}.
+options: {"recipe": stages with "$bits" and "$group_size" in place of numbers, "shared": one artifact serves all widths,
+"target_bits": where given, layers get widths of their own for so many bits a weight}.
 """
 
 import json
@@ -38,6 +39,7 @@ def quantize(job: dict[str, Any]) -> Artifact:
             recipe=recipe,
             calibration=[job["draw"]["text"]],
             seed=job["seed"],
+            target_bits=options.get("target_bits"),
             gate=False,
             overwrite=True,
             **draw,
@@ -53,9 +55,10 @@ def dump(job: dict[str, Any], artifact: Artifact) -> tuple[Mapping[str, Any], di
     data = artifact.manifest.data
     if data is not None and data.sha256 != job["draw"]["sha256"]:
         raise SystemExit("the calibration tokens are not those the peers were given")
-    weights = {hf_of_ours(f"{name}.weight"): artifact.dequantize(name, job["bits"]) for name in artifact.quantized}
+    bits = job["bits"] if "target_bits" not in job["options"] else artifact.bits[0]
+    weights = {hf_of_ours(f"{name}.weight"): artifact.dequantize(name, bits) for name in artifact.quantized}
     weights |= {hf_of_ours(name): artifact.dequantize(name) for name in artifact.manifest.floats}
-    return weights, stored(artifact, job["bits"])
+    return weights, stored(artifact, bits)
 
 
 def stored(artifact: Artifact, bits: int) -> dict[str, int]:

@@ -155,3 +155,9 @@ def test_a_loss_that_is_no_number_names_the_width_and_the_step(decoder: Decoder,
     coded, rows = coded_of(decoder), rows_for(decoder)
     with pytest.raises(QualityFailed, match=r"at 2 bits is (nan|inf) in step \d+"):
         Tune(steps=30, grid_rate=1e6).tune(decoder, decoder, coded, rows, tmp_path, Silent())
+
+
+def test_layers_of_one_width_each_are_one_model(decoder: Decoder, tmp_path: Path) -> None:
+    linears = {name: one for block in decoder.blocks for name, one in block.linears().items()}  # type: ignore[operator]
+    coded = {n: nearest(l.weight.detach(), (2 + at % 3,), 16, sym=False) for at, (n, l) in enumerate(linears.items())}
+    assert len(Run(Tune(steps=1), decoder, decoder, coded, rows_for(decoder), tmp_path, Silent()).widths) == 1

@@ -116,6 +116,8 @@ class Run:
         if not self.widths:
             what = f"widths {list(options.widths)} are none of those served, {served}"
             raise ConfigError(what, "tune.widths", f"Give some of {served}")
+        # With a width of its own for every layer all widths are one and the same model, which counts once.
+        self.widths = list({tuple(q.serving(b) for q in coded.values()): b for b in self.widths}.values())
         groups: list[dict[str, Any]] = []
         for name, layer in self.layers.items():
             if layer.weight.requires_grad:

@@ -60,7 +60,9 @@ CONTENDERS: dict[str, Contender] = {
     "lilliput tuned": ours({"gptq": {"bits": ["$bits"], **BLOCKS}}, {"tune": {"steps": "$steps"}}),
     "lilliput tuned nested": ours({"gptq": {"bits": [2, 3, 4], **BLOCKS}}, {"tune": {"steps": "$steps"}}, shared=True),
     "lilliput tuned mixed": ours(
-        {"gptq": {"bits": [2, 3, 4, 5, 6], **BLOCKS}}, {"tune": {"steps": "$steps"}}, targets={4: 4.79, 3: 3.84, 2: 2.92}
+        {"gptq": {"bits": [2, 3, 4, 5, 6], **BLOCKS}},
+        {"tune": {"steps": "$steps"}},
+        targets={4: 4.79, 3: 3.84, 2: 2.92},
     ),  # as many bits as llama.cpp's K_M, which gives its layers several widths too
     "llm-compressor rtn": Contender("llm-compressor", "run_llm_compressor.py", {"method": "rtn"}, learns=False),
     "llm-compressor gptq": Contender("llm-compressor", "run_llm_compressor.py", {"method": "gptq"}),

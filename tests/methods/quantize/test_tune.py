@@ -159,5 +159,8 @@ def test_a_loss_that_is_no_number_names_the_width_and_the_step(decoder: Decoder,
 
 def test_layers_of_one_width_each_are_one_model(decoder: Decoder, tmp_path: Path) -> None:
     linears = {name: one for block in decoder.blocks for name, one in block.linears().items()}  # type: ignore[operator]
-    coded = {n: nearest(l.weight.detach(), (2 + at % 3,), 16, sym=False) for at, (n, l) in enumerate(linears.items())}
+    coded = {
+        name: nearest(one.weight.detach(), (2 + at % 3,), 16, sym=False)
+        for at, (name, one) in enumerate(linears.items())
+    }
     assert len(Run(Tune(steps=1), decoder, decoder, coded, rows_for(decoder), tmp_path, Silent()).widths) == 1

@@ -11,6 +11,7 @@ import pytest
 from lilliput.artifact.read import Artifact
 from lilliput.core.errors import ConfigError, OutOfResource, Unsupported
 from lilliput.engine import Engine, Sampling, engine, load, machine, native
+from lilliput.engine.native import arrays
 from support.small_artifact import llama_spec, small_plan, write_small_artifact
 
 WARM = Sampling(temperature=2.0, seed=3)
@@ -227,8 +228,8 @@ def test_missing_kernels_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(name: str) -> Any:
         raise ImportError("no such file")
 
-    native._native.cache_clear()
-    monkeypatch.setattr(native, "import_module", absent)
+    arrays.kernels.cache_clear()
+    monkeypatch.setattr(arrays, "import_module", absent)
     with pytest.raises(Unsupported, match=r"^lilliput\.engine: the compiled kernels do not load \(no such file\)\. "):
         native.variants("norm")
 

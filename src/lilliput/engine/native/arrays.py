@@ -1,0 +1,70 @@
+"""The compiled module, and arrays as it takes and gives them."""
+
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lilliput.artifact.read import StoredLinear
+from lilliput.core.errors import Unsupported
+from lilliput.core.graph import Grid
+
+F32 = npt.NDArray[np.float32]
+Codes = npt.NDArray[np.int16]
+
+
+@cache
+def kernels() -> Any:
+    """The compiled module. Raises Unsupported where it does not load."""
+    try:
+        return import_module("lilliput.engine._native")
+    except ImportError as error:
+        what = f"the compiled kernels do not load ({error})"
+        fix = "Install a wheel for this machine, or build them: `pip install .` needs a C++20 compiler"
+        raise Unsupported(what, where="lilliput.engine", fix=fix) from error
+
+
+def group_of(m: StoredLinear) -> int:
+    return m.columns if m.group_size == -1 else m.group_size
+
+
+def stored(m: StoredLinear) -> tuple[Any, ...]:
+    """Planes, their widths, and the grids of every width."""
+    grids = ([(bits, as_bytes(values)) for bits, values in grid.items()] for grid in (m.scale, m.zero, m.table))
+    return [as_bytes(plane) for plane in m.planes], list(m.fields), *grids
+
+
+def nested(m: StoredLinear, bits: int) -> tuple[Any, ...]:
+    """The arguments that stand for a matrix cut to the width it runs at when `bits` are asked for."""
+    bits = m.width_at(bits)
+    count = next(n for n in range(1, len(m.fields) + 1) if sum(m.fields[:n]) == bits)
+    zero, table = (as_bytes(grid[bits]) if bits in grid else None for grid in (m.zero, m.table))
+    planes = [as_bytes(plane) for plane in m.planes[:count]]
+    return planes, list(m.fields[:count]), as_bytes(m.scale[bits]), zero, table, m.out, m.columns, group_of(m)
+
+
+def as_bytes(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)  # a view: stored arrays are contiguous
+
+
+def as_floats(array: npt.NDArray[Any]) -> F32:
+    return np.ascontiguousarray(array, dtype=np.float32)
+
+
+def as_f32(array: Any) -> F32:
+    return np.asarray(array, dtype=np.float32)
+
+
+def as_shorts(codes: npt.NDArray[Any]) -> Codes:
+    return np.ascontiguousarray(codes, dtype=np.int16)
+
+
+def bits_zero(grid: Grid) -> tuple[int, int]:
+    """Bits and zero."""
+    return grid.bits, grid.zero
+
+
+def as_codes(array: Any) -> Codes:
+    return np.asarray(array).astype(np.int16)

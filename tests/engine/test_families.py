@@ -4,22 +4,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 
 from lilliput.artifact.read import StoredTensor
 from lilliput.engine import native
 from lilliput.models import Checkpoint
-from support.families import FAMILIES, LLAMA3, LONGROPE, VOCAB, model_for, write_checkpoint
+from support.families import CASES, LLAMA3, LONGROPE, VOCAB, Case, each, model_for, write_checkpoint
 
-CASES: list[tuple[str, dict[str, Any]]] = [
-    *((family, {}) for family in FAMILIES),
+EVERY: list[Case] = [
+    *CASES,
     ("llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
     ("llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4, "head_dim": 24}),
     ("qwen3", {"attention_bias": True, "tie_word_embeddings": True}),
     ("gemma2", {"attn_logit_softcapping": None, "tie_word_embeddings": False}),
     ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 64, "partial_rotary_factor": 1.0}),
-    ("stablelm", {"qk_layernorm": True, "use_parallel_residual": True, "partial_rotary_factor": 0.5}),
     ("stablelm", {"qk_layernorm": True}),
     ("opt", {"enable_bias": False, "activation_function": "gelu"}),
     ("gpt_neox", {"use_parallel_residual": False, "hidden_act": "gelu_fast"}),
@@ -36,9 +34,7 @@ def native_model(folder: Path, threads: int = 2) -> native.Model:
     return native.Model(checkpoint.spec, floats, {}, threads=threads)
 
 
-@pytest.mark.parametrize(
-    ("family", "changes"), CASES, ids=lambda v: v if isinstance(v, str) else "-".join(v) or "plain"
-)
+@each(EVERY)
 def test_the_logits_are_those_of_transformers(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
     write_checkpoint(tmp_path, family, 7, **changes)
     tokens = torch.randint(3, VOCAB, (1, 33), generator=torch.Generator().manual_seed(1))

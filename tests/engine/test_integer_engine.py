@@ -16,12 +16,11 @@ from lilliput.engine.oracle import Oracle
 from lilliput.methods import METHODS
 from lilliput.numerics.fixed import multiplier
 from lilliput.pipeline import compress
-from support.families import VOCAB, write_checkpoint
+from support.families import FAMILIES, VOCAB, write_checkpoint
 from support.integers import integer_model, some_tokens, tiny_decoder
 from support.small_artifact import write_small_artifact
 
 VARIANTS = sorted({"reference", *native.variants("matmul_integer"), *native.variants("attention_integer")})
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "gpt_neox", "opt", "stablelm"]
 WIDE = ("attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.q", "attn.k")
 LONG = 90
 

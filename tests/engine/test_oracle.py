@@ -15,24 +15,10 @@ from lilliput.engine.oracle import Oracle, WholeArray
 from lilliput.measure.quality import evaluate
 from lilliput.models import Decoder
 from lilliput.numerics import fixed
+from support.families import CASES, Case, each
 from support.integers import integer_model, run_sites, some_tokens, tiny_decoder
 
-CASES: list[tuple[str, dict[str, Any]]] = [
-    ("llama", {}),
-    ("llama", {"attention_bias": True, "mlp_bias": True}),
-    ("mistral", {}),
-    ("qwen2", {}),
-    ("qwen3", {}),
-    ("gemma", {}),
-    ("gemma2", {}),
-    ("phi3", {}),
-    ("stablelm", {"qk_layernorm": True, "use_parallel_residual": True, "partial_rotary_factor": 0.5}),
-    ("opt", {}),
-    ("gpt_neox", {}),
-]
-each = pytest.mark.parametrize(
-    ("family", "changes"), CASES, ids=lambda v: v if isinstance(v, str) else "-".join(v) or "plain"
-)
+EVERY: list[Case] = [*CASES, ("llama", {"attention_bias": True, "mlp_bias": True})]
 TOKENS = some_tokens(20)
 
 
@@ -69,7 +55,7 @@ def rounded(decoder: Decoder, model: IntegerModel) -> dict[str, np.ndarray]:
     return found
 
 
-@each
+@each(EVERY)
 def test_every_site_is_within_a_step_of_the_rounded_float_model(
     family: str, changes: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -82,7 +68,7 @@ def test_every_site_is_within_a_step_of_the_rounded_float_model(
     assert {name: gap for name, gap in gaps.items() if gap > 1} == {}
 
 
-@each
+@each(EVERY)
 def test_sixteen_bits_everywhere_are_close_to_float(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
     decoder = tiny_decoder(tmp_path, family, **changes)
     model = integer_model(decoder, TOKENS, overrides={"*": 16})
@@ -93,7 +79,7 @@ def test_sixteen_bits_everywhere_are_close_to_float(family: str, changes: dict[s
     assert (said.argmax(1) == real.argmax(1)).all()
 
 
-@each
+@each(EVERY)
 def test_token_by_token_gives_the_integers_of_the_whole_and_no_float_is_met(
     family: str, changes: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -16,10 +16,10 @@ from lilliput.core.errors import ConfigError, Unsupported  # noqa: E402
 from lilliput.core.graph import Attend, Embed, Linear, Norm  # noqa: E402
 from lilliput.export.onnx_nodes import MARGIN  # noqa: E402
 from lilliput.export.onnx_qdq import OnnxQdq  # noqa: E402
+from support.families import FAMILIES  # noqa: E402
 from support.integers import integer_model, some_tokens, tiny_decoder  # noqa: E402
 
 ORT = "onnxruntime is not installed, which runs the graphs"
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "stablelm", "opt", "gpt_neox")
 LENGTH = 24
 MOVES = {"Reshape", "Transpose", "Concat", "Unsqueeze", "Gather"}
 

@@ -10,12 +10,11 @@ import torch
 from lilliput.models import Block, Checkpoint, load_block, load_encoder_block
 from lilliput.models.pairs import pairs
 from support.encoders import write_encoder
-from support.families import FAMILIES, write_checkpoint
+from support.families import CASES, Case, each, write_checkpoint
 
-CASES: list[tuple[str, dict[str, Any]]] = [
-    *((family, {}) for family in FAMILIES),
+EVERY: list[Case] = [
+    *CASES,
     ("llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4}),
-    ("stablelm", {"qk_layernorm": True, "use_parallel_residual": True, "partial_rotary_factor": 0.5}),
     ("opt", {"activation_function": "gelu"}),
     ("gpt_neox", {"use_parallel_residual": False}),
 ]
@@ -31,9 +30,7 @@ def factors(width: int, seed: int = 0) -> torch.Tensor:
     return torch.exp(torch.randn(width, generator=torch.Generator().manual_seed(seed)))
 
 
-@pytest.mark.parametrize(
-    ("family", "changes"), CASES, ids=lambda v: v if isinstance(v, str) else "-".join(v) or "plain"
-)
+@each(EVERY)
 @torch.no_grad()
 def test_a_fold_moves_the_weights_and_not_the_output(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
     block = load(tmp_path, family, **changes)

@@ -11,21 +11,7 @@ from lilliput.core.errors import ConfigError
 from lilliput.models import Checkpoint, load_decoder
 from lilliput.models.decoder import Decoder
 from lilliput.models.sites import Site, plain, run_block, run_end, run_start, site_policy, sites
-from support.families import VOCAB, write_checkpoint
-
-CASES: list[tuple[str, dict[str, Any]]] = [
-    ("llama", {}),
-    ("mistral", {}),
-    ("qwen2", {}),
-    ("qwen3", {}),
-    ("gemma", {}),
-    ("gemma2", {}),
-    ("phi3", {}),
-    ("stablelm", {"qk_layernorm": True, "use_parallel_residual": True, "partial_rotary_factor": 0.5}),
-    ("opt", {}),
-    ("gpt_neox", {}),
-]
-FAMILY = pytest.mark.parametrize(("family", "changes"), CASES, ids=lambda v: v if isinstance(v, str) else "")
+from support.families import CASES, VOCAB, each, write_checkpoint
 
 
 def decoder_of(folder: Path, family: str, changes: dict[str, Any]) -> Decoder:
@@ -45,7 +31,7 @@ def run(decoder: Decoder, site: Site) -> Tensor:
     return run_end(decoder.spec, decoder.state_dict(), hidden, site)
 
 
-@FAMILY
+@each(CASES)
 def test_without_sites_it_is_the_decoder_and_every_edge_is_met_once_in_order(
     family: str, changes: dict[str, Any], tmp_path: Path
 ) -> None:

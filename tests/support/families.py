@@ -3,16 +3,18 @@
     from support.families import FAMILIES, write_checkpoint
     FAMILIES["llama"](folder, seed)
     write_checkpoint(folder, "mistral", seed, sliding_window=5)
+    @each([*CASES, ("opt", {"enable_bias": False})])
 
 Weights are larger than an initialisation would make them, and norms and biases are random too, so that anything left
 out or mixed up shows in the logits.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
@@ -119,3 +121,17 @@ def _write(family: str, folder: Path, seed: int) -> None:
 
 FAMILIES: dict[str, Callable[[Path, int], None]] = {name: partial(_write, name) for name in _OWN}
 """Name to a function of (folder, seed) that writes a checkpoint."""
+
+Case = tuple[str, dict[str, Any]]
+CASES: list[Case] = [
+    *((family, {}) for family in FAMILIES),
+    ("stablelm", {"qk_layernorm": True, "use_parallel_residual": True, "partial_rotary_factor": 0.5}),
+]
+"""Every family as it comes, and StableLM 2, which has a norm for every head: family and changes of its config."""
+
+
+def each(cases: Sequence[Case]) -> pytest.MarkDecorator:
+    """Run a test for every one of the cases, as `family` and `changes`."""
+    return pytest.mark.parametrize(
+        ("family", "changes"), cases, ids=lambda v: v if isinstance(v, str) else "-".join(v) or "plain"
+    )

@@ -13,9 +13,9 @@ from lilliput.models import Checkpoint, Decoder, load_decoder
 from lilliput.numerics.grids import nearest
 from lilliput.numerics.hadamard import Rotation
 from lilliput.pipeline import compress
-from support.families import FAMILIES, VOCAB, write_checkpoint
+from support.families import FAMILIES, VOCAB, Case, each, write_checkpoint
 
-CASES: list[tuple[str, dict[str, Any]]] = [
+CASES: list[Case] = [
     *((family, {}) for family in FAMILIES if family != "gemma2"),
     ("llama", {"hidden_size": 48, "head_dim": 12, "attention_bias": True, "mlp_bias": True}),
     ("llama", {"hidden_size": 40, "head_dim": 6, "tie_word_embeddings": True}),
@@ -37,9 +37,7 @@ def logits(decoder: Decoder) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize(
-    ("family", "changes"), CASES, ids=lambda v: v if isinstance(v, str) else "-".join(v) or "plain"
-)
+@each(CASES)
 def test_the_rotated_model_says_what_the_original_says(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
     original = decoder_of(tmp_path, family, changes)
     expected, announced = logits(original), Hadamard().respec(original.spec, original.tensors())

@@ -164,11 +164,6 @@ class Engine:
         except MemoryError as error:
             raise OutOfResource("the memory gave out", where="logits", fix=self._smaller) from error
 
-    def last_logits(self, tokens: Tokens, *, bits: int | None = None) -> F32:
-        """Return `logits(tokens)[-1]`, (vocab,)."""
-        last: F32 = self.logits(tokens, bits=bits)[-1]
-        return last
-
     @cached_property
     def schedule(self) -> Schedule | None:
         """The schedule the artifact keeps, which answers follow where neither a width nor a schedule is given.

@@ -18,7 +18,7 @@ from onnx import TensorProto, helper
 from pydantic import BaseModel, ConfigDict
 
 from lilliput.artifact.integer import IntegerModel
-from lilliput.core.errors import QualityFailed, Unsupported
+from lilliput.core.errors import Unsupported
 from lilliput.core.graph import Attend, Grid
 from lilliput.core.progress import Progress, Silent
 from lilliput.engine.oracle import Oracle
@@ -135,12 +135,6 @@ def compare(
         reasons={row.kind: REASONS[row.kind] for row in rows if row.local_differ},
         problems=tuple(_problems(rows, local_far, agreement[0])),
     )
-
-
-def require(found: Agreement, where: str) -> None:
-    """Raise QualityFailed when an export is farther off than it may be."""
-    if found.problems:
-        raise QualityFailed(found.problems[0], where, "Please report it; the export is kept")
 
 
 def _problems(rows: Sequence[SiteRow], decode: int, argmax: float) -> Iterator[str]:

@@ -22,11 +22,6 @@ if TYPE_CHECKING:
     from lilliput.models.encoder import Encoder
 
 
-def whole(bits: int) -> Grid:
-    """The grid of probabilities: from 0 to 1 in steps of 1 / (2**bits - 1)."""
-    return Grid(bits=16 if bits == 16 else 8, scale=1 / (2**bits - 1), zero=-(2 ** (bits - 1)))
-
-
 class Rounding:
     """A Site of fixed grids."""
 

@@ -267,14 +267,6 @@ def multipliers(factors: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.int32]
     return m.astype(np.int32), np.where(small, LARGEST_SHIFT, s).astype(np.int8)
 
 
-def whole(values: npt.NDArray[np.float64], limit: int) -> I64:
-    """Round to whole numbers, halves to even. Raises ValueError where one reaches `limit`."""
-    rounded = np.rint(values)
-    if not (np.abs(rounded) < limit).all():
-        raise ValueError(f"a constant of {np.abs(values).max():.3g} does not fit")
-    return rounded.astype(np.int64)
-
-
 def norm_constants(
     kind: str,
     weight: npt.NDArray[np.float64],

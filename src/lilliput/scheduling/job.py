@@ -7,8 +7,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal, get_args
 
-import numpy as np
-import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 
 from lilliput.artifact.schema import ScheduleEntry, fingerprint
@@ -22,7 +20,6 @@ from lilliput.measure.continuations import Author, Case, Judge, Notebook, Scored
 from lilliput.measure.metrics import Metric
 from lilliput.scheduling.search import Choice, bits_of, choices_of, grid_of, smallest, static
 
-F64 = npt.NDArray[np.float64]
 Method = Literal["search", "learned", "features"]
 
 

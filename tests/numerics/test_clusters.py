@@ -4,13 +4,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from lilliput.numerics.clusters import Init, Runs, kmeans, lloyd, sort, split, start
+from lilliput.numerics.clusters import Init, Runs, lloyd, sort, start
 
 
 def heavy(out: int = 7, count: int = 90) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(out, count, generator=generator) ** 3 + 5
     return sort(values, torch.rand(count, generator=generator) ** 4)
+
+
+def kmeans(values: Tensor, weights: Tensor | None, k: int, init: Init) -> Tensor:
+    runs = Runs(*sort(values, weights))
+    return runs.means(lloyd(runs, start(runs, k, init)))
 
 
 def spread(values: Tensor, weights: Tensor, centres: Tensor) -> float:
@@ -38,7 +43,7 @@ def test_a_split_is_the_best_of_all_splits() -> None:
     values, weights = heavy()
     runs = Runs(values, weights)
     borders = start(runs, 2, "quantile")
-    made = split(values, weights, borders)
+    made = runs.split(borders)
     assert torch.equal(made[:, ::2], borders)
     for row in range(len(values)):
         one = Runs(values[row : row + 1], weights[row : row + 1])

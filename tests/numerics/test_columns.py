@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lilliput.numerics.columns import Factor, balance_shares, damped, learn, refit, row_errors, sweep
+from lilliput.numerics.columns import Factor, balance_shares, damped, learn, refit, sweep
 from lilliput.numerics.grids import encode, minmax_grid, nearest
 from lilliput.numerics.nested import Quantized
 
@@ -19,6 +19,15 @@ def layer(out: int = 12, columns: int = 96, tokens: int = 400, seed: int = 0) ->
     x = torch.randn(tokens, columns, generator=generator) @ mix
     x[:, ::17] *= 8
     return torch.randn(out, columns, generator=generator), x.T @ x
+
+
+def row_errors(weight: Tensor, made: Quantized, gram: Tensor) -> Tensor:
+    """d G d^T of every row at every width, d = w - q: (out, widths) float32."""
+    found = torch.empty((len(weight), len(made.bits)))
+    for r, b in enumerate(made.bits):
+        away = weight - made.dequantize(b)
+        found[:, r] = ((away @ gram) * away).sum(1)
+    return found.clamp_min_(0)
 
 
 def slow_sweep(weight: Tensor, gram: Tensor, made: Quantized, damping: float) -> Tensor:

@@ -109,24 +109,6 @@ def sort(values: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]
     return ordered, weights.expand(values.shape).gather(1, index)
 
 
-def kmeans(values: Tensor, weights: Tensor | None, k: int, init: Init = "quantile", rounds: int = 100) -> Tensor:
-    """Centroids of each row, non-decreasing: (out, k) float32.
-
-    values: (out, n) float32, in any order. weights: (out, n), or (n,) for all rows, or None for equal ones; not negative.
-    rounds: Lloyd steps at most; it stops when no border moves. Raises ValueError for a tree of other than 2**b clusters.
-    """
-    runs = Runs(*sort(values, weights))
-    return runs.means(lloyd(runs, start(runs, k, init), rounds))
-
-
-def split(values: Tensor, weights: Tensor, borders: Tensor) -> Tensor:
-    """Cut every cluster in two where the weighted squared error falls most: (out, 2 k + 1) int64; see `Runs.split`.
-
-    values, weights: (out, n) float32, as `sort` returns them. borders: (out, k + 1) int64.
-    """
-    return Runs(values, weights).split(borders)
-
-
 def start(runs: Runs, k: int, init: Init) -> Tensor:
     """Borders to begin with: (out, k + 1) int64."""
     values = runs.values

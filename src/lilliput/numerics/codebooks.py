@@ -17,7 +17,7 @@ Deviation: there entries are float16; ours are 7 bits over an affine grid, which
 import torch
 from torch import Tensor
 
-from lilliput.numerics.grids import Refit, grouped, half_scale, offset_grid
+from lilliput.numerics.grids import Refit, grouped
 from lilliput.numerics.nested import look_up
 from lilliput.numerics.packing import LEVEL_BITS, LEVEL_MIDDLE, TABLE_BITS
 
@@ -45,26 +45,6 @@ def round_table(centres: Tensor) -> Tensor:
     if centres.shape[1] > 2**TABLE_BITS or not bool((centres[:, 1:] >= centres[:, :-1]).all()) or _undefined(centres):
         raise ValueError(f"centres {tuple(centres.shape)} are not at most {2**TABLE_BITS} a row, finite and in order")
     return centres.round().clamp(0, _TOP).to(torch.uint8)
-
-
-def from_centroids(centroids: Tensor, sym: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The grid of whole rows (group_size -1) that spans each row's centroids, and the table that picks them from it.
-
-    centroids: (out, 2**b) float32, b <= 4, non-decreasing along a row. sym: the grid spans [-max |c|, max |c|].
-    Returns table (out, 2**b) uint8, scale and zero (out, 1) float16; zero is None when `sym`. Equal centroids have equal
-    entries. Raises ValueError as `round_table` does, ConfigError for a step beyond float16.
-    """
-    if _undefined(centroids):
-        raise ValueError("a centroid is not finite")
-    low, high = centroids.amin(1, keepdim=True), centroids.amax(1, keepdim=True)
-    if sym:
-        scale, zero = half_scale(torch.maximum(high.abs(), low.abs()) * (2 / _TOP)), None
-    else:
-        middle, flat = (high + low) / 2, high == low
-        # Equal centroids span nothing: as in minmax_grid, a level stands half a step from the middle, on their value.
-        step = torch.where(flat, 2 * middle.abs(), (high - low) / _TOP)
-        scale, zero = offset_grid(step, torch.where(flat, torch.zeros_like(middle), middle))
-    return round_table(positions(centroids, scale, zero, -1)), scale, zero
 
 
 def encode(weight: Tensor, table: Tensor, scale: Tensor, zero: Tensor | None, group_size: int) -> Tensor:

@@ -194,21 +194,13 @@ class _Ladder:
         return whole.to(torch.uint8), level
 
 
-def row_errors(weight: Tensor, made: Quantized, gram: Tensor) -> Tensor:
-    """d G d^T of every row at every width, d = w - q: (out, widths) float32."""
-    found = torch.empty((len(weight), len(made.bits)))
-    for r, b in enumerate(made.bits):
-        away = weight - made.dequantize(b)
-        found[:, r] = ((away @ gram) * away).sum(1)
-    return found.clamp_min_(0)
-
-
 def refit(weight: Tensor, made: Quantized, gram: Tensor, widths: Sequence[int]) -> tuple[Quantized, Tensor]:
     """Scales and zeros that lower the error of the output for the codes there are, and the errors that are left.
 
     Group by group the best scale and zero are solved for while the other groups stay; what float16 makes of them is taken
     only where it lowers the error. weight: (out, in) float32. gram: (in, in) float32, damped. widths: some of the ladder,
-    whose grids are fitted. Returns the same codes on new grids, and (out, widths) float32 as `row_errors`.
+    whose grids are fitted. Returns the same codes on new grids, and d G d^T of every row at each of
+    those widths, d = w - q: (out, widths) float32.
     """
     out, columns = weight.shape
     size = columns if made.group_size == -1 else made.group_size

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from lilliput.methods.quantize.any_precision import AnyPrecision, felt_of, tree
 from lilliput.methods.quantize.rtn import RTN
-from lilliput.numerics.clusters import kmeans
+from lilliput.numerics.clusters import Runs, lloyd, sort, start
 from lilliput.numerics.nested import Quantized
 
 BITS = (2, 3, 4)
@@ -38,7 +38,8 @@ def test_centres_are_weighted_means_of_their_members_in_order(refine: int) -> No
 def test_without_refinement_the_seed_is_weighted_k_means() -> None:
     values, felt = draw(1)
     made = tree(values, felt, BITS, refine=0)
-    plain = [kmeans(values, felt, 4, init) for init in ("tree", "quantile")]
+    runs = Runs(*sort(values, felt))
+    plain = [runs.means(lloyd(runs, start(runs, 4, init))) for init in ("tree", "quantile")]
 
     def cost(centres: Tensor) -> Tensor:
         return (felt[..., None] * (values[..., None] - centres[:, None]).square()).amin(-1).sum(1)

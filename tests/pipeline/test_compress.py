@@ -139,9 +139,9 @@ def test_a_run_that_dies_amid_a_step_or_while_finishing_goes_on_to_the_same_byte
     llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compress(llama, tmp_path / "whole", **wanda(text))  # type: ignore[arg-type]
-    from lilliput.pipeline.compress import Tensors
+    from lilliput.pipeline import run as module
+    from lilliput.pipeline.run import Tensors
 
-    module = sys.modules["lilliput.pipeline.compress"]
     calls = iter(range(10**6))
     put = Tensors.quantized
 
@@ -352,7 +352,7 @@ def test_a_broken_width_fails_the_gate_and_its_work_is_not_lost(llama: Path, tmp
 def test_a_damaged_artifact_is_caught_before_it_is_published(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lilliput.pipeline.compress import Tensors
+    from lilliput.pipeline.run import Tensors
 
     put = Tensors.quantized
 

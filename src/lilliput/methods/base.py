@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from lilliput.core.spec import ModelSpec
     from lilliput.data.streams import Batches
     from lilliput.methods.journal import Activations
-    from lilliput.models.checkpoint import TensorInfo
     from lilliput.models.decoder import Block, Decoder
     from lilliput.models.encoder import Encoder
+    from lilliput.models.origins import TensorInfo
 
 
 ENDS = ("embed_tokens", "embed_patches", "lm_head")

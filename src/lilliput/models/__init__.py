@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lilliput.models.checkpoint import Checkpoint as Checkpoint
     from lilliput.models.checkpoint import Matrix as Matrix
-    from lilliput.models.checkpoint import TensorInfo as TensorInfo
     from lilliput.models.decoder import Block as Block
     from lilliput.models.decoder import Decoder as Decoder
     from lilliput.models.decoder import load_block as load_block
@@ -19,13 +18,15 @@ if TYPE_CHECKING:
     from lilliput.models.encoder import EncoderBlock as EncoderBlock
     from lilliput.models.encoder import load_encoder as load_encoder
     from lilliput.models.encoder import load_encoder_block as load_encoder_block
+    from lilliput.models.origins import TensorInfo as TensorInfo
     from lilliput.models.summary import ModelSummary as ModelSummary
     from lilliput.models.summary import describe as describe
 
 _HOMES = {
-    "checkpoint": ("Checkpoint", "Matrix", "TensorInfo"),
+    "checkpoint": ("Checkpoint", "Matrix"),
     "decoder": ("Block", "Decoder", "load_block", "load_decoder", "load_ends"),
     "encoder": ("Encoder", "EncoderBlock", "load_encoder", "load_encoder_block"),
+    "origins": ("TensorInfo",),
     "summary": ("ModelSummary", "describe"),
 }
 __all__ = [

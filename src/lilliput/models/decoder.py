@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from lilliput.core.errors import OutOfResource, Unsupported
 from lilliput.core.spec import Activation, AnySpec, EncoderActivation, ModelSpec, Norm, Rotary
-from lilliput.models.checkpoint import TensorInfo
+from lilliput.models.origins import TensorInfo
 
 if TYPE_CHECKING:
     from lilliput.models.checkpoint import Checkpoint

@@ -20,6 +20,7 @@ POOLING = "1_Pooling"
 """The one folder of a checkpoint we look into: in sentence encoders its config.json says how tokens become one vector."""
 UNWANTED = ("[!1]*/*", "1[!_]*/*", "1_[!P]*/*", "*/*.safetensors", "consolidated*")
 """Other copies of the same weights, which some repositories carry; a pattern's * runs over separators."""
+AGAIN = "Download the checkpoint again"
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")

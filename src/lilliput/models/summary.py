@@ -8,8 +8,9 @@ from pydantic import BaseModel
 
 from lilliput.core.errors import InputCorrupt, InputMissing
 from lilliput.core.spec import AnySpec, ModelSpec, PatchInputs
-from lilliput.models.checkpoint import Checkpoint, Stored, TensorInfo
+from lilliput.models.checkpoint import Checkpoint
 from lilliput.models.config import read_config
+from lilliput.models.origins import Stored, TensorInfo
 from lilliput.models.source import first_line, inside, is_hub_id, locate
 
 _ROLES = {"embed": "embedding", "attn": "attention", "mlp": "feed-forward", "head": "head"}

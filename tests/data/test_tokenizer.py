@@ -50,7 +50,8 @@ def test_bos_stands_in_front_exactly_once_or_never(
 def test_bos_only_in_special_tokens_map_is_found(save: Save) -> None:
     folder = save(adds_bos=False, special={"bos_token": "<s>"})
     (folder / "tokenizer_config.json").write_text('{"add_bos_token": true}')
-    assert Tokenizer.open(folder).bos_id is not None
+    known = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert Tokenizer.open(folder).bos_id == known.token_to_id("<s>")
 
 
 def test_an_eos_the_post_processor_puts_behind_is_not_a_bos_and_is_not_added(save: Save) -> None:

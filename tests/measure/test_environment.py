@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -66,9 +67,18 @@ def test_an_arm_machine_is_described(tmp_path: Path) -> None:
     assert found["cpu_flags"] == ["asimd", "asimddp", "i8mm"]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
-def test_our_own_work_is_not_foreign() -> None:
+def test_our_own_work_is_not_foreign(monkeypatch: pytest.MonkeyPatch) -> None:
+    at = {"clock": 100.0, "busy": 50.0, "ours": 10.0}
+    stat = "cpu  {} 0 0 999 0 0 0 0\ncpu0 1 1 1 1 1 1 1 1\n"
+    times = SimpleNamespace(sysconf=lambda _: 100, times=lambda: (at["ours"], 0.0, 0.0, 0.0, at["clock"]))
+    monkeypatch.setattr(environment, "os", times)
+    monkeypatch.setattr(environment, "time", SimpleNamespace(monotonic=lambda: at["clock"]))
+    monkeypatch.setattr(environment, "_read", lambda _: stat.format(round(100 * at["busy"])))
     load = ForeignLoad()
-    sum(range(3_000_000))
-    found = load.cores()
-    assert found is None or found >= 0
+    assert load.cores() is None  # no time has passed
+    at.update(clock=102.0, busy=53.5, ours=11.0)
+    assert load.cores() == 1.25
+    at.update(ours=14.0)  # ticks are coarse: more than all there was
+    assert load.cores() == 0.0
+    monkeypatch.setattr(environment, "_read", lambda _: "")
+    assert load.cores() is None

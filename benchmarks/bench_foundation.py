@@ -1,6 +1,6 @@
 """Memory and time of the path from checkpoint to running artifact, on a random Llama of 1.1 billion parameters.
 
-    python benchmarks/bench_foundation.py --work /tmp/foundation [--shape 1.1b] [--max-ram 2GiB]
+    python benchmarks/bench_foundation.py --work build/foundation [--shape 1.1b] [--max-ram 2GiB]
 
 Each figure comes from a process of its own: its peak resident memory (ru_maxrss, which counts file pages mapped as well
 as memory allocated) and its wall time. This process stays small: a child's peak starts from its parent's. Writes benchmarks/results/foundation.jsonl.

@@ -1,36 +1,17 @@
-"""Timing and records for `bench_*.py`: run a thing often, append what came out with the conditions it came under."""
+"""Records of benchmarks: append what came out with the conditions it came under."""
 
 import json
-import time
-from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from lilliput.measure.environment import ForeignLoad, describe
 
 RESULTS = Path(__file__).parent / "results"
 
 _load = ForeignLoad()
-
-
-def time_ns(
-    function: Callable[..., Any], /, *args: Any, rounds: int = 30, warm_up_s: float = 0.1, **kwargs: Any
-) -> npt.NDArray[np.int64]:
-    """Call `function(*args, **kwargs)` until warm_up_s have passed, then `rounds` times; (rounds,) ns of each call."""
-    end = time.perf_counter() + warm_up_s
-    function(*args, **kwargs)
-    while time.perf_counter() < end:
-        function(*args, **kwargs)
-    spent = np.empty(rounds, dtype=np.int64)
-    for i in range(rounds):
-        start = time.perf_counter_ns()
-        function(*args, **kwargs)
-        spent[i] = time.perf_counter_ns() - start
-    return spent
 
 
 def emit(name: str, **fields: Any) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Lilliput beside llama.cpp, ONNX Runtime and OpenVINO: the same shapes, tokens and threads, turn by turn.
 
-    python benchmarks/vs_llama_cpp.py --env peers --work /tmp/vs --shapes 110m,1.1b --rounds 5
+    python benchmarks/vs_llama_cpp.py --env peers --work build/vs --shapes 110m,1.1b --rounds 5
     python benchmarks/vs_llama_cpp.py --again 3f2a9c     print a run's tables from the results, measure nothing
 
 Appends a line for each contender of each round to benchmarks/results/vs_llama_cpp.jsonl. docs/benchmarks.md says what

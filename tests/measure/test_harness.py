@@ -19,14 +19,6 @@ def harness() -> ModuleType:
     return module
 
 
-def test_rounds_are_timed_after_a_warm_up(harness: ModuleType) -> None:
-    calls: list[int] = []
-    spent = harness.time_ns(calls.append, 1, rounds=5, warm_up_s=0.0)
-    assert spent.shape == (5,)
-    assert spent.dtype == np.int64
-    assert len(calls) >= 6
-
-
 def test_lines_are_appended_with_their_conditions(
     harness: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,7 +26,7 @@ def command(out: Output, model: str, tower: str | None) -> None:
     JSON of an artifact:
       {"kind": "artifact", "path", "size_bytes", "bits": [int], "rows": [{"bits", "size_bytes", "kl",
        "top1_agreement", "cosine", "error"}], "manifest": {...}, "integer": null, or of the integer graph
-       {"nodes", "edges": {bits: count}, "positions", "kl", "top1_agreement"}}
+       {"nodes", "edges": {bits: count}, "positions", "kl", "top1_agreement", "cosine"}}
     JSON of a checkpoint:
       {"kind": "checkpoint", "source", "family", "parameters", "size_bytes", "dtypes": {dtype: parameters}, "layers",
        "hidden_size", "heads", "kv_heads", "vocab_size", "context", "sliding_window", "tied_head",

@@ -121,12 +121,13 @@ class Run:
         """Do what is left to do and publish; see `compress`."""
         self.progress.say("reading the model's files for their checksum")
         tools = {"lilliput": __version__} | {name: version(name) for name in ("torch", "numpy", "tokenizers")}
-        spec, work = self.checkpoint.spec, self.work
+        spec = self.checkpoint.spec
         tokenizer = None if self.pictures else tokenizer_of(self.checkpoint)
         data: Batches | Pictures | None = None
         told: DataInfo | None = None
-        if work.needs_calibration:
-            data, told = calibration(spec, self.options, tokenizer, self.spent.batch, bos=work.maker is not None)
+        if self.work.needs_calibration:
+            bos = self.work.maker is not None
+            data, told = calibration(spec, self.options, tokenizer, self.spent.batch, bos=bos)
         shown = probe(spec, tokenizer)
         parts = self._parts(tools, told)
         key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -145,8 +146,8 @@ class Run:
             else:
                 quality = measure(self.folder, shown[0].tolist(), logits)
             graph: QualityEntry | EmbeddingQuality | None = None
-            if work.maker:
-                bits = work.maker.bits
+            if self.work.maker:
+                bits = self.work.maker.bits
                 if isinstance(spec, EncoderSpec):
                     graph = measure_integer_vectors(self.folder, shown, logits[FLOAT], bits, probe_is)
                 else:

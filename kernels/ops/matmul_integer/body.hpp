@@ -148,7 +148,7 @@ LILLIPUT_INLINE void multiply_rows(const IntegerJob& job, int64_t rows, int64_t 
     return;
   }
   uint8_t* data = scratch + (64 - reinterpret_cast<uintptr_t>(scratch) % 64) % 64;
-  const int64_t most = panel_tiles(job.w.columns);
+  const int64_t most = panel_tiles(job.w.columns, has_high<I, C> ? 2 : 1);
   for (int64_t begin = tile_begin; begin < tile_end; begin += most) {
     const int64_t count = tile_end - begin < most ? tile_end - begin : most;
     const auto panel = [&](int64_t n) { return Panel<I, C>{data + n * input_tiles * Panel<I, C>::kTile}; };

@@ -10,8 +10,8 @@ struct Avx512Bw : Zmm {
   typedef Bytes Partial;
   static constexpr bool kSplit = true;
 
-  // Sums of two products of a code and an int8, in int16: eight steps of nibbles, sixteen of 2-bit codes and eight of
-  // those times four stay within it: 8 * 2 * 15 * 127 = 30480, 16 * 2 * 3 * 127 = 12192, 8 * 2 * 12 * 127 = 24384.
+  // Sums of two products of a code and an int8, in int16: eight steps of nibbles, sixteen of 3-bit codes and eight of
+  // 2-bit codes times four stay within it: 8 * 2 * 15 * 127 = 30480, 16 * 2 * 7 * 127 = 28448, 8 * 2 * 12 * 127 = 24384.
   LILLIPUT_INLINE Partial begin() { return _mm512_setzero_si512(); }
   template <int T, int First, int Each>
   LILLIPUT_INLINE void steps(Partial p[T], const Bytes codes[8], const int8_t* const x[T], int64_t at) {
@@ -36,6 +36,10 @@ struct Avx512Bw : Zmm {
         if (T > 1) asm("" : "+v"(p[t]), "+v"(q[t]));
       }
   }
+  LILLIPUT_INLINE Partial more(Partial p, Bytes codes, Bytes four) {
+    return _mm512_add_epi16(p, _mm512_maddubs_epi16(codes, four));
+  }
+  LILLIPUT_INLINE void hold(Partial& p) { asm("" : "+v"(p)); }
   template <int F>
   LILLIPUT_INLINE Sums widen(Sums sums, Partial p) {
     return sums + (Sums)_mm512_madd_epi16(p, _mm512_set1_epi16(F));

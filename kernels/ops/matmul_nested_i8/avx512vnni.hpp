@@ -15,6 +15,10 @@ struct Avx512Vnni : Zmm {
   LILLIPUT_INLINE void steps(Partial p[T], const Bytes codes[8], const int8_t* const x[T], int64_t at) {
     for (int t = 0; t < T; ++t) p[t] += dot(codes, x[t] + at);
   }
+  LILLIPUT_INLINE Partial more(Partial p, Bytes codes, Bytes four) {
+    return (Sums)_mm512_dpbusd_epi32((__m512i)p, codes, four);
+  }
+  LILLIPUT_INLINE void hold(Partial& p) { asm("" : "+v"(p)); }
   template <int>
   LILLIPUT_INLINE Sums widen(Sums sums, Partial p) { return sums + p; }
 

@@ -9,6 +9,10 @@
 //     I::steps<T, E, J>(p, codes, x, at)  adds steps E, E + J, .. of 8 to the partial sums of T tokens, inputs at x[t] + at
 //     I::both_steps<T>(p, q, low, high, x, at)  the same of low and high nibbles at once, where I splits
 //     I::widen<F>(sums, p)            sums + F * p; F is 1 unless I splits
+//     I::kAbreast                     rows of tiles that a block of tokens takes at once from a panel; where it is not 1:
+//     I::more(p, codes, four)         p + the products of one step and `four`, I::inputs of a token
+//     I::hold(p)                      keeps the compiler from adding in another order than it is told
+//     I::interleave(rows, count, to)  kBlock rows of `count` times 4 bytes as (count, kBlock)
 //
 // Unpacking is written once for all of them. As in vec.hpp, everything has internal linkage and stays inline.
 #pragma once
@@ -204,7 +208,8 @@ struct Packed {
   static constexpr bool kPacked = true;
 };
 
-// Codes unpacked beforehand: for each tile eight lines of low parts, then eight of high ones if there are any.
+// Codes unpacked beforehand: for each tile eight lines of low parts, then eight of high ones if there are any. Unlike
+// unpacked ones those of the cut f21 are not doubled, as their shift costs little here.
 template <class I, Cut C>
 struct Panel {
   static constexpr int64_t kTile = has_high<I, C> ? 1024 : 512;
@@ -219,7 +224,7 @@ struct Panel {
         typename I::Bytes low[8], high[8];
         from.codes(tile, part, low, high);
         uint8_t* to = data + tile * kTile + 4 * I::kRows * part;
-        for (int j = 0; j < 8; ++j) I::keep(to + 64 * j, low[j]);
+        for (int j = 0; j < 8; ++j) I::keep(to + 64 * j, C == Cut::f21 ? I::template right<1>(low[j]) : low[j]);
         if constexpr (has_high<I, C>)
           for (int j = 0; j < 8; ++j) I::keep(to + 512 + 64 * j, high[j]);
       }
@@ -233,15 +238,20 @@ struct Panel {
 
 // What a group of a token adds apart from its products, (tokens of a block, groups) each.
 struct Terms {
-  int32_t* middle;  // (2^bits - 1) sum; -sum where codes come lowered by 128
+  int32_t* middle;  // -(2^bits - 1) sum; sum where codes come lowered by 128
   float* twice;     // 2 sum
   float* half;      // scale / 2
 };
 
 template <class I>
+LILLIPUT_INLINE int32_t middle_factor(const NestedView& w) {
+  return I::kSigned && w.bits == 8 ? 1 : 1 - (1 << w.bits);
+}
+
+template <class I>
 LILLIPUT_INLINE void fill_terms(const NestedView& w, const QuantizedView& x, int64_t first_token, int64_t count,
                                 const Terms& to) {
-  const int32_t middle = I::kSigned && w.bits == 8 ? -1 : (1 << w.bits) - 1;
+  const int32_t middle = middle_factor<I>(w);
   const int64_t at = first_token * x.groups, size = count * x.groups;
   for (int64_t n = 0; n < size; ++n) to.middle[n] = middle * x.sum[at + n];
   for (int64_t n = 0; n < size; ++n) to.twice[n] = static_cast<float>(2 * x.sum[at + n]);
@@ -249,11 +259,15 @@ LILLIPUT_INLINE void fill_terms(const NestedView& w, const QuantizedView& x, int
 }
 
 // Everything is doubled, which costs nothing where widening multiplies and for codes that are doubled already.
-template <class I, Cut C>
-constexpr int twice = I::kSplit && C != Cut::f21 ? 2 : 1;
+template <class I, Cut C, bool kPacked>
+constexpr bool codes_doubled = C == Cut::f21 && kPacked;
+template <class I, Cut C, bool kPacked>
+constexpr int twice = I::kSplit && !codes_doubled<I, C, kPacked> ? 2 : 1;
+template <class I, Cut C, bool kPacked>
+constexpr bool sums_doubled = I::kSplit || codes_doubled<I, C, kPacked>;
 
 // `Times` the products of `Tiles` tiles added to the sums. Partial sums in int16 hold those of two tiles of 2-bit codes.
-template <class I, Cut C, int T, int Tiles, int Times = twice<I, C>, class Source>
+template <class I, Cut C, int T, int Tiles, int Times, class Source>
 LILLIPUT_INLINE void add_tiles(const Source& source, int64_t tile, int part, const int8_t* const codes[T],
                                typename I::Sums sums[T]) {
   using B = typename I::Bytes;
@@ -301,7 +315,7 @@ LILLIPUT_INLINE void multiply_tokens(const NestedView& w, int64_t row_tile, cons
                                      const Terms& terms, int64_t first_token, int count, float* y, int64_t ldy) {
   using F = typename I::Floats;
   constexpr int kParts = kTileRows / I::kRows;
-  constexpr int kRun = I::kSplit && C == Cut::f2 ? 2 : 1;
+  constexpr int kRun = I::kSplit && C == Cut::f2 ? 2 : 1, kTimes = twice<I, C, Source::kPacked>;
   const int64_t input_tiles = x.stride / kTileInputs, group_tiles = (w.group + kTileInputs - 1) / kTileInputs;
   const int64_t rest = w.out - row_tile * kTileRows, rows = rest < kTileRows ? rest : kTileRows;
   const int8_t* codes[T];
@@ -323,9 +337,9 @@ LILLIPUT_INLINE void multiply_tokens(const NestedView& w, int64_t row_tile, cons
       for (int n = 0; n < kRun; ++n) source.fetch(tile + n);
       for (int part = 0; part < kParts; ++part) {
         if (kRun == 2 && tile + 1 < end)
-          add_tiles<I, C, T, kRun>(source, tile, part, codes, dots[part]);
+          add_tiles<I, C, T, kRun, kTimes>(source, tile, part, codes, dots[part]);
         else
-          add_tiles<I, C, T, 1>(source, tile, part, codes, dots[part]);
+          add_tiles<I, C, T, 1, kTimes>(source, tile, part, codes, dots[part]);
       }
     }
     tile = end;
@@ -334,8 +348,8 @@ LILLIPUT_INLINE void multiply_tokens(const NestedView& w, int64_t row_tile, cons
       const F ws = I::halves(wscale + g * kTileRows + part * I::kRows);
       const F wz = wzero ? I::halves(wzero + g * kTileRows + part * I::kRows) : I::zero();
       for (int t = 0; t < T; ++t) {
-        const auto d = I::kSplit || C == Cut::f21 ? dots[part][t] : dots[part][t] + dots[part][t];
-        F e = I::to_floats(d - I::spread_sum(terms.middle[place[t] + g]));
+        const auto d = sums_doubled<I, C, Source::kPacked> ? dots[part][t] : dots[part][t] + dots[part][t];
+        F e = I::to_floats(d + I::spread_sum(terms.middle[place[t] + g]));
         if (wzero) e = e - wz * I::spread(terms.twice[place[t] + g]);
         float* to = result + t * kTileRows + part * I::kRows;
         I::store(to, I::load_floats(to) + (ws * I::spread(terms.half[place[t] + g])) * e);
@@ -371,6 +385,131 @@ static __attribute__((noinline)) void multiply_some(const NestedView& w, int64_t
     multiply_tokens<I, C, I::kBlock>(w, row_tile, source, x, terms, t, count, y, ldy);
 }
 
+// A block of tokens as the rows of tiles abreast read it: one stream, whatever the tokens are apart.
+template <class I>
+struct Block {
+  int8_t* codes;  // (inputs / 4, kBlock, 4)
+  Terms terms;    // (groups, kBlock) each
+
+  // The places beyond `count` hold the first token once more.
+  inline __attribute__((always_inline)) void fill(const NestedView& w, const QuantizedView& x, int64_t first_token,
+                                                  int count) const {
+    const void *at[I::kBlock], *sum[I::kBlock], *scale[I::kBlock];
+    for (int t = 0; t < I::kBlock; ++t) {
+      const int64_t token = first_token + (t < count ? t : 0);
+      at[t] = x.codes + token * x.stride;
+      sum[t] = x.sum + token * x.groups;
+      scale[t] = x.scale + token * x.groups;
+    }
+    I::interleave(at, x.stride / 4, codes);
+    I::interleave(sum, x.groups, terms.middle);
+    I::interleave(scale, x.groups, terms.half);
+    const int32_t middle = middle_factor<I>(w);
+    const int64_t size = x.groups * I::kBlock;
+    for (int64_t n = 0; n < size; ++n) terms.twice[n] = static_cast<float>(2 * terms.middle[n]);
+    for (int64_t n = 0; n < size; ++n) terms.middle[n] *= middle;
+    for (int64_t n = 0; n < size; ++n) terms.half[n] *= 0.5f;
+  }
+};
+
+// `Times` the products of `Tiles` tiles of R rows of tiles, `apart` bytes between them, and a block added to the sums.
+template <class I, Cut C, int R, int Tiles, int Times>
+LILLIPUT_INLINE void add_abreast(const uint8_t* lines, int64_t apart, const int8_t* x,
+                                 typename I::Sums sums[R][I::kBlock]) {
+  constexpr int T = I::kBlock;
+  typename I::Partial p[R][T], q[R][T];
+  for (int r = 0; r < R; ++r)
+    for (int t = 0; t < T; ++t) p[r][t] = q[r][t] = I::begin();
+#pragma GCC unroll 2
+  for (int n = 0; n < Tiles; ++n)
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j) {
+      typename I::Bytes low[R], high[R];
+#pragma GCC unroll 2
+      for (int r = 0; r < R; ++r) {
+        const uint8_t* line = lines + r * apart + n * Panel<I, C>::kTile + 64 * j;
+        low[r] = I::load(line);
+        if constexpr (has_high<I, C>) high[r] = I::load(line + 512);
+      }
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t) {
+        const typename I::Bytes four = I::inputs(x + 4 * ((8 * n + j) * T + t));
+#pragma GCC unroll 2
+        for (int r = 0; r < R; ++r) {
+          p[r][t] = I::more(p[r][t], low[r], four);
+          I::hold(p[r][t]);
+          if constexpr (has_high<I, C>) {
+            q[r][t] = I::more(q[r][t], high[r], four);
+            I::hold(q[r][t]);
+          }
+        }
+      }
+    }
+#pragma GCC unroll 2
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+      sums[r][t] = I::template widen<Times>(sums[r][t], p[r][t]);
+      if constexpr (has_high<I, C>) sums[r][t] = I::template widen<16 * Times>(sums[r][t], q[r][t]);
+    }
+}
+
+// R rows of tiles from `row_tile` on, unpacked from `panel` on, against `count` of a block of tokens. A broadcast of
+// four inputs serves all of the rows; only the partial sums of a few tiles stay in registers.
+template <class I, Cut C, int R>
+static __attribute__((noinline)) void multiply_abreast(const NestedView& w, int64_t row_tile, const Panel<I, C>& panel,
+                                                       const Block<I>& block, int64_t input_tiles, int64_t groups,
+                                                       int count, float* y, int64_t ldy) {
+  using F = typename I::Floats;
+  static_assert(I::kRows == kTileRows);
+  constexpr int T = I::kBlock, kTimes = twice<I, C, false>;
+  constexpr int kRun = I::kSplit && (C == Cut::f2 || C == Cut::f21) ? 2 : 1;
+  const int64_t group_tiles = (w.group + kTileInputs - 1) / kTileInputs, apart = input_tiles * Panel<I, C>::kTile;
+  const uint8_t* lines = panel.data;
+  const int8_t* codes = block.codes;
+  const int32_t* middle = block.terms.middle;
+  const float *twice_sum = block.terms.twice, *half = block.terms.half;
+  const uint16_t* wscale = w.scale + row_tile * groups * kTileRows;
+  const uint16_t* wzero = w.zero ? w.zero + row_tile * groups * kTileRows : nullptr;
+  alignas(64) float result[R][T][kTileRows] = {};
+  for (int64_t g = 0, left = input_tiles; g < groups; ++g, middle += T, twice_sum += T, half += T) {
+    alignas(64) typename I::Sums sums[R][T];
+    for (int t = 0; t < T; ++t) {
+      const auto first = sums_doubled<I, C, false> ? I::spread_sum(middle[t]) : I::none();
+      for (int r = 0; r < R; ++r) sums[r][t] = first;
+    }
+    const int64_t rest = left < group_tiles ? 0 : left - group_tiles;
+    while (left > rest) {
+      asm volatile("" : "+m"(sums));  // kept in memory: registers are for the partial sums
+      const int run = kRun == 2 && left - rest > 1 ? 2 : 1;
+      if (run == kRun)
+        add_abreast<I, C, R, kRun, kTimes>(lines, apart, codes, sums);
+      else
+        add_abreast<I, C, R, 1, kTimes>(lines, apart, codes, sums);
+      lines += run * Panel<I, C>::kTile;
+      codes += run * kTileInputs * T;
+      left -= run;
+    }
+    for (int r = 0; r < R; ++r) {
+      const F ws = I::halves(wscale + (r * groups + g) * kTileRows);
+      const F wz = wzero ? I::halves(wzero + (r * groups + g) * kTileRows) : I::zero();
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t) {
+        const auto d = sums_doubled<I, C, false> ? sums[r][t] : sums[r][t] + sums[r][t] + I::spread_sum(middle[t]);
+        F e = I::to_floats(d);
+        if (wzero) e = e - wz * I::spread(twice_sum[t]);
+        I::store(result[r][t], I::load_floats(result[r][t]) + (ws * I::spread(half[t])) * e);
+      }
+    }
+    asm volatile("" : "+m"(result));
+  }
+  for (int r = 0; r < R; ++r) {
+    const int64_t rest = w.out - (row_tile + r) * kTileRows, rows = rest < kTileRows ? rest : kTileRows;
+    for (int t = 0; t < count; ++t)
+      std::memcpy(y + t * ldy + (row_tile + r) * kTileRows, result[r][t], static_cast<size_t>(rows) * sizeof(float));
+  }
+}
+
 template <class I, Cut C>
 LILLIPUT_INLINE void multiply_cut(const NestedView& w, const QuantizedView& x, int64_t tokens, float* y, int64_t ldy,
                                   int64_t tile_begin, int64_t tile_end, uint8_t* scratch) {
@@ -390,15 +529,30 @@ LILLIPUT_INLINE void multiply_cut(const NestedView& w, const QuantizedView& x, i
     return;
   }
   data += terms_bytes(w.columns);
-  const int64_t most = panel_tiles(w.columns);
+  auto* block_codes = reinterpret_cast<int8_t*>(data);
+  data += kMostI8Tokens * x.stride;
+  const int64_t most = panel_tiles(w.columns, has_high<I, C> ? 2 : 1);
   for (int64_t begin = tile_begin; begin < tile_end; begin += most) {
     const int64_t count = tile_end - begin < most ? tile_end - begin : most;
     const auto panel = [&](int64_t n) { return Panel<I, C>{data + n * input_tiles * Panel<I, C>::kTile}; };
     for (int64_t n = 0; n < count; ++n) panel(n).fill(w, (begin + n) * input_tiles, input_tiles);
     for (int64_t t = 0; t < tokens; t += I::kBlock) {
       const int block = tokens - t < I::kBlock ? static_cast<int>(tokens - t) : I::kBlock;
-      fill_terms<I>(w, x, t, block, terms);
-      for (int64_t n = 0; n < count; ++n) multiply_some<I, C>(w, begin + n, panel(n), x, terms, t, block, y, ldy);
+      int64_t n = 0;
+      if constexpr (I::kAbreast > 1) {
+        constexpr int kRows = has_high<I, C> ? 1 : I::kAbreast;  // two nibbles share a broadcast as well
+        const Block<I> tokens_at{block_codes, terms};
+        if (block > I::kBlock / 2) {
+          tokens_at.fill(w, x, t, block);
+          float* to = y + t * ldy;
+          for (; n + kRows <= count; n += kRows)
+            multiply_abreast<I, C, kRows>(w, begin + n, panel(n), tokens_at, input_tiles, x.groups, block, to, ldy);
+          for (; n < count; ++n)
+            multiply_abreast<I, C, 1>(w, begin + n, panel(n), tokens_at, input_tiles, x.groups, block, to, ldy);
+        }
+      }
+      if (n < count) fill_terms<I>(w, x, t, block, terms);
+      for (; n < count; ++n) multiply_some<I, C>(w, begin + n, panel(n), x, terms, t, block, y, ldy);
     }
   }
 }

@@ -19,8 +19,8 @@ namespace lilliput {
 
 // 255 * 127 times this stays below 2^31. Wider groups have no int8 path.
 constexpr int64_t kWidestI8Group = 65536;
-constexpr int64_t kPanelBytes = 256 * 1024;  // codes unpacked at once for several tokens: part of an L2 cache
-constexpr int64_t kPanelTiles = 4;           // row tiles a panel at most
+constexpr int64_t kPanelBytes = 384 * 1024;  // codes unpacked at once for several tokens: part of an L2 cache
+constexpr int64_t kPanelTiles = 8;           // row tiles a panel at most
 constexpr int64_t kMostI8Tokens = 8;         // tokens multiplied at once at most
 
 // The functions here are static for the reason given in vec.hpp.
@@ -30,10 +30,15 @@ static constexpr bool fits_i8(int64_t columns, int64_t group) {
   return (group < columns ? group : columns) <= kWidestI8Group && (group % kTileInputs == 0 || group >= columns);
 }
 
-// Row tiles a panel of codes has room for. A code may take two bytes, one a nibble.
-static constexpr int64_t panel_tiles(int64_t columns) {
-  const int64_t tile = 2 * kTileRows * quantized_stride(columns);
-  return kPanelBytes / tile < 1 ? 1 : kPanelBytes / tile > kPanelTiles ? kPanelTiles : kPanelBytes / tile;
+// Row tiles a panel has room for, codes taking one byte or two (a nibble each).
+static constexpr int64_t panel_tiles(int64_t columns, int64_t bytes) {
+  const int64_t tile = bytes * kTileRows * quantized_stride(columns), most = kPanelBytes / tile;
+  return most < 1 ? 1 : most > kPanelTiles ? kPanelTiles : most;
+}
+static constexpr int64_t panel_bytes(int64_t columns) {
+  const int64_t tile = kTileRows * quantized_stride(columns), narrow = panel_tiles(columns, 1) * tile;
+  const int64_t wide = panel_tiles(columns, 2) * 2 * tile;
+  return narrow > wide ? narrow : wide;
 }
 
 // Bytes of three numbers for each token of a block and each group; a group that the variants take has 32 inputs or all.
@@ -42,9 +47,10 @@ static constexpr int64_t terms_bytes(int64_t columns) {
   return (3 * 4 * kMostI8Tokens * groups + 63) / 64 * 64;
 }
 
-// Bytes of scratch for `columns` inputs, 64 of them to align it.
+// Bytes of scratch for `columns` inputs: terms and codes of a block, a panel, and 64 to align them.
 static constexpr int64_t matmul_nested_i8_scratch(int64_t columns) {
-  return panel_tiles(columns) * 2 * kTileRows * quantized_stride(columns) + terms_bytes(columns) + 64;
+  const int64_t block = kMostI8Tokens * quantized_stride(columns);
+  return terms_bytes(columns) + block + panel_bytes(columns) + 64;
 }
 
 // Rows [16 * tile_begin, min(16 * tile_end, out)) of y. x: `tokens` tokens; y: (tokens, ldy) float32;

@@ -13,7 +13,7 @@ struct Neon {
   typedef uint8x16_t Bytes;
   typedef int32x4_t Sums;
   typedef float32x4_t Floats;
-  static constexpr int kRows = 4, kBlock = 4;
+  static constexpr int kRows = 4, kBlock = 4, kAbreast = 1;
   static constexpr bool kSplit = false, kSigned = true;
 
   LILLIPUT_INLINE Bytes load(const uint8_t* from) { return vld1q_u8(from); }

@@ -12,7 +12,7 @@ struct Ymm {
   typedef __m256i Bytes;
   typedef int32_t Sums __attribute__((vector_size(32)));
   typedef float Floats __attribute__((vector_size(32)));
-  static constexpr int kRows = 8, kBlock = 4;
+  static constexpr int kRows = 8, kBlock = 4, kAbreast = 1;
   static constexpr bool kSigned = false;
 
   LILLIPUT_INLINE Bytes load(const uint8_t* from) {

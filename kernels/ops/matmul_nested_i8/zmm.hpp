@@ -12,7 +12,7 @@ struct Zmm {
   typedef __m512i Bytes;
   typedef int32_t Sums __attribute__((vector_size(64)));
   typedef float Floats __attribute__((vector_size(64)));
-  static constexpr int kRows = 16, kBlock = 8;
+  static constexpr int kRows = 16, kBlock = 8, kAbreast = 2;
   static constexpr bool kSigned = false;
 
   LILLIPUT_INLINE Bytes load(const uint8_t* from) { return _mm512_loadu_si512(from); }
@@ -56,6 +56,32 @@ struct Zmm {
       more += (Sums)_mm512_madd_epi16(b, _mm512_set1_epi16(1));
     }
     return sums + more;
+  }
+
+  // Eight rows of `count` times 4 bytes as (count, 8).
+  static inline void interleave(const void* const rows[kBlock], int64_t count, void* to) {
+    const __m512i pairs = _mm512_setr_epi32(0, 8, 16, 24, 1, 9, 17, 25, 2, 10, 18, 26, 3, 11, 19, 27);
+    const __m512i others = _mm512_add_epi32(pairs, _mm512_set1_epi32(4));
+    const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+    const auto two = [rows](int a, int64_t n) {
+      const auto at = [&](int r) {
+        return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(static_cast<const char*>(rows[r]) + 4 * n));
+      };
+      return _mm512_inserti64x4(_mm512_castsi256_si512(at(a)), at(a + 1), 1);
+    };
+    char* line = static_cast<char*>(to);
+    int64_t n = 0;
+    for (; n + 8 <= count; n += 8, line += 256) {
+      const __m512i a = two(0, n), b = two(2, n), c = two(4, n), d = two(6, n);
+      const __m512i ab = _mm512_permutex2var_epi32(a, pairs, b), cd = _mm512_permutex2var_epi32(c, pairs, d);
+      const __m512i ef = _mm512_permutex2var_epi32(a, others, b), gh = _mm512_permutex2var_epi32(c, others, d);
+      _mm512_storeu_si512(line, _mm512_permutex2var_epi64(ab, first, cd));
+      _mm512_storeu_si512(line + 64, _mm512_permutex2var_epi64(ab, second, cd));
+      _mm512_storeu_si512(line + 128, _mm512_permutex2var_epi64(ef, first, gh));
+      _mm512_storeu_si512(line + 192, _mm512_permutex2var_epi64(ef, second, gh));
+    }
+    for (; n < count; ++n, line += 32)
+      for (int r = 0; r < kBlock; ++r) std::memcpy(line + 4 * r, static_cast<const char*>(rows[r]) + 4 * n, 4);
   }
 
   LILLIPUT_INLINE Sums none() { return Sums{}; }

@@ -505,8 +505,13 @@ static __attribute__((noinline)) void multiply_abreast(const NestedView& w, int6
   }
   for (int r = 0; r < R; ++r) {
     const int64_t rest = w.out - (row_tile + r) * kTileRows, rows = rest < kTileRows ? rest : kTileRows;
-    for (int t = 0; t < count; ++t)
-      std::memcpy(y + t * ldy + (row_tile + r) * kTileRows, result[r][t], static_cast<size_t>(rows) * sizeof(float));
+    for (int t = 0; t < count; ++t) {
+      float* to = y + t * ldy + (row_tile + r) * kTileRows;
+      if (rows == kTileRows)
+        I::store(to, I::load_floats(result[r][t]));
+      else
+        for (int64_t n = 0; n < rows; ++n) to[n] = result[r][t][n];
+    }
   }
 }
 

@@ -208,8 +208,8 @@ struct Packed {
   static constexpr bool kPacked = true;
 };
 
-// Codes unpacked beforehand: for each tile eight lines of low parts, then eight of high ones if there are any. Unlike
-// unpacked ones those of the cut f21 are not doubled, as their shift costs little here.
+// Codes unpacked beforehand: for each tile eight lines of low parts, then eight of high ones if there are any. Those of
+// the cut f21 are halved again, which costs little here, so that int16 holds two tiles of them.
 template <class I, Cut C>
 struct Panel {
   static constexpr int64_t kTile = has_high<I, C> ? 1024 : 512;
@@ -238,7 +238,7 @@ struct Panel {
 
 // What a group of a token adds apart from its products, (tokens of a block, groups) each.
 struct Terms {
-  int32_t* middle;  // -(2^bits - 1) sum; sum where codes come lowered by 128
+  int32_t* middle;  // (1 - 2^bits) sum; sum where codes come lowered by 128
   float* twice;     // 2 sum
   float* half;      // scale / 2
 };
@@ -259,12 +259,12 @@ LILLIPUT_INLINE void fill_terms(const NestedView& w, const QuantizedView& x, int
 }
 
 // Everything is doubled, which costs nothing where widening multiplies and for codes that are doubled already.
-template <class I, Cut C, bool kPacked>
+template <Cut C, bool kPacked>
 constexpr bool codes_doubled = C == Cut::f21 && kPacked;
 template <class I, Cut C, bool kPacked>
-constexpr int twice = I::kSplit && !codes_doubled<I, C, kPacked> ? 2 : 1;
+constexpr int twice = I::kSplit && !codes_doubled<C, kPacked> ? 2 : 1;
 template <class I, Cut C, bool kPacked>
-constexpr bool sums_doubled = I::kSplit || codes_doubled<I, C, kPacked>;
+constexpr bool sums_doubled = I::kSplit || codes_doubled<C, kPacked>;
 
 // `Times` the products of `Tiles` tiles added to the sums. Partial sums in int16 hold those of two tiles of 2-bit codes.
 template <class I, Cut C, int T, int Tiles, int Times, class Source>
@@ -381,7 +381,7 @@ static __attribute__((noinline)) void multiply_some(const NestedView& w, int64_t
     multiply_tokens<I, C, 2>(w, row_tile, source, x, terms, t, count, y, ldy);
   else if (count <= 4)
     multiply_tokens<I, C, 4>(w, row_tile, source, x, terms, t, count, y, ldy);
-  else
+  else if constexpr (Source::kPacked || I::kAbreast == 1)
     multiply_tokens<I, C, I::kBlock>(w, row_tile, source, x, terms, t, count, y, ldy);
 }
 
@@ -546,14 +546,14 @@ LILLIPUT_INLINE void multiply_cut(const NestedView& w, const QuantizedView& x, i
       int64_t n = 0;
       if constexpr (I::kAbreast > 1) {
         constexpr int kRows = has_high<I, C> ? 1 : I::kAbreast;  // two nibbles share a broadcast as well
-        const Block<I> tokens_at{block_codes, terms};
         if (block > I::kBlock / 2) {
-          tokens_at.fill(w, x, t, block);
+          const Block<I> interleaved{block_codes, terms};
+          interleaved.fill(w, x, t, block);
           float* to = y + t * ldy;
           for (; n + kRows <= count; n += kRows)
-            multiply_abreast<I, C, kRows>(w, begin + n, panel(n), tokens_at, input_tiles, x.groups, block, to, ldy);
+            multiply_abreast<I, C, kRows>(w, begin + n, panel(n), interleaved, input_tiles, x.groups, block, to, ldy);
           for (; n < count; ++n)
-            multiply_abreast<I, C, 1>(w, begin + n, panel(n), tokens_at, input_tiles, x.groups, block, to, ldy);
+            multiply_abreast<I, C, 1>(w, begin + n, panel(n), interleaved, input_tiles, x.groups, block, to, ldy);
         }
       }
       if (n < count) fill_terms<I>(w, x, t, block, terms);

@@ -1,8 +1,10 @@
-"""matmul_nested_i8, one token: each variant and width, with even levels and with tables, from memory and from cache,
-against the raw read rate.
+"""matmul_nested_i8: each variant and width. One token, with even levels and with tables, from memory and from cache, against
+the raw read rate; and many tokens, in products a second.
 
 From memory: copies of a matrix, together about 300 MB, one after the other; a round times a plain read of one and the
-same memory and then every variant, so that a ratio sees one state of the machine. One thread. The call itself costs a few microseconds.
+same memory and then every variant, so that a ratio sees one state of the machine. Many tokens: the best of rounds that go
+through all variants, in processor time, so that other work on the machine counts less. One thread. The call itself costs a
+few microseconds.
 """
 
 import time
@@ -31,14 +33,46 @@ def linear_in(buffers: list[np.ndarray], out: int, columns: int) -> StoredLinear
     )  # fmt: skip
 
 
-def seconds(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def seconds(function: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    start = clock()
     function()
-    return time.perf_counter() - start
+    return clock() - start
 
 
-def main() -> None:
-    rng = np.random.default_rng(0)
+def random_planes(rng: np.random.Generator, weights: int, bits: int) -> list[np.ndarray]:
+    """Fields of the ladder: random ones as far as `bits` reads them, zeros behind."""
+    fields = fields_of(LADDER)
+    return [
+        rng.integers(0, 256, weights * f // 8, np.uint8)
+        if sum(fields[: n + 1]) <= bits
+        else np.zeros(weights * f // 8, np.uint8)
+        for n, f in enumerate(fields)
+    ]
+
+
+def many_tokens(rng: np.random.Generator) -> None:
+    """Products a second of 256 tokens, with scales alone and with zeros, quantizing the tokens included."""
+    tokens, names = 256, native.variants("matmul_nested_i8")[1:]
+    for out, columns in ((1024, 768), (1024, 2048), (512, 5632)):
+        x = rng.standard_normal((tokens, columns), dtype=np.float32)
+        for bits in LADDER:
+            scale = rng.integers(0x1000, 0x2000, out * columns // GROUP, np.uint16).view(np.uint8)
+            plain = linear_in([*random_planes(rng, out * columns, bits), scale], out, columns)
+            for kind, m in (("scales", plain), ("zeros", replace(plain, zero=plain.scale))):
+                best = dict.fromkeys(names, float("inf"))
+                for _ in range(ROUNDS):
+                    for name in names:
+                        spent = seconds(
+                            lambda n=name, m=m, b=bits, x=x: native.matmul_nested_i8(m, b, x, variant=n),
+                            clock=time.thread_time,
+                        )
+                        best[name] = min(best[name], spent)
+                for name in names:
+                    emit("matmul_nested_i8_many", variant=name, grid=kind, bits=bits, out=out, columns=columns, tokens=tokens,
+                         g_products_per_s=tokens * out * columns / best[name] / 1e9)  # fmt: skip
+
+
+def one_token(rng: np.random.Generator) -> None:
     for out, columns in ((2048, 2048), (5632, 2048)):
         x = rng.standard_normal((1, columns), dtype=np.float32)
         for bits in LADDER:
@@ -47,14 +81,7 @@ def main() -> None:
             weights = out * columns
             copies = []
             for _ in range(count):
-                planes = [
-                    rng.integers(0, 256, weights * f // 8 if sum(fields_of(LADDER)[: n + 1]) <= bits else 0, np.uint8)
-                    for n, f in enumerate(fields_of(LADDER))
-                ]
-                planes = [
-                    p if p.size else np.zeros(weights * f // 8, np.uint8)
-                    for p, f in zip(planes, fields_of(LADDER), strict=True)
-                ]
+                planes = random_planes(rng, weights, bits)
                 scale = rng.integers(0x1000, 0x2000, weights // GROUP, np.uint16).view(np.uint8)
                 copies.append(linear_in([*planes, scale], out, columns))
             read = [
@@ -89,6 +116,12 @@ def main() -> None:
                 emit("matmul_nested_i8", variant=name[0], levels=name[1], bits=bits, out=out, columns=columns, gb_per_s=rate, share_of_read=share,
                      read_gb_per_s=used * count / np.median(raw) / 1e9, in_cache_gb_per_s=used / hot / 1e9,
                      us=float(np.median(spent[name])) / count * 1e6, in_cache_us=hot * 1e6)  # fmt: skip
+
+
+def main() -> None:
+    rng = np.random.default_rng(0)
+    many_tokens(rng)
+    one_token(rng)
 
 
 if __name__ == "__main__":

@@ -455,13 +455,11 @@ LILLIPUT_INLINE void add_abreast(const uint8_t* lines, int64_t apart, const int8
 }
 
 // R rows of tiles from `row_tile` on, unpacked from `panel` on, against `count` of a block of tokens. A broadcast of
-// four inputs serves all of the rows; only the partial sums of a few tiles stay in registers. `step` bytes a tile from
-// `ahead` on, of the tokens that come next, are asked for meanwhile.
+// four inputs serves all of the rows; only the partial sums of a few tiles stay in registers.
 template <class I, Cut C, int R>
 static __attribute__((noinline)) void multiply_abreast(const NestedView& w, int64_t row_tile, const Panel<I, C>& panel,
                                                        const Block<I>& block, int64_t input_tiles, int64_t groups,
-                                                       int count, const int8_t* ahead, int64_t step, float* y,
-                                                       int64_t ldy) {
+                                                       int count, float* y, int64_t ldy) {
   using F = typename I::Floats;
   static_assert(I::kRows == kTileRows);
   constexpr int T = I::kBlock, kTimes = twice<I, C, false>;
@@ -491,8 +489,6 @@ static __attribute__((noinline)) void multiply_abreast(const NestedView& w, int6
       lines += run * Panel<I, C>::kTile;
       codes += run * kTileInputs * T;
       left -= run;
-      for (int64_t at = 0; at < run * step; at += 64) __builtin_prefetch(ahead + at, 0, 2);
-      ahead += run * step;
     }
     for (int r = 0; r < R; ++r) {
       const F ws = I::halves(wscale + (r * groups + g) * kTileRows);
@@ -554,17 +550,10 @@ LILLIPUT_INLINE void multiply_cut(const NestedView& w, const QuantizedView& x, i
           const Block<I> interleaved{block_codes, terms};
           interleaved.fill(w, x, t, block);
           float* to = y + t * ldy;
-          const int64_t behind = tokens - t - block, following = behind < I::kBlock ? behind : I::kBlock;
-          const int64_t step = following * kTileInputs * kRows / count;
-          const int8_t* next = x.codes + (t + block) * x.stride;
-          for (; n < count; n += kRows, next += step * input_tiles) {
-            if (n + kRows <= count)
-              multiply_abreast<I, C, kRows>(w, begin + n, panel(n), interleaved, input_tiles, x.groups, block, next, step,
-                                            to, ldy);
-            else
-              multiply_abreast<I, C, 1>(w, begin + n, panel(n), interleaved, input_tiles, x.groups, block, next, step, to,
-                                        ldy);
-          }
+          for (; n + kRows <= count; n += kRows)
+            multiply_abreast<I, C, kRows>(w, begin + n, panel(n), interleaved, input_tiles, x.groups, block, to, ldy);
+          for (; n < count; ++n)
+            multiply_abreast<I, C, 1>(w, begin + n, panel(n), interleaved, input_tiles, x.groups, block, to, ldy);
         }
       }
       if (n < count) fill_terms<I>(w, x, t, block, terms);

@@ -1,10 +1,10 @@
-"""matmul_nested_i8: each variant and width. One token, with even levels and with tables, from memory and from cache, against
-the raw read rate; and many tokens, in products a second.
+"""matmul_nested_i8, each variant and width: one token, with even levels and with tables, from memory and from cache,
+against the raw read rate; and many tokens, in products a second.
 
 From memory: copies of a matrix, together about 300 MB, one after the other; a round times a plain read of one and the
 same memory and then every variant, so that a ratio sees one state of the machine. Many tokens: the best of rounds that go
-through all variants, in processor time, so that other work on the machine counts less. One thread. The call itself costs a
-few microseconds.
+through all variants, in processor time, so that other work on the machine counts less. One thread. The call itself
+costs a few microseconds.
 """
 
 import time

@@ -17,7 +17,7 @@ from lilliput.core.graph import Attend, Embed, Linear, Norm  # noqa: E402
 from lilliput.export.onnx_nodes import MARGIN  # noqa: E402
 from lilliput.export.onnx_qdq import OnnxQdq  # noqa: E402
 from support.families import FAMILIES  # noqa: E402
-from support.integers import integer_model, some_tokens, tiny_decoder  # noqa: E402
+from support.integers import integer_model, some_tokens, tiny_decoder, tiny_encoder  # noqa: E402
 
 ORT = "onnxruntime is not installed, which runs the graphs"
 LENGTH = 24
@@ -243,6 +243,61 @@ def test_a_model_that_looks_both_ways_has_a_prefill_and_a_length(models: Any, tm
         write(IntegerModel(model.spec, graph, model.constants, model.linears, model.floats), tmp_path / "no")
 
 
+@pytest.mark.parametrize("family", ["bert", "clip"])
+@pytest.mark.parametrize("pooling", ["mean", "first", "last"])
+def test_an_encoder_is_one_graph_that_ends_in_its_vector(tmp_path: Path, family: str, pooling: str) -> None:
+    pytest.importorskip("onnxruntime", reason=ORT)
+    from lilliput.engine.oracle import Oracle
+    from lilliput.measure.agreement import compare
+
+    ids = some_tokens(15)
+    made = integer_model(tiny_encoder(tmp_path / "model", family), ids)
+    spec = made.spec.model_copy(update={"pooling": pooling})
+    model = IntegerModel(spec, made.graph, made.constants, made.linears, made.floats)
+    truth = Oracle(model).embed(ids)
+    vectors = []
+    for length in (None, 20):
+        folder = tmp_path / str(length)
+        manifest = write(model, folder, length=length)
+        assert list(manifest["models"]) == ["encoder.onnx"]
+        ports = manifest["models"]["encoder.onnx"]
+        told = [] if length is None or (family, pooling) == ("clip", "first") else ["length"]
+        assert [port["name"] for port in ports["inputs"]] == ["input_ids", *told]
+        assert [port["name"] for port in ports["outputs"]] == [model.graph.output, "vector"]
+        found = compare(folder, manifest, model, ids)
+        assert [text for text in found.problems if "given the same inputs" in text] == []
+        assert {row.name for row in found.sites} >= model.graph.edges.keys()
+        assert next(row for row in found.sites if row.kind == "embed").local_differ == 0
+        assert max(row.local_differ for row in found.sites) < 0.02
+        assert found.argmax_agreement is None
+        assert found.decoded == 0
+        assert found.cosine is not None
+        assert found.cosine > 0.999
+        lengths = {name: np.array([len(ids)]) for name in told}
+        filled = np.full((1, length or len(ids)), 5)  # what is behind the text is not seen
+        filled[0, : len(ids)] = ids
+        vectors.append(run(folder, "encoder.onnx", {"input_ids": filled} | lengths)["vector"][0])
+        assert vectors[-1].shape == truth.shape
+        assert float(vectors[-1] @ truth) > 0.999 * float(np.linalg.norm(vectors[-1]) * np.linalg.norm(truth))
+        assert np.abs(np.linalg.norm(vectors[-1]) / np.linalg.norm(truth) - 1) < 0.02  # of the definition's length too
+    assert np.abs(vectors[0] - vectors[1]).max() < 0.02 * np.abs(truth).max()
+
+
+def test_a_vector_that_is_another_is_found(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime", reason=ORT)
+    from lilliput.measure.agreement import compare
+
+    ids = some_tokens(15)
+    model = integer_model(tiny_encoder(tmp_path / "model", "bert"), ids)
+    manifest = write(model, tmp_path / "out")
+    proto = onnx.load(tmp_path / "out" / "encoder.onnx")
+    pool = next(node for node in proto.graph.node if node.output[0] == "vector")
+    pool.op_type = "ReduceMax"
+    onnx.save(proto, tmp_path / "out" / "encoder.onnx")
+    found = compare(tmp_path / "out", manifest, model, ids)
+    assert found.problems[-1].startswith("the vector has a cosine of 0.")
+
+
 def test_large_arrays_stand_in_one_file_for_both_graphs(models: Any, tmp_path: Path) -> None:
     model, ids = models("gemma2", 4), some_tokens(LENGTH)[None]
     write(model, tmp_path / "in")
@@ -309,6 +364,24 @@ def test_the_readme_runs(models: Any, tmp_path: Path, monkeypatch: pytest.Monkey
     # what was decoded one at a time is what a prefill of all of it gives
     again = np.zeros((1, length or names["count"]), np.int64)
     assert names["past"]["past.layers.0.attn.k"].shape[2] == again.shape[1]
+
+
+@pytest.mark.parametrize("length", [None, 20])
+def test_the_readme_of_an_encoder_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int | None) -> None:
+    pytest.importorskip("onnxruntime", reason=ORT)
+    from lilliput.engine.oracle import Oracle
+
+    model = integer_model(tiny_encoder(tmp_path / "model", "bert"), some_tokens(15))
+    write(model, tmp_path / "out", length=length)
+    text = (tmp_path / "out" / "README.md").read_text()
+    block = re.search(r"```python\n(.*?)```", text, re.DOTALL)
+    assert block
+    assert "Keys and values" not in text
+    monkeypatch.chdir(tmp_path / "out")
+    names: dict[str, Any] = {}
+    exec(block[1], names)
+    truth = Oracle(model).embed(names["tokens"])
+    assert float(names["vector"] @ truth) > 0.99 * float(np.linalg.norm(truth))
 
 
 @pytest.mark.parametrize(("length", "text"), [(0, "one token at least"), (257, "has 256 positions")])

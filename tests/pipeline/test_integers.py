@@ -19,7 +19,6 @@ from lilliput.data.streams import batches
 from lilliput.embedding import Embedder
 from lilliput.engine import Engine
 from lilliput.engine.oracle import Oracle
-from lilliput.export.base import export
 from lilliput.methods import METHODS
 from lilliput.pipeline import compress
 from support.encoders import write_encoder
@@ -203,11 +202,26 @@ def test_an_encoder_is_an_integer_model_too(tmp_path: Path, capsys: pytest.Captu
     assert (wide * real).sum(1).min() > max(0.99999, float(near.max()))
     with pytest.raises(ConfigError, match="weights of 8 bits, not 4"):
         Embedder(static, activations="integer").texts(["a"], bits=4)
-    with pytest.raises(Unsupported, match="bert encoder, which no format takes yet"):
-        export(artifact, tmp_path / "onnx", "onnx-qdq", None)  # type: ignore[arg-type]  # no form gets to see it
     chosen = Artifact.open(make("chosen", steps=0, budget16=3)).manifest.integer
     assert chosen is not None
     assert len(chosen.record["sixteen"]) == 3  # type: ignore[arg-type]
+
+
+def test_an_encoder_is_exported_and_held_to_the_oracle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed, which runs the graphs")
+    write_encoder(tmp_path / "bert", "bert")
+    lines, out = tmp_path / "lines.txt", tmp_path / "onnx"
+    lines.write_text("\n".join(LINES))
+    recipe = [{"mobilequant": {"steps": 0, "sites": {"*": 16}}}]
+    compress(tmp_path / "bert", tmp_path / "a", recipe=recipe, calibration=[lines], samples=24, length=32, gate=False)
+    (tmp_path / "text.txt").write_text(LINES[0])
+    for text in ([], ["--text", str(tmp_path / "text.txt")]):
+        told = said(
+            capsys, "export", str(tmp_path / "a"), "-o", str(out), "--verify", "--tokens", "20", "--force", *text
+        )
+        assert "vector: a cosine of 1.0000" in told or "vector: a cosine of 0.9999" in told
+        assert "first token" not in told
+        assert {path.name for path in out.iterdir()} >= {"encoder.onnx", "export.json", "tokenizer.json"}
 
 
 def test_training_brings_an_encoder_closer_to_its_original(tmp_path: Path) -> None:

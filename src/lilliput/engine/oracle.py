@@ -6,7 +6,7 @@ vector is the mean of; in between nothing is a float, which `strict` has every o
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -86,7 +86,7 @@ class Oracle:
         return value
 
     def embed(self, tokens: Sequence[int] | npt.NDArray[np.integer[Any]]) -> F32:
-        """The vector of one text, (embedding_size,), of no particular length; the second declared float step of encoders.
+        """The vector of one text, (embedding_size,), of no particular length.
 
         Raises Unsupported for a model that generates text, and as `feed` does.
         """
@@ -94,12 +94,16 @@ class Oracle:
         if not isinstance(spec, EncoderSpec):
             what = f"a {spec.family} decoder generates text"
             raise Unsupported(what, where="integer graph", fix="Use logits, or feed")
+        return self.pool(self._walk(self.start(), tokens, None)[self.graph.output], spec.pooling)
+
+    def pool(self, codes: I16, pooling: Literal["mean", "first", "last"]) -> F32:
+        """The second declared float step of encoders: codes of the output, (length, width), to a vector, (width,)."""
         grid = self._grid(self.graph.output)
-        codes = self._walk(self.start(), tokens, None)[self.graph.output].astype(np.int64) - grid.zero
-        if spec.pooling == "mean":
-            total: F32 = np.float32(grid.scale) * codes.sum(0).astype(np.float32) / np.float32(len(codes))
+        whole = codes.astype(np.int64) - grid.zero
+        if pooling == "mean":
+            total: F32 = np.float32(grid.scale) * whole.sum(0).astype(np.float32) / np.float32(len(whole))
             return total
-        picked: F32 = np.float32(grid.scale) * codes[0 if spec.pooling == "first" else -1].astype(np.float32)
+        picked: F32 = np.float32(grid.scale) * whole[0 if pooling == "first" else -1].astype(np.float32)
         return picked
 
     def vectors(self, inputs: npt.NDArray[np.integer[Any]]) -> F32:

@@ -15,7 +15,6 @@ from typing import Any
 from lilliput.artifact.integer import IntegerModel
 from lilliput.artifact.read import Artifact
 from lilliput.core.errors import ConfigError, Unsupported
-from lilliput.core.spec import EncoderSpec
 from lilliput.core.version import VERSION
 
 MANIFEST = "export.json"
@@ -47,9 +46,6 @@ def export(artifact: Artifact, out: str | Path, name: str, form: Format, *, forc
     if model is None:
         what = "it has no integer graph: its activations have no fixed scales"
         raise Unsupported(what, str(artifact.path), "Make one with `lilliput compress --recipe mobilequant-w8a8`")
-    if isinstance(model.spec, EncoderSpec):
-        fix = "Run it with lilliput.embedding.Embedder"
-        raise Unsupported(f"holds a {model.spec.family} encoder, which no format takes yet", str(artifact.path), fix)
     with _partial(target) as folder:
         told = form.write(model, folder)
         for file in TOKENIZER:

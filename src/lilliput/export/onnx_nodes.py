@@ -15,6 +15,9 @@ dimensions.
 A key that a query does not see leaves by a comparison of positions and a Where in front of the softmax. What it leaves
 with is `MARGIN` below the lowest score there is. The lowest score itself will not do: next to scores that are all low it
 weighs something. And nothing is added to a score, which would need a grid that holds both.
+
+An encoder is one graph, `encoder`, that ends in its vector, which its definition makes in float: by the mean over the
+positions or by picking one.
 """
 
 from collections.abc import Sequence
@@ -28,13 +31,14 @@ from onnx import NodeProto, TensorProto, ValueInfoProto, helper
 from lilliput.artifact.integer import HALF, WIDTHS, IntegerModel
 from lilliput.core.errors import Unsupported
 from lilliput.core.graph import Attend, Embed, Grid, Linear, Multiply, Norm, Rotate, Sum, Table
+from lilliput.core.spec import EncoderSpec
 from lilliput.numerics.packing import untile_groups
 
 MARGIN = 24.0
 """exp(-24) is 4e-11: not one code of 1 / 65535, even over a hundred million keys."""
 OPSET, IR_VERSION = 21, 10
 """The first with QuantizeLinear of 16 bits and weights of 4."""
-IDS, PAST, LENGTH = "input_ids", "past_length", "length"
+IDS, PAST, LENGTH, VECTOR = "input_ids", "past_length", "length", "vector"
 INT4, INT8, INT16 = int(TensorProto.INT4), int(TensorProto.INT8), int(TensorProto.INT16)
 CODES = {4: INT4, 8: INT8, 16: INT16}
 
@@ -103,9 +107,10 @@ class Phase:
 
 
 def phases(model: IntegerModel, length: int | None) -> list[Phase]:
-    """What is exported of a model: "prefill" and, where every node looks back only, "decode". They share their arrays.
+    """What is exported of a model: "encoder", or "prefill" and, where every node looks back only, "decode", which share
+    their arrays.
 
-    prefill: tokens to logits, and the codes of their keys and values; `length` tokens, or any number. decode: one token
+    encoder: tokens to what the vector is made of, and the vector. prefill: tokens to logits, and the codes of their keys and values; `length` tokens, or any number. decode: one token
     behind `past_length` others whose keys and values come in; slots for `length` of these, or any number.
     Raises Unsupported for a window of a model that is not causal.
     """
@@ -114,13 +119,17 @@ def phases(model: IntegerModel, length: int | None) -> list[Phase]:
         what = "a window over keys on both sides has no form here"
         raise Unsupported(what, "integer graph", "Export a model without windows, or a causal one")
     shared: dict[str, Matrix | None] = {}
-    names = ["prefill", "decode"] if all(node.causal for node in attends) else ["prefill"]
+    if isinstance(model.spec, EncoderSpec):
+        names = ["encoder"]
+    else:
+        names = ["prefill", "decode"] if all(node.causal for node in attends) else ["prefill"]
     return [_Builder(model, name, length, shared).build() for name in names]
 
 
 class _Builder:
     def __init__(self, model: IntegerModel, name: str, length: int | None, shared: dict[str, Matrix | None]) -> None:
         self.model, self.graph, self.phase, self.shared = model, model.graph, Phase(name), shared
+        self.encoder = model.spec if isinstance(model.spec, EncoderSpec) else None
         self.has_past = past = name == "decode"
         self.new: Dim = 1 if past else "positions" if length is None else length
         self.past: Dim = 0 if not past else "slots" if length is None else length
@@ -233,8 +242,14 @@ class _Builder:
         if self.has_past:
             self.phase.inputs.append(make(PAST, TensorProto.INT64, [1]))
             self.positions = self.op("Add", "steps", PAST, out="at")
-        elif isinstance(self.new, int) and not all(n.causal for n in self.graph.nodes if isinstance(n, Attend)):
+        elif isinstance(self.new, int) and self._needs_length():
             self.phase.inputs.append(make(LENGTH, TensorProto.INT64, [1]))
+
+    def _needs_length(self) -> bool:
+        """Whether what fills a graph of fixed size up must be told from the text."""
+        if self.encoder is not None and self.encoder.pooling != "first":
+            return True
+        return not all(node.causal for node in self.graph.nodes if isinstance(node, Attend))
 
     def _count(self, x: str, axis: int, out: str) -> str:
         """0, 1, .. along one axis of x, which only the run knows the length of."""
@@ -250,20 +265,43 @@ class _Builder:
             self._cap(x, cap, edge)
         shape = [1, self.new, self.graph.edges[edge].width]
         self.phase.outputs.insert(0, helper.make_tensor_value_info(edge, TensorProto.FLOAT, shape))
+        if self.encoder is not None:
+            self._pool(edge, self.encoder.pooling)
+            shape = [1, self.graph.edges[edge].width]
+            self.phase.outputs.append(helper.make_tensor_value_info(VECTOR, TensorProto.FLOAT, shape))
+
+    def _pool(self, x: str, pooling: str) -> None:
+        """The vector, (1, width), of x, (1, positions, width); of no particular length."""
+        fixed = isinstance(self.new, int)
+        if pooling == "mean" and not fixed:
+            self.op("ReduceMean", x, self.ints(1), out=VECTOR, keepdims=0)
+        elif pooling == "mean":
+            mask = self.op("Less", self.op("Unsqueeze", "steps", self.ints(0, 2), out="text.at"), LENGTH, out="text")
+            kept = self.op("Where", mask, x, self.const("nothing", np.array(0, np.float32)), out="text.value")
+            count = self.op("Cast", LENGTH, out="text.count", to=TensorProto.FLOAT)
+            self.op("Div", self.op("ReduceSum", kept, self.ints(1), out="text.sum", keepdims=0), count, out=VECTOR)
+        else:
+            at = self.ints(0 if pooling == "first" else -1)
+            if pooling == "last" and fixed:
+                at = self.op("Sub", LENGTH, self.ints(1), out="text.last")
+            row = self.op("Gather", x, at, out="text.row", axis=1)
+            self.op("Squeeze", row, self.ints(1), out=VECTOR)
 
     # the nodes
 
     def _embed(self, node: Embed) -> None:
-        out, learned, scaled = f"{node.y}.float", node.positions, node.factor != 1.0
-        x = self._rows(node.matrix, "ids", f"{node.y}.rows" if scaled or learned else out)
+        out, learned, types, scaled = f"{node.y}.float", node.positions, node.types, node.factor != 1.0
+        x = self._rows(node.matrix, "ids", f"{node.y}.rows" if scaled or learned or types else out)
         if scaled:
             factor = self.const(f"{node.y}.factor", np.array(node.factor, np.float32))
-            x = self.op("Mul", x, factor, out=f"{node.y}.scaled" if learned else out)
+            x = self.op("Mul", x, factor, out=f"{node.y}.scaled" if learned or types else out)
         if learned:
             at = self.positions
             if node.offset:
                 at = self.op("Add", at, self.ints(node.offset), out=f"{node.y}.position_rows")
-            x = self.op("Add", x, self._rows(learned, at, f"{node.y}.positions"), out=out)
+            x = self.op("Add", x, self._rows(learned, at, f"{node.y}.positions"), out=f"{node.y}.sum" if types else out)
+        if types:
+            x = self.op("Add", x, self._rows(types, self.ints(0), f"{node.y}.types"), out=out)
         self.write(node.y, x, node.op)
 
     def _rows(self, name: str, at: str, out: str) -> str:
@@ -471,7 +509,7 @@ class _Builder:
         moves = ("Reshape", (1, -1, heads, size)), ("Transpose", (0, 2, 1, 3))
         x = self.moved(f"{edge}.codes", moves, f"new.{edge}")
         make = helper.make_tensor_value_info
-        if node.causal:
+        if node.causal and self.encoder is None:
             self.phase.outputs.append(make(x, CODES[grid.bits], [1, heads, self.new, size]))
         if self.has_past:
             self.phase.inputs.append(make(f"past.{edge}", CODES[grid.bits], [1, heads, self.past, size]))

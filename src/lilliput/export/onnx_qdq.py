@@ -1,4 +1,5 @@
-"""ONNX graphs in which every edge has a QuantizeLinear and a DequantizeLinear: `prefill.onnx` and `decode.onnx`.
+"""ONNX graphs in which every edge has a QuantizeLinear and a DequantizeLinear: `prefill.onnx` and `decode.onnx`, or
+`encoder.onnx`.
 
 `onnx_nodes` says how nodes become operators, `onnx_file` how they become files, `encodings` what stands beside them.
 """
@@ -13,10 +14,11 @@ from onnx import TensorProto, ValueInfoProto
 from lilliput.artifact.integer import IntegerModel
 from lilliput.core.errors import ConfigError
 from lilliput.core.graph import Attend
+from lilliput.core.spec import EncoderSpec
 from lilliput.export.base import Format
 from lilliput.export.encodings import encodings
 from lilliput.export.onnx_file import save
-from lilliput.export.onnx_nodes import OPSET, Phase, phases
+from lilliput.export.onnx_nodes import LENGTH, OPSET, VECTOR, Phase, phases
 
 DTYPES = {
     int(TensorProto.FLOAT): "float32",
@@ -24,6 +26,11 @@ DTYPES = {
     int(TensorProto.INT16): "int16",
     int(TensorProto.INT64): "int64",
 }
+
+_ADVICE = (
+    "On x86-64 without VNNI, ONNX Runtime's fused 8-bit kernels may saturate: set the session option",
+    "`session.x64quantprecision` to `1`, or switch graph optimizations off.",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +116,7 @@ def _readme(model: IntegerModel, made: list[Phase], length: int | None, cache: l
         "import onnxruntime as ort",
         "",
         "tokens = [1, 2, 3]  # ids from tokenizer.json",
-        'prefill = ort.InferenceSession("prefill.onnx")',
+        f'{made[0].name} = ort.InferenceSession("{made[0].name}.onnx")',
     ]
     if length is None:
         lines += ["ids = np.array([tokens])"]
@@ -117,8 +124,17 @@ def _readme(model: IntegerModel, made: list[Phase], length: int | None, cache: l
         lines += [f"ids = np.zeros((1, {length}), np.int64)  # what stands behind the tokens is not seen by them"]
         lines += ["ids[0, : len(tokens)] = tokens"]
     feed = '{"input_ids": ids}'
-    if any(value.name == "length" for value in made[0].inputs):
+    if any(value.name == LENGTH for value in made[0].inputs):
         feed = '{"input_ids": ids, "length": np.array([len(tokens)])}'
+    if isinstance(model.spec, EncoderSpec):
+        lines += [
+            f'vector = encoder.run(["{VECTOR}"], {feed})[0][0]',
+            "vector /= np.linalg.norm(vector)  # so that products of two are cosines",
+            "```",
+            "",
+            *_ADVICE,
+        ]
+        return "\n".join(lines) + "\n"
     lines += [
         f"names = [output.name for output in prefill.get_outputs()]  # {model.graph.output}, then keys and values",
         f"found = dict(zip(names, prefill.run(None, {feed})))",
@@ -152,7 +168,6 @@ def _readme(model: IntegerModel, made: list[Phase], length: int | None, cache: l
         "```",
         "",
         "Keys and values are codes. A slot that was never written holds `fill`, the code of zero; it is not seen anyway.",
-        "On x86-64 without VNNI, ONNX Runtime's fused 8-bit kernels may saturate: set the session option",
-        "`session.x64quantprecision` to `1`, or switch graph optimizations off.",
+        *_ADVICE,
     ]
     return "\n".join(lines) + "\n"

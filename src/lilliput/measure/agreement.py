@@ -21,10 +21,13 @@ from lilliput.artifact.integer import IntegerModel
 from lilliput.core.errors import Unsupported
 from lilliput.core.graph import Attend, Grid
 from lilliput.core.progress import Progress, Silent
+from lilliput.core.spec import EncoderSpec
 from lilliput.engine.oracle import Oracle
+from lilliput.export.onnx_nodes import VECTOR
 
 STEPS_ALLOWED: Final = 1
 ARGMAX_NEEDED: Final = 0.99
+COSINE_NEEDED: Final = 0.999
 DECODED: Final = 16
 """Tokens that are fed one at a time."""
 KINDS: Final = {8: TensorProto.INT8, 16: TensorProto.INT16}
@@ -66,6 +69,7 @@ class SiteRow(BaseModel):
 
 class Agreement(BaseModel):
     """argmax_agreement: share of positions where both put the same token first; fused_...: with all optimizations on.
+    cosine: of an encoder, between both vectors of the text, instead of that.
 
     decoded: tokens fed one at a time behind a prefill; decode_...: their codes at all edges, beside the oracle's, as for a
     site. reasons: why a kind of node may differ, for those that do.
@@ -76,8 +80,10 @@ class Agreement(BaseModel):
     runtime: str
     positions: int
     sites: tuple[SiteRow, ...]
-    argmax_agreement: float
-    fused_argmax_agreement: float
+    argmax_agreement: float | None
+    fused_argmax_agreement: float | None
+    cosine: float | None
+    fused_cosine: float | None
     decoded: int
     decode_local_differ: float
     decode_local_steps: int
@@ -115,8 +121,15 @@ def compare(
     found = runner.prefill(ids)
     progress.advance(1)
     rows = tuple(_rows(runner, truth, local, found))
-    best = oracle.finish(truth[model.graph.output]).argmax(axis=1)
-    agreement = [float((part.argmax(axis=1) == best).mean()) for part in (found["logits"], runner.fused(ids))]
+    last, fused = truth[model.graph.output], runner.fused(ids)
+    same: tuple[float, ...] | tuple[None, None] = (None, None)
+    cosines: tuple[float, ...] | tuple[None, None] = (None, None)
+    if isinstance(model.spec, EncoderSpec):
+        vector = oracle.pool(last, model.spec.pooling)
+        cosines = tuple(_cosine(part, vector) for part in (found[runner.answer], fused))
+    else:
+        best = oracle.finish(last).argmax(axis=1)
+        same = tuple(float((part.argmax(axis=1) == best).mean()) for part in (found[runner.answer], fused))
     progress.advance(1)
     local_off, local_far, decoded = runner.decode(ids, truth, truth, given=True)
     off, far, _ = runner.decode(ids, found, truth)
@@ -125,26 +138,34 @@ def compare(
         runtime=f"onnxruntime {ort.__version__}",
         positions=len(ids),
         sites=rows,
-        argmax_agreement=agreement[0],
-        fused_argmax_agreement=agreement[1],
+        argmax_agreement=same[0],
+        fused_argmax_agreement=same[1],
+        cosine=cosines[0],
+        fused_cosine=cosines[1],
         decoded=decoded,
         decode_local_differ=local_off,
         decode_local_steps=local_far,
         decode_differ=off,
         decode_steps=far,
         reasons={row.kind: REASONS[row.kind] for row in rows if row.local_differ},
-        problems=tuple(_problems(rows, local_far, agreement[0])),
+        problems=tuple(_problems(rows, local_far, same[0], cosines[0])),
     )
 
 
-def _problems(rows: Sequence[SiteRow], decode: int, argmax: float) -> Iterator[str]:
+def _problems(rows: Sequence[SiteRow], decode: int, argmax: float | None, cosine: float | None) -> Iterator[str]:
     for row in rows:
         if row.local_steps > STEPS_ALLOWED:
             yield f"{row.name} is {row.local_steps} steps from the oracle given the same inputs"
     if decode > STEPS_ALLOWED:
         yield f"decode.onnx is {decode} steps from the oracle given the same inputs"
-    if argmax < ARGMAX_NEEDED:
+    if argmax is not None and argmax < ARGMAX_NEEDED:
         yield f"the first token agrees at {argmax:.1%} of positions, less than {ARGMAX_NEEDED:.0%}"
+    if cosine is not None and cosine < COSINE_NEEDED:
+        yield f"the vector has a cosine of {cosine:.5f} to the oracle's, less than {COSINE_NEEDED}"
+
+
+def _cosine(one: Array, other: Array) -> float:
+    return float(one @ other / max(float(np.linalg.norm(one) * np.linalg.norm(other)), 1e-12))
 
 
 class _Runner:
@@ -156,30 +177,37 @@ class _Runner:
             name: Grid(bits=s["bits"], scale=s["scale"], zero=s["zero"]) for name, s in manifest["sites"].items()
         }
         self.edges = [name for name, site in manifest["sites"].items() if site["edge"]]
+        self.first = next(iter(manifest["models"]))
+        self.answer = VECTOR if isinstance(model.spec, EncoderSpec) else self.graph.output
+        """The output that is compared in the end: logits, or a vector."""
 
     def prefill(self, ids: npt.NDArray[np.int64], given: Mapping[str, Array] | None = None) -> dict[str, Array]:
-        """The codes of every site, (length, width), or (heads, length, length) inside attention.
+        """The codes of every site, (length, width), or (heads, length, length) inside attention, and the answer as
+        `fused` has it.
 
         given: codes that readers of an edge get instead of what was computed; then the float numbers too, "E.float".
         """
         names = [f"{site}.codes" for site in self.grids]
-        names += [f"{edge}.float" for edge in self.edges] if given else [self.graph.output]
+        names += [f"{edge}.float" for edge in self.edges] if given else [self.answer]
         feed = self._feed(ids)
         if given:
             feed |= self._given(given, slice(0, len(ids)), self.length or len(ids))
-        session = self._session("prefill.onnx", names, cut=given)
+        session = self._session(self.first, names, cut=given)
         found = dict(zip(names, session.run(names, feed), strict=True))
-        logits = found.pop(self.graph.output, None)
+        answer = found.pop(self.answer, None)
         result = {name: self._plain(name, value, len(ids)) for name, value in found.items()}
-        if logits is not None:
-            result["logits"] = logits[0, : len(ids)]
+        if answer is not None:
+            result[self.answer] = self._own(answer, ids)
         return result
 
-    def fused(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        """Logits with the optimizations that ONNX Runtime has on when nothing is said."""
-        session = self._load(self.folder / "prefill.onnx", ort.SessionOptions())
-        logits: npt.NDArray[np.float32] = session.run([self.graph.output], self._feed(ids))[0][0, : len(ids)]
-        return logits
+    def _own(self, answer: Array, ids: npt.NDArray[np.int64]) -> Array:
+        """What is said of the tokens themselves: their logits, (length, vocab), or the vector, (embedding_size,)."""
+        return answer[0] if self.answer == VECTOR else answer[0, : len(ids)]
+
+    def fused(self, ids: npt.NDArray[np.int64]) -> Array:
+        """Logits or vector with the optimizations that ONNX Runtime has on when nothing is said."""
+        session = self._load(self.folder / self.first, ort.SessionOptions())
+        return self._own(session.run([self.answer], self._feed(ids))[0], ids)
 
     def decode(
         self,
@@ -268,7 +296,7 @@ class _Runner:
         row = np.zeros((1, self.length or len(ids)), np.int64)
         row[0, : len(ids)] = ids
         feed: dict[str, Array] = {"input_ids": row}
-        if any(port["name"] == "length" for port in self.manifest["models"]["prefill.onnx"]["inputs"]):
+        if any(port["name"] == "length" for port in self.manifest["models"][self.first]["inputs"]):
             feed["length"] = np.array([len(ids)])
         return feed
 

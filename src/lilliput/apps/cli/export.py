@@ -60,14 +60,15 @@ def command(
 ) -> None:
     """Write the integer model of ARTIFACT in another runtime's form. Needs lilliput[export].
 
-    onnx-qdq: prefill.onnx and decode.onnx with fixed ranges at every activation, and encodings for NPU compilers.
+    onnx-qdq: prefill.onnx and decode.onnx, or encoder.onnx, with fixed ranges at every activation, and encodings for NPU
+    compilers.
 
     \b
     JSON: {"path", "size_bytes", "manifest": {"format", "lilliput", "artifact", "opset", "length", "positions",
            "weight_bits", "models": {file: {"inputs", "outputs"}}, "cache": [..], "sites": {name: {..}}, "files"},
            "agreement": null without --verify, else {"runtime", "positions", "sites": [{"name", "kind", "bits", "codes",
            "local_differ", "local_steps", "margin", "differ", "steps"}], "argmax_agreement", "fused_argmax_agreement",
-           "decoded", "decode_local_differ", "decode_local_steps", "decode_differ", "decode_steps", "reasons", "problems"}}
+           "cosine", "fused_cosine", "decoded", "decode_local_differ", "decode_local_steps", "decode_differ", "decode_steps", "reasons", "problems"}}
     """
     from lilliput.artifact.read import Artifact
     from lilliput.export import FORMATS
@@ -102,19 +103,19 @@ def _verify(out: Output, artifact: "Artifact", folder: Path, manifest: dict[str,
 def _tokens(artifact: "Artifact", text: Path | None, count: int, seed: int) -> "Ids":
     import numpy as np
 
-    from lilliput.core.spec import ModelSpec
+    from lilliput.core.spec import EncoderSpec
 
+    spec = artifact.manifest.spec
     if text is None:
-        spec = artifact.manifest.spec
-        most = spec.vocab_size if isinstance(spec, ModelSpec) else 1  # of an encoder nothing is exported
-        return np.random.default_rng(seed).integers(0, most, count)
+        return np.random.default_rng(seed).integers(0, spec.matrices()[spec.entrance][0], count)
     from lilliput.data.tokenizer import Tokenizer
 
     try:
         words = text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputMissing("cannot be read as text", str(text), "Give a UTF-8 text file") from error
-    return Tokenizer.open(artifact.path).encode(words)[:count]
+    tokenizer = Tokenizer.open(artifact.path)
+    return tokenizer.whole(words, count) if isinstance(spec, EncoderSpec) else tokenizer.encode(words)[:count]
 
 
 def _text(found: "Agreement") -> str:
@@ -125,8 +126,12 @@ def _text(found: "Agreement") -> str:
     lines = [
         f"{found.positions} positions in {found.runtime} beside the oracle; a step is one code",
         table(rows, COLUMNS),
-        f"first token: the same at {found.argmax_agreement:.1%} of positions, {found.fused_argmax_agreement:.1%} fused",
     ]
+    if found.argmax_agreement is not None:
+        told = f"{found.argmax_agreement:.1%} of positions, {found.fused_argmax_agreement:.1%} fused"
+        lines.append(f"first token: the same at {told}")
+    if found.cosine is not None:
+        lines.append(f"vector: a cosine of {found.cosine:.6f} to the oracle's, {found.fused_cosine:.6f} fused")
     if found.decoded:
         far = f"{found.decode_differ:.2%} of codes differ, by {found.decode_steps} at most"
         near = f"given the oracle's inputs {found.decode_local_differ:.4%}, by {found.decode_local_steps}"

@@ -60,6 +60,21 @@ def test_least_error_is_that_of_a_search_over_all_values(bits: int, sym: bool) -
     assert error(observer.grid(), X) < 0.98 * error(wide.grid(), X)
 
 
+@pytest.mark.parametrize("rule", ["percentile", "mse"])
+def test_what_an_activation_reads_is_judged_behind_it(rule: str) -> None:
+    x = torch.cat([torch.randn(1, 4000, 8, generator=torch.Generator().manual_seed(0)) * 3, torch.full((1, 2, 8), 20.0)], 1)
+    gelu, plain = torch.nn.functional.gelu, Observer(rule, share=1e-3)
+    behind, whole = (Observer(r, share=1e-3, through=gelu) for r in (rule, "minmax"))
+    for one in (plain, behind, whole):
+        one.add(x)
+    low, high = behind.range()
+    assert -4 < low < -2  # a GELU of less is 0
+    assert high > 18  # and one of more is as large as it was
+    errors = [float((gelu(one.grid().rounded(x)) - gelu(x)).square().mean()) for one in (behind, plain, whole)]
+    assert errors[0] < 0.8 * min(errors[1:])
+    assert whole.range() == (float(x.min()), 20.0)
+
+
 def test_the_first_position_stays_out_when_it_is_apart() -> None:
     x = X.clone()
     x[:, 0] *= 300

@@ -1,6 +1,6 @@
 """What passes the edges of a model on calibration text, the grids that suit it, and the edges that need 16 bits.
 
-A range of 8 bits is what an Observer's rule picks. One of 16 bits spans all that was seen and `ROOM` more, which costs a
+A range of 8 bits is what an Observer's rule picks, in front of an activation by what comes out behind it. One of 16 bits spans all that was seen and `ROOM` more, which costs a
 part of a bit that is not missed; and nothing is cut off where cutting is what hurts most, in the residual stream.
 
 Source: Tan et al., "MobileQuant", EMNLP Findings 2024, section 3, for static ranges an edge; Dong et al., "HAWQ", ICCV
@@ -64,11 +64,19 @@ class Ranges:
     """A Site that watches every edge, and then knows a grid for each.
 
     rule, share: as in Observer, for 8 bits. apart: leave the first position of every sequence out of ranges of 8 bits; it
-    then saturates. Memory is two histograms an edge.
+    then saturates. through: the functions that alone read some edges, by edge. Memory is two histograms an edge.
     """
 
-    def __init__(self, names: Iterable[str], rule: Rule, share: float, apart: bool) -> None:
-        self._fine = {n: Observer(rule, 8, share=share, apart=apart) for n in names if not n.endswith(PROBABILITIES)}
+    def __init__(
+        self,
+        names: Iterable[str],
+        rule: Rule,
+        share: float,
+        apart: bool,
+        through: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+    ) -> None:
+        kept, read = [name for name in names if not name.endswith(PROBABILITIES)], through or {}
+        self._fine = {n: Observer(rule, 8, share=share, apart=apart, through=read.get(n)) for n in kept}
         self._wide = {n: Observer("minmax", 16) for n in self._fine} if apart else self._fine
         self.sizes: dict[str, float] = {}
         """Numbers a position at every edge that was met."""
@@ -131,8 +139,8 @@ def sensitivity(
     def divergence(grids: Mapping[str, Grid]) -> float:
         site, total = Rounding(grids), 0.0
         for tokens, target in zip(rows, targets, strict=True):
-            total += float(unlikeness(model.spec, model.run(tokens, site), target))
-        return total / len(rows)
+            total += float(unlikeness(model.spec, model.run(tokens, site), target)) * len(tokens)
+        return total / sum(map(len, rows))
 
     base, found = divergence(wide), {}
     for name in policy:

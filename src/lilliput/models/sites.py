@@ -5,7 +5,7 @@ handed in, so that weights may be rescaled, rounded or both, with gradients. `si
 at an edge; where it returns x, the result is the Decoder's or the Encoder's.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from typing import Protocol
 
@@ -91,6 +91,13 @@ def sites(spec: AnySpec) -> dict[str, int]:
         found["final.input"] = 16
     ends = {"final_norm": spec.final_norm, "projection": spec.projection is not None}
     return found | {name: 16 for name, there in ends.items() if there}
+
+
+def read_by(spec: AnySpec) -> dict[str, Callable[[Tensor], Tensor]]:
+    """The edges that nothing but an activation reads, to it; none behind a gate, where a product counts."""
+    if spec.gated_mlp:
+        return {}
+    return {f"layers.{i}.mlp.up_proj": ACTIVATIONS[spec.activation] for i in range(spec.num_layers)}
 
 
 def has_sum(spec: EncoderSpec) -> bool:

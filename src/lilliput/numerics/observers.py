@@ -9,9 +9,11 @@ of the range, for a runner that can treat that position by itself.
 
 Source: per-token dynamic grids as in Yao et al., "ZeroQuant", NeurIPS 2022, section 4.1; ranges by percentile and by least
 squared error as in Nagel et al., "A White Paper on Neural Network Quantization", 2021, section 3.1.
-Deviation: percentile and error come from a histogram of equal bins, exact to a bin's width.
+Deviation: percentile and error come from a histogram of equal bins, exact to a bin's width; what an activation reads may
+be judged by what comes out behind it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,6 +25,9 @@ Rule = Literal["minmax", "percentile", "mse"]
 BINS = 1 << 13
 """Bins of a histogram; at 8 bits 32 of them make a step."""
 _SHRINKS = 100
+_ENDS = 32
+"""Places tried for an end of a range that is judged behind a function; both ends in turn, `_TURNS` times."""
+_TURNS = 3
 
 
 @dataclass(frozen=True)
@@ -65,15 +70,25 @@ class Observer:
 
     rule: "minmax" spans all that was seen; "percentile" cuts `share` of the values off, half on each side, or all by
     size where `sym`; "mse" picks, of 100 ranges from the whole down, the one of least squared rounding error.
-    apart: leave the first position of every sequence out.
+    apart: leave the first position of every sequence out. through: the elementwise function that alone reads it, or None;
+    unless the rule is "minmax", the range is then that of least squared error behind the function, each end by itself:
+    of what a GELU reads most may be cut off below and nothing above.
     """
 
     def __init__(
-        self, rule: Rule = "minmax", bits: int = 8, *, sym: bool = False, share: float = 1e-4, apart: bool = False
+        self,
+        rule: Rule = "minmax",
+        bits: int = 8,
+        *,
+        sym: bool = False,
+        share: float = 1e-4,
+        apart: bool = False,
+        through: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         if not 2 <= bits <= 16:
             raise ValueError(f"bits is {bits}, outside 2..16")
         self.rule, self.bits, self.sym, self.share, self.apart = rule, bits, sym, share, apart
+        self.through = through
         self.low, self.high = 0.0, 0.0
         self._reach = 0.0
         self._counts = torch.zeros(BINS, dtype=torch.float64)
@@ -112,6 +127,8 @@ class Observer:
         whole = (-self._peak, self._peak) if self.sym else (self.low, self.high)
         if self.rule == "minmax" or not self._reach:
             return whole
+        if self.through is not None:
+            return self._least_error_behind(self.through)
         return self._percentile() if self.rule == "percentile" else self._least_error(whole)
 
     @property
@@ -144,6 +161,22 @@ class Observer:
         last = int(torch.searchsorted(total, total[-1] - goal))
         low, high = first * width - self._reach, (last + 1) * width - self._reach
         return min(0.0, max(low, self.low)), max(0.0, min(high, self.high))
+
+    def _least_error_behind(self, function: Callable[[Tensor], Tensor]) -> tuple[float, float]:
+        centres = self._centres()
+        meant = function(centres)
+
+        def error(low: float, high: float) -> float:
+            grid = self._grid(*((-max(-low, high), max(-low, high)) if self.sym else (low, high)))
+            found = function(grid.rounded(centres).double())
+            return float((self._counts * (found - meant).square()).sum())
+
+        low, high = self.low, self.high
+        parts = [1 - step / _ENDS for step in range(_ENDS)]
+        for _ in range(_TURNS):
+            low = min((self.low * part for part in parts), key=lambda end: error(end, high))
+            high = min((self.high * part for part in parts), key=lambda end: error(low, end))
+        return (-max(-low, high), max(-low, high)) if self.sym else (low, high)
 
     def _least_error(self, whole: tuple[float, float]) -> tuple[float, float]:
         centres = self._centres()

@@ -48,7 +48,7 @@ from lilliput.models.decoder import Block, Decoder
 from lilliput.models.encoder import Encoder
 from lilliput.models.pairs import Pair, pairs, smoothing
 from lilliput.models.simulate import Simulation
-from lilliput.models.sites import PROBABILITIES, WIDE, Site, run_block, run_end, run_start, site_policy
+from lilliput.models.sites import PROBABILITIES, WIDE, Site, read_by, run_block, run_end, run_start, site_policy
 from lilliput.numerics.learned import cosine
 from lilliput.numerics.observers import Rule
 from lilliput.numerics.straight import best_share, coded_rows, on_grid, on_rows
@@ -367,7 +367,7 @@ class _Run:
                     pair.fold(block, scale)
                     divided[edge] = scale[pair.columns]
         policy = site_policy(spec, m.sites)
-        watched = Ranges(policy, m.rule, m.share, m.apart)
+        watched = Ranges(policy, m.rule, m.share, m.apart, read_by(spec))
         folded = Simulation(self.model, {}, {})
         for tokens in self._batches(range(len(self.rows))):
             folded.run(tokens, watched)
@@ -388,7 +388,9 @@ class _Run:
         named = site_policy(self.spec, {"*": 8} | m.sites), site_policy(self.spec, {"*": 16} | m.sites)
         free = {name: 8 for name in policy if named[0][name] != named[1][name] and not name.endswith(WIDE)}
         self.progress.begin("sensitivity of edges", len(free))
-        rows = list(self._batches(self.kept_out or self.trained))[:4]
+        rows = list(self._batches(self.kept_out or self.trained))
+        if not isinstance(self.spec, EncoderSpec):
+            rows = rows[:4]  # an encoder's are short, and in order of their lengths
         found = sensitivity(folded, watched, free, rows, lambda: self.progress.advance(1))
         chosen = widest(found, m.budget16, watched.sizes)
         self.record |= {"sensitivity": found, "sixteen": chosen}

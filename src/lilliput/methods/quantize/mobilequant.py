@@ -68,6 +68,7 @@ class MobileQuant(IntegerMethod):
     bits: of the weights, 8 or 4; end_bits: of embedding and head. sites: bits of edges by a pattern of their names, the last
     that matches counts. budget16: how many edges, or as a fraction what share of their bytes, get 16 bits, those that
     lose most at 8; all others that `sites` does not name get 8, but for scores, which always have 16. None for the usual policy.
+    usual16: edges of 16 bits by the usual policy, the residual stream's, keep them, and the budget is for the others.
     alpha: what SmoothQuant's scales leave to the weights, None for no such scales. rule, share, apart: how ranges of 8 bits
     are read off, as in `Observer`; apart: without the first position, which then saturates.
     let, lwc, ranges, rounding: train scales of pairs, clipping of rows, ranges of edges, the roundings of weights.
@@ -80,6 +81,7 @@ class MobileQuant(IntegerMethod):
 
     sites: dict[str, int] = field(default_factory=dict, hash=False)
     budget16: int | float | None = None
+    usual16: bool = False
     alpha: float | None = 0.5
     rule: Rule = "percentile"
     share: float = 1e-4
@@ -387,6 +389,8 @@ class _Run:
         assert m.budget16 is not None
         named = site_policy(self.spec, {"*": 8} | m.sites), site_policy(self.spec, {"*": 16} | m.sites)
         free = {name: 8 for name in policy if named[0][name] != named[1][name] and not name.endswith(WIDE)}
+        if m.usual16:
+            free = {name: 8 for name in free if policy[name] == 8}
         self.progress.begin("sensitivity of edges", len(free))
         rows = list(self._batches(self.kept_out or self.trained))
         if not isinstance(self.spec, EncoderSpec):

@@ -240,6 +240,30 @@ def test_sixteen_bits_go_to_the_edges_that_lose_most(tmp_path: Path) -> None:
     assert divergence(integers, tmp_path) < divergence(fewer, tmp_path)
 
 
+def test_a_budget_may_stand_beside_the_usual_widths(tmp_path: Path) -> None:
+    decoder = decoder_of(tmp_path, **SMALL)
+    integers = made(decoder, tmp_path / "a", steps=0, budget16=3, usual16=True)
+    usual, chosen = {name for name, bits in sites(decoder.spec).items() if bits == 16}, integers.record["sixteen"]
+    assert len(chosen) == 3
+    assert set(integers.record["sensitivity"]).isdisjoint(usual)
+    assert {name for name, grid in integers.grids.items() if grid.bits == 16} == usual | set(chosen)
+
+
+def test_without_a_gate_what_the_activation_reads_is_cut_off_where_it_makes_nothing(tmp_path: Path) -> None:
+    def grids(rule: Any) -> Any:
+        decoder = decoder_of(tmp_path, "gpt_neox")
+        for block in decoder.blocks:
+            block.get_parameter("mlp.up_proj.weight").data.mul_(4)
+        return made(decoder, tmp_path / f"work-{rule}", steps=0, rule=rule, share=0.0).grids
+
+    seen, cut = grids("minmax"), grids("percentile")
+    for name in ("layers.0.mlp.up_proj", "layers.1.mlp.up_proj"):
+        least, after = (one[name].scale * (one[name].low - one[name].zero) for one in (seen, cut))
+        assert least < -5
+        assert after > -3.5
+        assert cut[name].scale < 0.8 * seen[name].scale
+
+
 def test_policy_widths_reach_the_grids(tmp_path: Path) -> None:
     decoder, wanted = decoder_of(tmp_path, **SMALL), {"*.mlp.inner": 16, "*.probabilities": 8}
     integers = made(decoder, tmp_path / "a", steps=1, sites=wanted)

@@ -110,8 +110,9 @@ def phases(model: IntegerModel, length: int | None) -> list[Phase]:
     """What is exported of a model: "encoder", or "prefill" and, where every node looks back only, "decode", which share
     their arrays.
 
-    encoder: tokens to what the vector is made of, and the vector. prefill: tokens to logits, and the codes of their keys and values; `length` tokens, or any number. decode: one token
-    behind `past_length` others whose keys and values come in; slots for `length` of these, or any number.
+    encoder: tokens to what the vector is made of, and the vector. prefill: tokens to logits, and the codes of their keys
+    and values. Either takes `length` tokens, or any number. decode: one token behind `past_length` others whose keys and
+    values come in; slots for `length` of these, or any number.
     Raises Unsupported for a window of a model that is not causal.
     """
     attends = [node for node in model.graph.nodes if isinstance(node, Attend)]

@@ -68,7 +68,8 @@ def command(
            "weight_bits", "models": {file: {"inputs", "outputs"}}, "cache": [..], "sites": {name: {..}}, "files"},
            "agreement": null without --verify, else {"runtime", "positions", "sites": [{"name", "kind", "bits", "codes",
            "local_differ", "local_steps", "margin", "differ", "steps"}], "argmax_agreement", "fused_argmax_agreement",
-           "cosine", "fused_cosine", "decoded", "decode_local_differ", "decode_local_steps", "decode_differ", "decode_steps", "reasons", "problems"}}
+           "cosine", "fused_cosine", "decoded", "decode_local_differ", "decode_local_steps", "decode_differ",
+           "decode_steps", "reasons", "problems"}}
     """
     from lilliput.artifact.read import Artifact
     from lilliput.export import FORMATS

@@ -272,13 +272,13 @@ def test_an_encoder_is_one_graph_that_ends_in_its_vector(tmp_path: Path, family:
         assert found.argmax_agreement is None
         assert found.decoded == 0
         assert found.cosine is not None
-        assert found.cosine > 0.999
+        assert found.cosine > 0.99
         lengths = {name: np.array([len(ids)]) for name in told}
         filled = np.full((1, length or len(ids)), 5)  # what is behind the text is not seen
         filled[0, : len(ids)] = ids
         vectors.append(run(folder, "encoder.onnx", {"input_ids": filled} | lengths)["vector"][0])
         assert vectors[-1].shape == truth.shape
-        assert float(vectors[-1] @ truth) > 0.999 * float(np.linalg.norm(vectors[-1]) * np.linalg.norm(truth))
+        assert float(vectors[-1] @ truth) > 0.99 * float(np.linalg.norm(vectors[-1]) * np.linalg.norm(truth))
         assert np.abs(np.linalg.norm(vectors[-1]) / np.linalg.norm(truth) - 1) < 0.02  # of the definition's length too
     assert np.abs(vectors[0] - vectors[1]).max() < 0.02 * np.abs(truth).max()
 

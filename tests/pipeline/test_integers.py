@@ -222,7 +222,7 @@ def test_an_encoder_is_exported_and_held_to_the_oracle(tmp_path: Path, capsys: p
         )
         cosine = re.search(r"vector: a cosine of ([01]\.\d+) to the oracle's", told)
         assert cosine
-        assert float(cosine[1]) > 0.999
+        assert float(cosine[1]) > 0.99
         assert "first token" not in told
         assert {path.name for path in out.iterdir()} >= {"encoder.onnx", "export.json", "tokenizer.json"}
 

@@ -27,7 +27,8 @@ from lilliput.export.onnx_nodes import VECTOR
 
 STEPS_ALLOWED: Final = 1
 ARGMAX_NEEDED: Final = 0.99
-COSINE_NEEDED: Final = 0.999
+COSINE_NEEDED: Final = 0.99
+"""One code on the other side moves those behind it, as for tokens; a vector that is made in another way is farther off."""
 DECODED: Final = 16
 """Tokens that are fed one at a time."""
 KINDS: Final = {8: TensorProto.INT8, 16: TensorProto.INT16}

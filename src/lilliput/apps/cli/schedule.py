@@ -110,6 +110,7 @@ def command(
     from lilliput.data.documents import read_documents
     from lilliput.engine import Engine
     from lilliput.measure import METRICS
+    from lilliput.measure.reference import open_writer
     from lilliput.scheduling import ScheduleJob, find_schedule
 
     metric = metric.replace("-", "_")
@@ -143,7 +144,7 @@ def command(
             engine,
             prompts,
             job,
-            author=None if against is None else _original(against, engine),
+            author=None if against is None else open_writer(against, engine),
             author_name="the widest width" if against is None else against,
             references=references,
             notebook=notebook,
@@ -165,17 +166,3 @@ def command(
     rows = [row.model_dump() | {"mark": "*" if row.chosen else ""} for row in found.frontier]
     out.result(document, lambda: table(rows, COLUMNS))
     out.note(f"{'found' if dry_run else 'now the default'}: {found.schedule}; {found.note}")
-
-
-def _original(source: str, engine: Any) -> Any:
-    """The checkpoint as the writer of references. Raises ConfigError where it is another kind of model."""
-    from lilliput.core.errors import ConfigError
-    from lilliput.measure.reference import WritingOriginal
-    from lilliput.models import Checkpoint
-
-    checkpoint = Checkpoint.open(source)
-    made = WritingOriginal(checkpoint, engine.tokenizer.eos_ids, threads=engine.threads)
-    if made.spec.vocab_size != engine.spec.vocab_size:
-        what = f"has {made.spec.vocab_size} tokens, the artifact {engine.spec.vocab_size}"
-        raise ConfigError(what, where=source, fix="Give the model that the artifact was made from")
-    return made

@@ -42,9 +42,9 @@ class Along:
 class AlongJob:
     """What schedules are followed along.
 
-    text: file of prompts, None for those shipped here; field: of its rows that holds the prompt. prompt_tokens: of a
-    prompt at most, longer documents are cut into several; limit: prompts at most. new_tokens: of an answer at most.
-    against: the original, whose answers count, None for the artifact's widest width.
+    text: file of prompts, one a document, None for those shipped here; a single document is cut into several. field: of
+    its rows that holds the prompt. prompt_tokens: of a prompt at most, its first ones; limit: prompts at most.
+    new_tokens: of an answer at most. against: the original, whose answers count, None for the artifact's widest width.
     """
 
     text: str | None = None
@@ -103,9 +103,9 @@ def measure_along(
     progress = progress or Silent()
     engine = Engine(artifact, threads=threads, activations=activations, kv=kv)
     documents = shipped_prompts() if job.text is None else read_documents(job.text, field=job.field)
-    prompts = windows(documents, engine.tokenizer, length=max(2, job.prompt_tokens), limit=job.limit)
+    prompts = _prompts(documents, engine, job)
     author: Author = Widest(engine) if job.against is None else open_writer(job.against, engine)
-    cases = write_answers([ids.tolist() for ids in prompts], author, job.new_tokens, Notebook(None, {}), progress)
+    cases = write_answers(prompts, author, job.new_tokens, Notebook(None, {}), progress)
     progress.begin("measuring along the answers", len(cases))
     found: list[list[Along]] = [[] for _ in schedules]
     for case in cases:
@@ -118,6 +118,13 @@ def measure_along(
 def shipped_prompts() -> list[str]:
     """Beginnings of a few kinds of text, for whoever has no task of their own."""
     return files("lilliput.measure").joinpath("prompts.txt").read_text("utf-8").splitlines()
+
+
+def _prompts(documents: Sequence[str], engine: Engine, job: AlongJob) -> list[list[int]]:
+    if len(documents) > 1:
+        return [engine.tokenizer.encode(text)[: job.prompt_tokens] for text in documents[: job.limit]]
+    cut = windows(documents, engine.tokenizer, length=max(2, job.prompt_tokens), limit=job.limit)
+    return [ids.tolist() for ids in cut]
 
 
 def _row(told: Sequence[Along]) -> AlongRow:

@@ -98,13 +98,17 @@ def command(
     widths = bits or list(served)
     check_fit(artifact, widths, prompt_tokens + new_tokens)
     quality: list[AlongRow] = []
-    if schedule or text or against:
+    if schedule is not None or text is not None or against is not None:
         job = AlongJob(
             text=text, field=field, against=against, limit=limit, prompt_tokens=prompt_tokens, new_tokens=new_tokens
         )
         asked: list[Schedule] = [Constant(bits=width) for width in widths]
-        asked += [named_schedule(artifact, schedule)] if schedule else []
-        asked += [Constant(bits=max(widths))] if draft_bits else []  # drafts change no token
+        if schedule is not None:
+            asked.append(named_schedule(artifact, schedule))
+            for remark in asked[-1].remarks(new_tokens):
+                out.note(remark)
+        if draft_bits is not None:  # drafts change no token
+            asked.append(Constant(bits=max(widths)))
         with out.progress() as progress:  # before the timing, which then has the machine to itself
             quality = measure_along(
                 artifact, job, asked, threads=threads, activations=activations, kv=kv, progress=progress

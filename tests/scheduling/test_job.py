@@ -10,6 +10,7 @@ from lilliput.core.errors import ConfigError
 from lilliput.engine import Engine, load
 from lilliput.engine.schedules.features import Features, all_choices
 from lilliput.engine.schedules.learned import Learned
+from lilliput.numerics.divergence import log_softmax
 from lilliput.scheduling import ScheduleJob, find_schedule
 from lilliput.scheduling.learn import Beginning, Table, fit_features
 from support.small_artifact import write_small_artifact
@@ -81,6 +82,10 @@ def test_a_label_that_separates_is_learned_and_padding_changes_nothing() -> None
     seen = beginnings(fresh, seed=5)
     chosen = np.stack([made.logits(one.keys, one.values).argmax(1) for one in seen])
     assert (chosen == np.stack([np.minimum(fresh, 2), fresh], axis=1)).mean() > 0.9
+    # what it says goes into a cross-entropy as it is: had it been made probabilities first, no loss could be below 0.74
+    said = np.stack([made.logits(one.keys, one.values) for one in seen])
+    wanted = np.take_along_axis(log_softmax(said), chosen[..., None], -1)
+    assert -wanted.mean() < 0.4
     again = train(labels, beginnings(classes), none, LADDER, GRID, job)
     assert all((made.weights[name] == again.weights[name]).all() for name in made.weights)  # the same seed
     reader = _reader_of(made, torch)
@@ -108,6 +113,13 @@ def test_labels_are_the_cheapest_choice_within_the_tolerance() -> None:
     bits = np.tile([2.0, 2.7, 3.4, 4.0], (4, 1))
     table = Table((4, 2), GRID, choices, loss, bits, np.zeros(4))
     assert table.labels(np.full(4, 0.01)).tolist() == [[2], [0], [3], [0]]
+
+
+def test_a_rung_that_an_answer_never_meets_is_not_called_never() -> None:
+    """Card section 5, trap 5: steps beyond a short answer cost the same bits, and the earliest of them is the label."""
+    choices = tuple(all_choices(GRID, 1))
+    short = Table((4, 2), GRID, choices, np.array([[9.0, 0, 0, 0]]), np.array([[2.0, 4, 4, 4]]), np.zeros(1))
+    assert short.labels(np.full(1, 0.01)).tolist() == [[1]]
 
 
 def test_features_spend_bits_where_they_help_within_the_tolerance_of_all() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lilliput.core.errors import ConfigError
+from lilliput.core.errors import ConfigError, Interrupted
 from lilliput.engine import Engine, load
 from lilliput.engine.schedules.features import Features, all_choices
 from lilliput.engine.schedules.learned import Learned
@@ -156,6 +156,33 @@ def test_learned_on_a_task_and_scored_again_from_the_notebook(small: Engine, tmp
     assert found.frontier == again.frontier
     assert all((found.schedule.tensors()[name] == w).all() for name, w in again.schedule.tensors().items())
     assert [row.schedule for row in found.frontier if row.chosen] == [str(found.schedule)]
+
+
+def test_an_interrupt_says_how_to_go_on_and_the_same_comes_out(
+    small: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, notes = ScheduleJob(max_new_tokens=12, ladder=(8, 4, 2), grid=3, tolerance=0.05), tmp_path / "notes.jsonl"
+    whole = find_schedule(small, prompts(4), job)
+    real, left = Engine.follow, [9]
+
+    def interrupted(*args):  # type: ignore[no-untyped-def]
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(Engine, "follow", interrupted)
+    with pytest.raises(Interrupted, match=r"^schedule: stopped; what was scored is kept in .*notes\.jsonl\. Repeat"):
+        find_schedule(small, prompts(4), job, notebook=notes)
+    left[0] = 10_000
+    assert find_schedule(small, prompts(4), job, notebook=notes) == whole
+    with_all = 10_000 - left[0]
+    left[0] = 10_000
+    find_schedule(small, prompts(4), job)
+    assert with_all == 10_000 - left[0] - 8  # eight were scored before, and are not again
+    left[0] = 2
+    with pytest.raises(KeyboardInterrupt):
+        find_schedule(small, prompts(4), job)
 
 
 def test_faults_are_one_line(small: Engine) -> None:

@@ -25,6 +25,7 @@ class Learned(Prompted):
     (heads * head_dim,); hidden (units, heads * head_dim); hidden_bias (units,); out (rungs * steps, units); out_bias."""
 
     name: ClassVar[str] = "learned"
+    spelt: ClassVar[str] = "Learn it with `lilliput schedule ARTIFACT --method learned`"
     shapes: ClassVar[tuple[str, ...]] = (
         "query",
         "inv_freq",

@@ -350,6 +350,8 @@ def quality(
 def speed(engine: Engine, runs: dict[str, dict[str, Any]], prompt: Sequence[int], size: Size) -> dict[str, Any]:
     """Decode speed of every run in interleaved rounds, the median, beside that of constant 4 in the same round."""
     engine.tokenizer.eos_ids = ()  # every answer is as long as asked for
+    for options in runs.values():  # first touch of every width's pages
+        engine.generate(prompt, max_new_tokens=4, **options)
     rates: dict[str, list[float]] = {name: [] for name in runs}
     made: dict[str, Any] = {}
     for _ in range(size.rounds):
@@ -373,11 +375,14 @@ def speed(engine: Engine, runs: dict[str, dict[str, Any]], prompt: Sequence[int]
     return told
 
 
-def speed_runs(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Constant widths, drafts, and the schedules of the given texts."""
+def speed_runs(texts: Sequence[str], size: Size, drafts: bool) -> dict[str, dict[str, Any]]:
+    """Constant widths, drafts, the schedules of the given texts, and the widths of the last in random order."""
     runs: dict[str, dict[str, Any]] = {str(bits): {"schedule": Constant(bits=bits)} for bits in LADDER}
-    runs |= {f"4, drafts at {bits}": {"bits": 4, "draft_bits": bits} for bits in LADDER[1:]}
-    return runs | {text: {"schedule": parse(text)} for text in texts}
+    if drafts:
+        runs |= {f"4, drafts at {bits}": {"bits": 4, "draft_bits": bits} for bits in LADDER[1:]}
+    runs |= {text: {"schedule": parse(text)} for text in texts}
+    (dealt,) = shuffled(parse(texts[-1]), [Case((0,), (0,) * size.tokens)])
+    return runs | {f"{texts[-1]} in random order": {"schedule": dealt}}
 
 
 def made_artifact(work: Path, quick: bool) -> Path:
@@ -398,8 +403,10 @@ def main() -> None:
     parser.add_argument("--text", required=True, help="held-out text, JSONL or plain")
     parser.add_argument("--mixed", action="append", default=[], metavar="NAME=FILE[:FIELD]")
     parser.add_argument("--part", choices=["all", "quality", "mixed", "speed"], default="all")
-    parser.add_argument("--speed-artifact", type=Path, help="another artifact to time, such as a 1.1B one")
+    parser.add_argument("--speed-artifact", type=Path, help="an artifact to time instead, such as a 1.1B one")
     parser.add_argument("--speed-schedule", action="append", default=[], metavar="TEXT", help="as 4@0,3@85,2@170")
+    parser.add_argument("--no-drafts", action="store_true", help="time no drafts")
+    parser.add_argument("--rounds", type=int, help="of timing; by default 3")
     parser.add_argument("--prompts", type=int, help="to measure on, a population; by default 200")
     parser.add_argument("--fit", type=int, help="prompts to fit on; by default 48")
     parser.add_argument("--work", type=Path, default=Path("build/pmpd"))
@@ -411,7 +418,11 @@ def main() -> None:
 
     size, work = QUICK if arguments.quick else FULL, arguments.work
     size = replace(size, test=arguments.prompts or size.test, fit=arguments.fit or size.fit)
+    size = replace(size, rounds=arguments.rounds or size.rounds)
     work.mkdir(parents=True, exist_ok=True)
+    if arguments.part == "speed" and arguments.speed_artifact:
+        time_it(Engine(arguments.speed_artifact, threads=arguments.threads), arguments, size)
+        return
     engine = Engine(made_artifact(work, arguments.quick), threads=arguments.threads)
     own = f"tales={arguments.text}"
     for name, sources in (("tales", [own]), ("mixed", [own, *arguments.mixed])):
@@ -422,15 +433,17 @@ def main() -> None:
             print(f"{name}: {told[0]['prompts']} prompts, answers of {told[0]['answer_tokens']:.0f} tokens")
             print(table(told, COLUMNS))
     if arguments.part in ("all", "speed"):
-        prompt = engine.tokenizer.encode(read_documents(arguments.text)[0])[:64]
-        for timed in (
-            engine,
-            *([Engine(arguments.speed_artifact, threads=arguments.threads)] * bool(arguments.speed_artifact)),
-        ):
-            ids = [token % timed.spec.vocab_size for token in prompt]
-            found = speed(timed, speed_runs(arguments.speed_schedule or ["4@0,3@85,2@170"]), ids, size)
-            print(table([{"schedule": name, **fields} for name, fields in found.items()],
-                        {key: key.replace("_", " ") for key in ("schedule", *next(iter(found.values())))}))  # fmt: skip
+        place = arguments.speed_artifact
+        time_it(Engine(place, threads=arguments.threads) if place else engine, arguments, size)
+
+
+def time_it(engine: Engine, arguments: argparse.Namespace, size: Size) -> None:
+    """Time every run on one artifact and print the table."""
+    prompt = engine.tokenizer.encode(read_documents(arguments.text)[0])[:64]
+    runs = speed_runs(arguments.speed_schedule or ["4@0,3@85,2@170"], size, not arguments.no_drafts)
+    found = speed(engine, runs, [token % engine.spec.vocab_size for token in prompt], size)
+    columns = {key: key.replace("_", " ") for key in ("schedule", *next(iter(found.values())))}
+    print(table([{"schedule": name, **fields} for name, fields in found.items()], columns))
 
 
 if __name__ == "__main__":

@@ -115,9 +115,12 @@ def test_figures_along_answers_and_of_what_is_written(pmpd: ModuleType, engine: 
 def test_speed_tells_whether_drafts_changed_a_token(pmpd: ModuleType, engine: Any, monkeypatch: Any) -> None:
     kept: list[Any] = []
     monkeypatch.setattr(pmpd, "emit", lambda name, **fields: kept.append(fields))
-    runs = pmpd.speed_runs(["4@0,2@8"])
-    found = pmpd.speed(engine, runs, [257, 5, 6], pmpd.Size(0, 0, 16, 2))
+    size = pmpd.Size(0, 0, 16, 2)
+    runs = pmpd.speed_runs(["4@0,2@8"], size, True)
+    found = pmpd.speed(engine, runs, [257, 5, 6], size)
     assert found["4"]["times_constant_4"] == 1
     assert found["4, drafts at 2"]["same_tokens_as_4"]
     assert found["4@0,2@8"]["average_bits"] == pytest.approx((8 * 4 + 7 * 2) / 15)
-    assert len(kept) == len(runs) == 6
+    assert found["4@0,2@8 in random order"]["average_bits"] == found["4@0,2@8"]["average_bits"]
+    assert len(kept) == len(runs) == 7
+    assert len(pmpd.speed_runs(["4@0,2@8"], size, False)) == 5

@@ -16,10 +16,9 @@ from pydantic import BaseModel, ConfigDict
 
 from lilliput.core.progress import Progress, Silent
 from lilliput.data.documents import read_documents
-from lilliput.data.streams import windows
 from lilliput.engine.engine import Engine
 from lilliput.engine.schedules.base import Schedule
-from lilliput.measure.continuations import Author, Case, Notebook, Widest, write_answers
+from lilliput.measure.continuations import Author, Case, Notebook, Widest, cut_prompts, write_answers
 from lilliput.measure.metrics import F64, Original, divergences, surprises
 from lilliput.measure.reference import open_writer
 
@@ -103,7 +102,7 @@ def measure_along(
     progress = progress or Silent()
     engine = Engine(artifact, threads=threads, activations=activations, kv=kv)
     documents = shipped_prompts() if job.text is None else read_documents(job.text, field=job.field)
-    prompts = _prompts(documents, engine, job)
+    prompts = cut_prompts(documents, engine.tokenizer, tokens=job.prompt_tokens, limit=job.limit)
     author: Author = Widest(engine) if job.against is None else open_writer(job.against, engine)
     cases = write_answers(prompts, author, job.new_tokens, Notebook(None, {}), progress)
     progress.begin("measuring along the answers", len(cases))
@@ -118,13 +117,6 @@ def measure_along(
 def shipped_prompts() -> list[str]:
     """Beginnings of a few kinds of text, for whoever has no task of their own."""
     return files("lilliput.measure").joinpath("prompts.txt").read_text("utf-8").splitlines()
-
-
-def _prompts(documents: Sequence[str], engine: Engine, job: AlongJob) -> list[list[int]]:
-    if len(documents) > 1:
-        return [engine.tokenizer.encode(text)[: job.prompt_tokens] for text in documents[: job.limit]]
-    cut = windows(documents, engine.tokenizer, length=max(2, job.prompt_tokens), limit=job.limit)
-    return [ids.tolist() for ids in cut]
 
 
 def _row(told: Sequence[Along]) -> AlongRow:

@@ -359,6 +359,7 @@ def speed(engine: Engine, runs: dict[str, dict[str, Any]], prompt: Sequence[int]
         for name, options in runs.items():
             made[name] = engine.generate(prompt, max_new_tokens=size.tokens, **options)
             rates[name].append((len(made[name].tokens) - 1) / made[name].decode_s)
+        print("round", {name: round(values[-1], 1) for name, values in rates.items()}, flush=True)
     told = {}
     for name, one in made.items():
         ratios = [a / b for a, b in zip(rates[name], rates["4"], strict=True)]
@@ -408,6 +409,7 @@ def main() -> None:
     parser.add_argument("--speed-schedule", action="append", default=[], metavar="TEXT", help="as 4@0,3@85,2@170")
     parser.add_argument("--no-drafts", action="store_true", help="time no drafts")
     parser.add_argument("--rounds", type=int, help="of timing; by default 3")
+    parser.add_argument("--tokens", type=int, help="of an answer; by default 256")
     parser.add_argument("--prompts", type=int, help="to measure on, a population; by default 200")
     parser.add_argument("--fit", type=int, help="prompts to fit on; by default 48")
     parser.add_argument("--work", type=Path, default=Path("build/pmpd"))
@@ -419,7 +421,7 @@ def main() -> None:
 
     size, work = QUICK if arguments.quick else FULL, arguments.work
     size = replace(size, test=arguments.prompts or size.test, fit=arguments.fit or size.fit)
-    size = replace(size, rounds=arguments.rounds or size.rounds)
+    size = replace(size, rounds=arguments.rounds or size.rounds, tokens=arguments.tokens or size.tokens)
     work.mkdir(parents=True, exist_ok=True)
     if arguments.part == "speed" and arguments.speed_artifact:
         time_it(Engine(arguments.speed_artifact, threads=arguments.threads), arguments, size)

@@ -6,7 +6,8 @@
 Quality is taken along the float model's greedy continuation of prompts cut out of held-out documents; the schedules are
 fitted on prompts of other documents of the same files. Figures are means over prompts with 95 % intervals by bootstrap
 over prompts, paired where two schedules are compared. The tail is the last third of each answer. The artifact and the
-references are made once and kept in --work. --mixed adds a population of several kinds of text, --text among them.
+references are made once and kept in --work. --mixed adds a population of several kinds of text, --text among them,
+where `kinds` has the steps searched for each kind by itself: what knowing the kind is worth.
 Writes benchmarks/results/pmpd.jsonl.
 """
 
@@ -30,8 +31,8 @@ from lilliput.engine.schedules.fixed import Constant, Static
 from lilliput.engine.schedules.learned import Learned
 from lilliput.engine.schedules.sure import Entropy
 from lilliput.engine.schedules.text import parse
+from lilliput.measure import along as follow
 from lilliput.measure.continuations import Author, Case, Notebook, write_answers
-from lilliput.measure.metrics import Original, divergences, surprises
 from lilliput.measure.rouge import rouge_l
 from lilliput.scheduling import Found, ScheduleJob, find_schedule
 from lilliput.scheduling.learn import look
@@ -49,6 +50,8 @@ COLUMNS = {
     "kl_ci95": "95 %",
     "beside_constant": "less KL than constant",
     "beside_constant_ci95": "95 %",
+    "beside_static": "than searched",
+    "beside_static_ci95": "95 %",
     "tail_perplexity": "tail perplexity",
     "rouge_l": "ROUGE-L",
     "rouge_l_ci95": "95 %",
@@ -67,6 +70,19 @@ class Size:
 
 
 FULL, QUICK = Size(48, 200, 256, 3), Size(24, 8, 24, 1)
+
+
+class Kinds(dict[str, list[list[int]]]):
+    """Prompts by the name of their source."""
+
+    def all(self) -> list[list[int]]:
+        """Every prompt, kind after kind."""
+        return [prompt for prompts in self.values() for prompt in prompts]
+
+    def of(self, cases: Sequence[Case]) -> list[str]:
+        """The kind of each case."""
+        names = {tuple(prompt): name for name, prompts in self.items() for prompt in prompts}
+        return [names[case.prompt] for case in cases]
 
 
 @dataclass
@@ -105,14 +121,15 @@ def parted(documents: Sequence[str], seed: int = 0) -> tuple[list[str], list[str
     return order[: max(1, len(order) // 4)], order[max(1, len(order) // 4) :]
 
 
-def prompts_of(sources: Sequence[str], engine: Engine, size: Size) -> tuple[list[list[int]], list[list[int]]]:
-    """Prompts to fit on and to measure on, as many of each source. A source is NAME=FILE or NAME=FILE:FIELD."""
-    fit, test = list[list[int]](), list[list[int]]()
+def prompts_of(sources: Sequence[str], engine: Engine, size: Size) -> tuple[Kinds, Kinds]:
+    """Prompts to fit on and to measure on by kind, as many of each. A source is NAME=FILE or NAME=FILE:FIELD."""
+    fit, test = Kinds(), Kinds()
     for source in sources:
-        path, _, field = source.partition("=")[2].partition(":")
+        name, _, place = source.partition("=")
+        path, _, field = place.partition(":")
         mine, others = parted(_split(read_documents(path, field=field or None)))
-        fit += cut(mine, engine, -(-size.fit // len(sources)), 1)
-        test += cut(others, engine, -(-size.test // len(sources)), 2)
+        fit[name] = cut(mine, engine, -(-size.fit // len(sources)), 1)
+        test[name] = cut(others, engine, -(-size.test // len(sources)), 2)
     return fit, test
 
 
@@ -142,11 +159,24 @@ def fitted(
                 ladder=LADDER,
                 watch=min(8, size.tokens // 4),
             )
-            found[f"{method} {tolerance:.0%}"] = find_schedule(
-                engine, prompts, job, author=author, author_name="float", notebook=work / "fit.jsonl"
-            )
-            print(method, tolerance, found[f"{method} {tolerance:.0%}"].schedule, flush=True)
+            found[f"{method} {tolerance:.0%}"] = one = find(engine, prompts, job, author, work)
+            print(method, tolerance, one.schedule, flush=True)
     return found
+
+
+def find(engine: Engine, prompts: Sequence[Sequence[int]], job: ScheduleJob, author: Author, work: Path) -> Found:
+    """Do one job; all of them share a notebook, so no candidate is scored on a prompt twice."""
+    return find_schedule(engine, prompts, job, author=author, author_name="float", notebook=work / "fit.jsonl")
+
+
+def by_kind(
+    engine: Engine, fit: Kinds, kinds: Sequence[str], author: Author, size: Size, work: Path, tolerance: float
+) -> list[Schedule]:
+    """For each case the steps searched on the prompts of its kind alone."""
+    job = ScheduleJob(tolerance=tolerance, max_new_tokens=size.tokens, ladder=LADDER)
+    steps = {name: find(engine, prompts, job, author, work).schedule for name, prompts in fit.items()}
+    print("kinds", tolerance, {name: str(schedule) for name, schedule in steps.items()}, flush=True)
+    return [steps[kind] for kind in kinds]
 
 
 def shuffled(steps: Schedule, cases: Sequence[Case], seed: int = 0) -> list[Schedule]:
@@ -183,15 +213,11 @@ def along(
     """Follow every schedule along every answer; the float model meets each answer once."""
     told: dict[str, list[tuple[float, ...]]] = {name: [] for name in runs}
     for i, case in enumerate(cases):
-        ids = case.prompt + case.answer[:-1]
-        original = Original.of(author.logits(np.array(ids, dtype=np.int32))[len(case.prompt) - 1 :])
+        chosen = [run[i] if isinstance(run, list) else run for run in runs.values()]
         from_ = len(case.answer) * 2 // 3
-        for name, run in runs.items():
-            schedule = run[i] if isinstance(run, list) else run
-            rows, widths = engine.follow(ids, len(case.prompt), schedule)
-            tail = surprises(rows[from_:], case.answer[from_:])
-            kl = float(divergences(rows, original).mean())
-            told[name].append((kl, float(tail.sum()), len(tail), sum(widths), len(widths)))
+        for name, one in zip(runs, follow.along(engine, author, case, chosen), strict=True):
+            tail = one.surprise[from_:]
+            told[name].append((float(one.kl.mean()), float(tail.sum()), len(tail), sum(one.widths), len(one.widths)))
         if i % 10 == 9:
             print(f"{i + 1} of {len(cases)} answers", flush=True)
     return {name: Rows(*np.array(rows, dtype=np.float64).T) for name, rows in told.items()}
@@ -213,9 +239,17 @@ def written(
 
 
 def interpolated(rows: dict[str, Rows], names: Sequence[str], bits: float, of: Any) -> float:
-    """KL at `bits` on the line through the named schedules on the cases `of`: their mixture over prompts."""
+    """The least KL at `bits` that handing some prompts one of the named schedules and others another comes to, on the
+    cases `of`: the lower hull of their points."""
     points = sorted((rows[name].average_bits(of), float(rows[name].kl[of].mean())) for name in names)
-    return float(np.interp(bits, [b for b, _ in points], [k for _, k in points]))
+    hull: list[tuple[float, float]] = []
+    for b, k in points:
+        while len(hull) > 1 and (hull[-1][1] - hull[-2][1]) * (b - hull[-2][0]) >= (k - hull[-2][1]) * (
+            hull[-1][0] - hull[-2][0]
+        ):
+            hull.pop()
+        hull.append((b, k))
+    return float(np.interp(bits, [b for b, _ in hull], [k for _, k in hull]))
 
 
 def interval(figure: Callable[[Any], float], cases: int, seed: int = 0) -> tuple[float, tuple[float, float]]:
@@ -226,8 +260,18 @@ def interval(figure: Callable[[Any], float], cases: int, seed: int = 0) -> tuple
     return figure(slice(None)), (low, high)
 
 
-def report(population: str, rows: dict[str, Rows], texts: dict[str, str], line: Sequence[str], size: Size) -> list[Any]:
-    """One line a schedule: its figures, and its KL beside constants and searched steps of the same average bits."""
+def report(
+    population: str,
+    rows: dict[str, Rows],
+    texts: dict[str, str],
+    line: Sequence[str],
+    size: Size,
+    kinds: Sequence[str] = (),
+) -> list[Any]:
+    """One line a schedule: its figures, and its KL beside constants and searched steps of the same average bits.
+
+    kinds: of the cases; where they differ a line also has the bits and the KL of each.
+    """
     count, told = len(next(iter(rows.values())).kl), []
     for name, row in rows.items():
         kl, kl_ci = interval(lambda of, row=row: float(row.kl[of].mean()), count)
@@ -255,6 +299,10 @@ def report(population: str, rows: dict[str, Rows], texts: dict[str, str], line: 
             if other in rows and name == twin:
                 gain = interval(lambda of, a=rows[other], b=row: float((a.kl[of] - b.kl[of]).mean()), count)
                 fields[f"less_kl_than_{other}"], fields[f"less_kl_than_{other}_ci95"] = gain
+        if len(set(kinds)) > 1:
+            places = {kind: np.flatnonzero(np.array(kinds) == kind) for kind in dict.fromkeys(kinds)}
+            fields["bits_by_kind"] = {k: round(row.average_bits(at), 3) for k, at in places.items()}
+            fields["kl_by_kind"] = {k: float(f"{row.kl[at].mean():.4g}") for k, at in places.items()}
         if row.rouge is not None:
             fields["rouge_l"], fields["rouge_l_ci95"] = interval(lambda of, r=row.rouge: float(r[of].mean()), count)
         told.append(fields)
@@ -267,29 +315,34 @@ def quality(
     """Fit, measure and report one population. Returns its lines."""
     fit, test = prompts_of(sources, engine, size)
     work.mkdir(parents=True, exist_ok=True)
-    found = fitted(engine, fit, author, size, work, (0.01, 0.05))
+    found = fitted(engine, fit.all(), author, size, work, (0.01, 0.05))
     notebook = Notebook(work / "test.jsonl", {"tokens": size.tokens, "model": str(engine.artifact.path)})
-    cases = write_answers(test, author, size.tokens, notebook)
+    cases = write_answers(test.all(), author, size.tokens, notebook)
     notebook.close()
+    kinds = test.of(cases)
     thirds = static(LADDER, (size.tokens // 3, size.tokens * 2 // 3), size.tokens)
     runs: dict[str, Schedule | list[Schedule]] = {str(b): Constant(bits=b) for b in LADDER}
-    runs["prompt 4, then 2"] = parse("4@prompt,2@0")
-    runs |= {"thirds": thirds, "random": shuffled(thirds, cases)}
+    if population == "tales":  # what falling as such does is asked of one kind of text; of several, what choosing does
+        runs["prompt 4, then 2"] = parse("4@prompt,2@0")
+        runs |= {"thirds": thirds, "random": shuffled(thirds, cases)}
     runs |= {name: one.schedule for name, one in found.items()}
+    if len(fit) > 1:
+        runs |= {f"kinds {t:.0%}": by_kind(engine, fit, kinds, author, size, work, t) for t in (0.01, 0.05)}
     chooser = found["learned 1%"].schedule
     assert isinstance(chooser, Learned)
     runs |= {"swapped": list(swapped(chooser, engine, cases, size)), "entropy": Entropy(ladder=LADDER)}
-    best = [row.schedule for row in found["search 5%"].frontier if row.best]
-    line = [f"frontier {text}" for text in best[:: max(1, len(best) // 5)] if "@" in text]
+    every = ScheduleJob(tolerance=0.05, max_new_tokens=size.tokens, ladder=LADDER, exhaustive=True)
+    best = [row.schedule for row in find(engine, fit.all(), every, author, work).frontier if row.best]
+    line = [f"frontier {text}" for text in best[:: max(1, len(best) // 6)] if "@" in text]
     runs |= {name: parse(name.removeprefix("frontier ")) for name in line}
     rows = along(engine, author, cases, runs)
     writing = {"4", "3", "2", "thirds", "search 1%", "search 5%", "learned 1%", "features 1%", "entropy"}
     if population == "tales":  # the table of the mixed one is about KL
         written(engine, cases, {name: run for name, run in runs.items() if name in writing}, rows, size)
     texts = {name: "one a prompt" if isinstance(run, list) else str(run) for name, run in runs.items()}
-    told = report(population, rows, texts, ["4", *line, "search 1%", "search 5%", "3", "2"], size)
+    told = report(population, rows, texts, ["4", *line, "search 1%", "search 5%", "3", "2"], size, kinds)
     for fields in told:
-        kept = {"fit_prompts": len(fit), "sources": [source.partition("=")[0] for source in sources]}
+        kept = {"fit_prompts": len(fit.all()), "sources": [source.partition("=")[0] for source in sources]}
         fields["answer_tokens"] = float(np.mean([len(case.answer) for case in cases]))
         emit("pmpd", **fields, **kept)
     return told
@@ -298,12 +351,15 @@ def quality(
 def speed(engine: Engine, runs: dict[str, dict[str, Any]], prompt: Sequence[int], size: Size) -> dict[str, Any]:
     """Decode speed of every run in interleaved rounds, the median, beside that of constant 4 in the same round."""
     engine.tokenizer.eos_ids = ()  # every answer is as long as asked for
+    for options in runs.values():  # first touch of every width's pages
+        engine.generate(prompt, max_new_tokens=4, **options)
     rates: dict[str, list[float]] = {name: [] for name in runs}
     made: dict[str, Any] = {}
     for _ in range(size.rounds):
         for name, options in runs.items():
             made[name] = engine.generate(prompt, max_new_tokens=size.tokens, **options)
             rates[name].append((len(made[name].tokens) - 1) / made[name].decode_s)
+        print("round", {name: round(values[-1], 1) for name, values in rates.items()}, flush=True)
     told = {}
     for name, one in made.items():
         ratios = [a / b for a, b in zip(rates[name], rates["4"], strict=True)]
@@ -321,11 +377,14 @@ def speed(engine: Engine, runs: dict[str, dict[str, Any]], prompt: Sequence[int]
     return told
 
 
-def speed_runs(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Constant widths, drafts, and the schedules of the given texts."""
+def speed_runs(texts: Sequence[str], size: Size, drafts: bool) -> dict[str, dict[str, Any]]:
+    """Constant widths, drafts, the schedules of the given texts, and the widths of the last in random order."""
     runs: dict[str, dict[str, Any]] = {str(bits): {"schedule": Constant(bits=bits)} for bits in LADDER}
-    runs |= {f"4, drafts at {bits}": {"bits": 4, "draft_bits": bits} for bits in LADDER[1:]}
-    return runs | {text: {"schedule": parse(text)} for text in texts}
+    if drafts:
+        runs |= {f"4, drafts at {bits}": {"bits": 4, "draft_bits": bits} for bits in LADDER[1:]}
+    runs |= {text: {"schedule": parse(text)} for text in texts}
+    (dealt,) = shuffled(parse(texts[-1]), [Case((0,), (0,) * size.tokens)])
+    return runs | {f"{texts[-1]} in random order": {"schedule": dealt}}
 
 
 def made_artifact(work: Path, quick: bool) -> Path:
@@ -346,9 +405,13 @@ def main() -> None:
     parser.add_argument("--text", required=True, help="held-out text, JSONL or plain")
     parser.add_argument("--mixed", action="append", default=[], metavar="NAME=FILE[:FIELD]")
     parser.add_argument("--part", choices=["all", "quality", "mixed", "speed"], default="all")
-    parser.add_argument("--speed-artifact", type=Path, help="another artifact to time, such as a 1.1B one")
+    parser.add_argument("--speed-artifact", type=Path, help="an artifact to time instead, such as a 1.1B one")
     parser.add_argument("--speed-schedule", action="append", default=[], metavar="TEXT", help="as 4@0,3@85,2@170")
+    parser.add_argument("--no-drafts", action="store_true", help="time no drafts")
+    parser.add_argument("--rounds", type=int, help="of timing; by default 3")
+    parser.add_argument("--tokens", type=int, help="of an answer; by default 256")
     parser.add_argument("--prompts", type=int, help="to measure on, a population; by default 200")
+    parser.add_argument("--fit", type=int, help="prompts to fit on; by default 48")
     parser.add_argument("--work", type=Path, default=Path("build/pmpd"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true")
@@ -357,8 +420,12 @@ def main() -> None:
     from lilliput.models import Checkpoint
 
     size, work = QUICK if arguments.quick else FULL, arguments.work
-    size = replace(size, test=arguments.prompts or size.test)
+    size = replace(size, test=arguments.prompts or size.test, fit=arguments.fit or size.fit)
+    size = replace(size, rounds=arguments.rounds or size.rounds, tokens=arguments.tokens or size.tokens)
     work.mkdir(parents=True, exist_ok=True)
+    if arguments.part == "speed" and arguments.speed_artifact:
+        time_it(Engine(arguments.speed_artifact, threads=arguments.threads), arguments, size)
+        return
     engine = Engine(made_artifact(work, arguments.quick), threads=arguments.threads)
     own = f"tales={arguments.text}"
     for name, sources in (("tales", [own]), ("mixed", [own, *arguments.mixed])):
@@ -369,15 +436,17 @@ def main() -> None:
             print(f"{name}: {told[0]['prompts']} prompts, answers of {told[0]['answer_tokens']:.0f} tokens")
             print(table(told, COLUMNS))
     if arguments.part in ("all", "speed"):
-        prompt = engine.tokenizer.encode(read_documents(arguments.text)[0])[:64]
-        for timed in (
-            engine,
-            *([Engine(arguments.speed_artifact, threads=arguments.threads)] * bool(arguments.speed_artifact)),
-        ):
-            ids = [token % timed.spec.vocab_size for token in prompt]
-            found = speed(timed, speed_runs(arguments.speed_schedule or ["4@0,3@85,2@170"]), ids, size)
-            print(table([{"schedule": name, **fields} for name, fields in found.items()],
-                        {key: key.replace("_", " ") for key in ("schedule", *next(iter(found.values())))}))  # fmt: skip
+        place = arguments.speed_artifact
+        time_it(Engine(place, threads=arguments.threads) if place else engine, arguments, size)
+
+
+def time_it(engine: Engine, arguments: argparse.Namespace, size: Size) -> None:
+    """Time every run on one artifact and print the table."""
+    prompt = engine.tokenizer.encode(read_documents(arguments.text)[0])[:64]
+    runs = speed_runs(arguments.speed_schedule or ["4@0,3@85,2@170"], size, not arguments.no_drafts)
+    found = speed(engine, runs, [token % engine.spec.vocab_size for token in prompt], size)
+    columns = {key: key.replace("_", " ") for key in ("schedule", *next(iter(found.values())))}
+    print(table([{"schedule": name, **fields} for name, fields in found.items()], columns))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from lilliput.artifact.write import set_schedule
 from lilliput.core.errors import ConfigError
 from lilliput.engine import Engine, Sampling
 from lilliput.engine.schedules.text import parse
+from lilliput.measure.along import AlongJob, measure_along
 from support.small_artifact import write_small_artifact
 
 
@@ -180,6 +181,7 @@ def test_bench_has_speed_memory_and_the_machine(artifact: str, capsys: pytest.Ca
         assert row[key] > 0
     assert "peak_rss_bytes" in row
     assert told["environment"]["cores"] >= 1
+    assert row["quality"] is told["reference"] is None  # nobody asked: only speed is measured
 
 
 def test_bench_times_a_schedule_and_drafts(artifact: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -190,8 +192,71 @@ def test_bench_times_a_schedule_and_drafts(artifact: str, capsys: pytest.Capture
     assert (falling["schedule"], falling["bits"]) == ("8@0,2@4", 8)
     assert 2 < falling["average_bits"] < 8
     assert (drafted["draft_bits"], drafted["bits"]) == (2, 4)
+    assert told["reference"] == {"text": None, "against": "8 bits"}
+    job = AlongJob(prompt_tokens=8, new_tokens=9)
+    asked = [parse("4"), parse("8@0,2@4"), parse("4")]
+    expected = [one.model_dump(mode="json") for one in measure_along(artifact, job, asked, threads=1)]
+    assert [row["quality"] for row in told["rows"]] == expected
+    assert falling["quality"]["kl"] > 0
     assert main(["bench", artifact, *args, "--schedule", "5@0"]) == 2
     assert "5 bits are not in this artifact" in capsys.readouterr().err
+
+
+def test_bench_shows_quality_beside_the_schedule_that_is_kept(
+    artifact: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept, task = tmp_path / "kept.lilliput", tmp_path / "task.jsonl"
+    write_small_artifact(kept)
+    set_schedule(kept, parse("4@0,2@4").entry())
+    task.write_text('{"prompt": "once", "n": "x"}\n{"prompt": "twice", "n": "x"}\n')
+    args = [str(kept), "--prompt-tokens", "8", "--new-tokens", "5", "--rounds", "1", "--threads", "1"]
+    assert main(["bench", *args, "--text", str(task), "--field", "prompt", "--limit", "1"]) == 0
+    out, err = capsys.readouterr()
+    head, _, *rows = out.splitlines()
+    assert [name for name in ("KL", "top-1 agreement", "bits a forward", "along the text") if name in head] == [
+        "KL", "top-1 agreement", "bits a forward", "along the text",
+    ]  # fmt: skip
+    assert len(rows) == 5
+    assert "4@0,2@4" in rows[-1]
+    assert "along 1 answers of 8 bits" in err
+    assert "2@4 lies beyond an answer of 5 tokens" in err
+    (kept / "bits-4.safetensors").unlink()  # a copy without the schedule's widths does without
+    (kept / "bits-8.safetensors").unlink()
+    told = document(capsys, "bench", *args)
+    assert [(row["bits"], row["schedule"], row["quality"]) for row in told["rows"]] == [
+        (2, None, None),
+        (3, None, None),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "said"),
+    [
+        (["--text", "nowhere.jsonl"], 3, "nowhere.jsonl"),
+        (["--schedule", "2@0,4@3"], 2, "the widths do not fall"),
+        (["--schedule", "4@0,3@9,2@3"], 2, "the steps are out of order"),
+        (["--schedule", "learned"], 2, "Learn it with `lilliput schedule ARTIFACT --method learned`"),
+        (["--against", "nowhere"], 3, "nowhere"),
+        (["--schedule", "4@0,2@3", "--activations", "integer"], 2, "it has no integer graph"),
+        (["--limit", "0", "--schedule", "4"], 2, "0 is not in the range"),
+    ],
+)
+def test_bench_refuses_before_anything_is_timed(
+    artifact: str,
+    args: list[str],
+    code: int,
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def timed(job: dict[str, Any], timeout_s: float) -> None:
+        raise AssertionError("timed")
+
+    monkeypatch.setattr("lilliput.measure.latency._round", timed)
+    assert main(["bench", artifact, "--prompt-tokens", "8", "--new-tokens", "8", *args]) == code
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert len(lines) == 1
+    assert said in lines[0]
 
 
 def test_kv_reaches_the_engine_of_every_verb(

@@ -50,6 +50,16 @@ def test_found_kept_and_run(artifact: Path, task: Path, capsys: pytest.CaptureFi
     assert told(capsys, "verify", artifact)["ok"]
 
 
+def test_a_plain_text_is_cut_into_prompts(artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("and so on " * 12)
+    args = ("--prompt-tokens", 25, "--ladder", "4/2", "-n", 8, "--grid", 2, "--threads", 1, "--dry-run")
+    made = told(capsys, "schedule", artifact, "--task", text, *args)
+    assert made["schedule"]["note"].endswith("over 5 answers of the widest width")  # 120 bytes, 24 beside each BOS
+    made = told(capsys, "schedule", artifact, "--task", text, *args, "--limit", 2)
+    assert made["schedule"]["note"].endswith("over 2 answers of the widest width")
+
+
 def test_a_dry_run_changes_nothing_and_keeps_its_notes(
     artifact: Path, task: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

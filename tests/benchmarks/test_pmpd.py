@@ -45,6 +45,32 @@ def test_prompts_are_disjoint_pieces_that_begin_as_the_model_wants(pmpd: ModuleT
     assert all(prompt[0] == engine.tokenizer.bos_id and 32 <= len(prompt) <= 192 for prompt in prompts)
 
 
+def test_prompts_of_several_kinds_are_known_by_kind(pmpd: ModuleType, engine: Any, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        rows = ("".join(f'{{"said": "{name} {i} {"x" * 60}"}}\n' for i in range(20)), "")
+        (tmp_path / f"{name}.jsonl").write_text("".join(rows))
+    sources = [f"{name}={tmp_path / name}.jsonl:said" for name in ("a", "b")]
+    fit, test = pmpd.prompts_of(sources, engine, pmpd.Size(6, 9, 24, 1))
+    assert [len(fit[name]) for name in "ab"] == [3, 3]
+    assert [len(test[name]) for name in "ab"] == [5, 5]
+    assert not {tuple(prompt) for prompt in fit.all()} & {tuple(prompt) for prompt in test.all()}
+    cases = [Case(tuple(prompt), (1, 2)) for prompt in reversed(test.all())]
+    assert test.of(cases) == ["b"] * 5 + ["a"] * 5
+    assert all(
+        engine.tokenizer.decode(case.prompt)[0] == kind for case, kind in zip(cases, test.of(cases), strict=True)
+    )
+
+
+def test_a_line_says_what_each_kind_gets(pmpd: ModuleType) -> None:
+    kl, ones = np.array([0.1, 0.3, 0.5, 0.7]), np.ones(4)
+    rows = {
+        name: pmpd.Rows(kl, ones, ones, ones * bits * 10, ones * 10) for name, bits in (("4", 4), ("3", 3), ("2", 2))
+    }
+    told = pmpd.report("mixed", rows, dict.fromkeys(rows, ""), list(rows), pmpd.QUICK, ["a", "a", "b", "b"])
+    assert [line["kl_by_kind"] for line in told] == [{"a": 0.2, "b": 0.6}] * 3
+    assert told[1]["bits_by_kind"] == {"a": 3, "b": 3}
+
+
 def test_random_switching_deals_the_same_widths(pmpd: ModuleType) -> None:
     cases = [Case((1,), tuple(range(count))) for count in (30, 25, 2)]
     steps = static((4, 3, 2), (10, 20), 30)
@@ -64,6 +90,10 @@ def test_a_line_through_constants_is_what_mixing_them_gives(pmpd: ModuleType) ->
 
     told = {"4": rows(4, 0.1), "3": rows(3, 0.3), "2": rows(2, 1.1)}
     assert pmpd.interpolated(told, ["4", "3", "2"], 2.25, slice(None)) == pytest.approx(0.9)
+    told["bad"] = rows(2.5, 2.0)  # a point above the line is not needed, and does not bend it
+    assert pmpd.interpolated(told, list(told), 2.25, slice(None)) == pytest.approx(0.9)
+    told["good"] = rows(2.5, 0.35)  # and one below makes 3 bits useless
+    assert pmpd.interpolated(told, list(told), 3.0, slice(None)) == pytest.approx(0.35 - 0.25 / 3)
     value, (low, high) = pmpd.interval(lambda of: float(np.arange(50.0)[of].mean()), 50)
     assert low < value == 24.5 < high
 
@@ -85,9 +115,12 @@ def test_figures_along_answers_and_of_what_is_written(pmpd: ModuleType, engine: 
 def test_speed_tells_whether_drafts_changed_a_token(pmpd: ModuleType, engine: Any, monkeypatch: Any) -> None:
     kept: list[Any] = []
     monkeypatch.setattr(pmpd, "emit", lambda name, **fields: kept.append(fields))
-    runs = pmpd.speed_runs(["4@0,2@8"])
-    found = pmpd.speed(engine, runs, [257, 5, 6], pmpd.Size(0, 0, 16, 2))
+    size = pmpd.Size(0, 0, 16, 2)
+    runs = pmpd.speed_runs(["4@0,2@8"], size, True)
+    found = pmpd.speed(engine, runs, [257, 5, 6], size)
     assert found["4"]["times_constant_4"] == 1
     assert found["4, drafts at 2"]["same_tokens_as_4"]
     assert found["4@0,2@8"]["average_bits"] == pytest.approx((8 * 4 + 7 * 2) / 15)
-    assert len(kept) == len(runs) == 6
+    assert found["4@0,2@8 in random order"]["average_bits"] == found["4@0,2@8"]["average_bits"]
+    assert len(kept) == len(runs) == 7
+    assert len(pmpd.speed_runs(["4@0,2@8"], size, False)) == 5

@@ -573,4 +573,22 @@ def test_threads_may_share_a_schedule(small: Engine) -> None:
     for worker in workers:
         worker.join()
     assert results == [expected] * 4
-    assert native.variants("attention")
+
+
+def test_threads_run_one_engine_at_widths_of_their_own(small: Engine) -> None:
+    """Card section 5, trap 8: a width is an argument of a forward and not a state of the weights."""
+    schedules: list[Schedule] = [FALL, Constant(bits=2), parse("8@prompt,3@0,2@20"), Constant(bits=8)]
+    options: dict[str, Any] = {"max_new_tokens": 60, "sampling": WARM}
+    alone = [small.generate("Once", schedule=one, **options).tokens for one in schedules]
+    together: dict[int, tuple[int, ...]] = {}
+
+    def work(index: int) -> None:
+        together[index] = small.generate("Once", schedule=schedules[index], **options).tokens
+
+    workers = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [together[index] for index in range(4)] == alone
+    assert len(set(alone)) == 4

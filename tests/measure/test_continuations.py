@@ -67,6 +67,16 @@ def test_the_same_text_scores_one_and_widths_are_those_used(small: Engine, cases
     )
 
 
+def test_what_is_written_is_not_cut_where_the_reference_ends(small: Engine, cases: list[Case]) -> None:
+    """Card section 5, trap 5: every branch is as long as it makes itself."""
+    early = [Case(case.prompt, case.answer[:4]) for case in cases]
+    judge = Judge(small, early, RougeL(), Widest(small), 20)
+    scored = judge.score(Constant(bits=8))
+    assert scored.scores.tolist() == [2 * 4 / (len(case.answer) + 4) for case in cases]
+    forwards = [len(small.generate(case.prompt, bits=8, max_new_tokens=20).widths) for case in cases]
+    assert scored.forwards.tolist() == forwards
+
+
 def test_tolerances() -> None:
     assert KL().allowance(0.3, 0.01) == pytest.approx(np.log(1.01))
     assert RougeL().allowance(0.8, 0.01) == pytest.approx(0.008)

@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lilliput.core.errors import ConfigError
+from lilliput.core.errors import ConfigError, Interrupted
 from lilliput.engine import Engine, load
 from lilliput.engine.schedules.features import Features, all_choices
 from lilliput.engine.schedules.learned import Learned
+from lilliput.numerics.divergence import log_softmax
 from lilliput.scheduling import ScheduleJob, find_schedule
 from lilliput.scheduling.learn import Beginning, Table, fit_features
 from support.small_artifact import write_small_artifact
@@ -69,45 +70,99 @@ def test_references_given_are_what_counts(small: Engine) -> None:
     assert widest.score == pytest.approx(nll, rel=1e-4)
 
 
-def test_a_label_that_separates_is_learned_and_padding_changes_nothing() -> None:
+def separable(classes: np.ndarray) -> Table:
+    """Losses such that class c is best left at 3 bits from GRID[min(c, 2)] and at 2 bits from GRID[c] on."""
+    choices = tuple(all_choices(GRID, 2))
+    wanted = np.stack([np.minimum(classes, 2), classes], axis=1) * 10
+    loss = np.abs(np.array(choices)[None] - wanted[:, None]).sum(-1) / 10
+    return Table(LADDER, GRID, choices, loss, np.full(loss.shape, 3.0), np.zeros(len(classes)))
+
+
+def test_what_separates_is_learned_and_padding_changes_nothing() -> None:
     torch = pytest.importorskip("torch")
-    from lilliput.scheduling.train import padded, train
+    from lilliput.scheduling.train import exported, fit, padded, places_of
 
     classes = np.random.default_rng(1).integers(0, 4, 160)
-    labels = np.stack([np.minimum(classes, 2), classes], axis=1)
-    job, none = ScheduleJob(method="learned", max_new_tokens=30), np.zeros(0, dtype=np.float32)
-    made = train(labels, beginnings(classes), none, LADDER, GRID, job)
+    job, none, table = (
+        ScheduleJob(method="learned", max_new_tokens=30),
+        np.zeros(0, dtype=np.float32),
+        separable(classes),
+    )
+    pairs = [(one.keys, one.values) for one in beginnings(classes)]
+    reader = fit(pairs, table.loss, places_of(table), 0)
+    made = exported(reader, none, LADDER, GRID, job)
     fresh = np.random.default_rng(2).integers(0, 4, 100)
-    seen = beginnings(fresh, seed=5)
-    chosen = np.stack([made.logits(one.keys, one.values).argmax(1) for one in seen])
+    seen = [(one.keys, one.values) for one in beginnings(fresh, seed=5)]
+    said = np.stack([made.logits(*pair) for pair in seen])
+    chosen = np.maximum.accumulate(said.argmax(-1), axis=1)
     assert (chosen == np.stack([np.minimum(fresh, 2), fresh], axis=1)).mean() > 0.9
-    again = train(labels, beginnings(classes), none, LADDER, GRID, job)
+    # what it says goes into one softmax as it is: had it been made probabilities first, none of 4 could be above 0.48
+    assert np.exp(log_softmax(said)).max(-1).mean() > 0.7
+    again = exported(fit(pairs, table.loss, places_of(table), 0), none, LADDER, GRID, job)
     assert all((made.weights[name] == again.weights[name]).all() for name in made.weights)  # the same seed
-    reader = _reader_of(made, torch)
-    pairs = [(one.keys, one.values) for one in seen[:8]]
     with torch.no_grad():
-        together = reader(*padded(pairs)).numpy()
-        alone = np.concatenate([reader(*padded([pair])).numpy() for pair in pairs])
+        together = reader(*padded(seen[:8])).numpy()
+        alone = np.concatenate([reader(*padded([pair])).numpy() for pair in seen[:8]])
     np.testing.assert_allclose(together, alone, atol=1e-5)
-    np.testing.assert_allclose(together, [made.logits(*pair) for pair in pairs], atol=1e-4)  # NumPy says the same
+    np.testing.assert_allclose(together, said[:8], atol=1e-4)  # NumPy says the same
 
 
-def _reader_of(made: Learned, torch):  # type: ignore[no-untyped-def]
-    from lilliput.scheduling.train import Reader
+def test_expected_costs_are_those_of_every_choice_by_its_probability() -> None:
+    torch = pytest.importorskip("torch")
+    from lilliput.scheduling.train import expected, places_of
 
-    weights = {name: torch.from_numpy(array) for name, array in made.weights.items()}
-    reader = Reader(*made.weights["query"].shape, made.rungs, len(made.grid), weights["mean"], weights["spread"]).eval()
-    names = {"hidden": "hidden.weight", "hidden_bias": "hidden.bias", "out": "out.weight", "out_bias": "out.bias"}
-    reader.load_state_dict({names.get(name, name): value for name, value in weights.items() if name != "inv_freq"})
-    return reader
+    table = separable(np.array([0, 3, 1]))
+    places = places_of(table)
+    assert table.choices[places[2, 1]] == table.choices[places[2, 2]] == (20, 20)  # no rung is left before the last
+    logits = np.random.default_rng(0).normal(0, 1, (3, 2, 4))
+    p = np.exp(log_softmax(logits))
+    by_hand = [
+        sum(p[n, 0, i] * p[n, 1, j] * table.loss[n, places[i, j]] for i in range(4) for j in range(4)) for n in range(3)
+    ]
+    told = expected(torch.from_numpy(logits), torch.from_numpy(table.loss[:, places]))
+    assert float(told) == pytest.approx(np.mean(by_hand))
 
 
-def test_labels_are_the_cheapest_choice_within_the_tolerance() -> None:
-    choices = tuple(all_choices(GRID, 1))
-    loss = np.array([[0.4, 0.2, 0.005, 0.0], [0.0, 0.0, 0.0, 0.0], [9.0, 9.0, 9.0, 9.0], [0.0, 0.5, 0.0, 0.0]])
-    bits = np.tile([2.0, 2.7, 3.4, 4.0], (4, 1))
-    table = Table((4, 2), GRID, choices, loss, bits, np.zeros(4))
-    assert table.labels(np.full(4, 0.01)).tolist() == [[2], [0], [3], [0]]
+def test_the_price_of_a_bit_is_that_of_the_hull_where_the_tolerance_lies() -> None:
+    pytest.importorskip("torch")
+    from lilliput.scheduling.train import highest, slope_at
+
+    bits, loss = np.array([2.0, 2.5, 3.0, 3.5, 4.0]), np.array([1.0, 0.9, 0.2, 0.15, 0.0])  # 2.5 and 3.5 lie above it
+    assert slope_at(bits, loss, 0.1) == pytest.approx(0.2)
+    assert slope_at(bits, loss, 0.5) == slope_at(bits, loss, 9.0) == pytest.approx(0.8)
+    asked: list[float] = []
+
+    def within(price: float) -> bool:
+        asked.append(price)
+        return price <= 1.3
+
+    assert 1.2 < highest(within, 1.0) <= 1.3
+    assert len(asked) == 5
+    assert highest(lambda price: False, 1.0) == 0
+
+
+@pytest.mark.parametrize("allowed", [0.05, 0.2])
+def test_the_classifier_keeps_the_tolerance_of_all_on_prompts_it_did_not_see(allowed: float) -> None:
+    """Half of the prompts lose much by few bits, the others nothing: all it needs is to tell them apart."""
+    pytest.importorskip("torch")
+    from lilliput.scheduling.train import train
+
+    choices, grid = tuple(all_choices((0, 30), 1)), (0, 30)
+
+    def drawn(count: int, seed: int) -> tuple[Table, list[Beginning]]:
+        classes = np.random.default_rng(seed).integers(0, 2, count)
+        bits = np.tile([2.0, 4.0], (count, 1))
+        return Table((4, 2), grid, choices, classes[:, None] * (4 - bits) * 0.5, bits, np.zeros(count)), beginnings(
+            classes, seed
+        )
+
+    table, seen = drawn(60, 0)
+    job, none = ScheduleJob(method="learned", max_new_tokens=30), np.zeros(0, dtype=np.float32)
+    made = train(table, range(60), seen, none, job, allowed)
+    fresh, beginning = drawn(60, 1)
+    place = [int(made.logits(one.keys, one.values).argmax()) for one in beginning]
+    assert fresh.loss[range(60), place].mean() <= 1.5 * allowed
+    assert fresh.bits[range(60), place].mean() < 3.3  # about half of them at 2
 
 
 def test_features_spend_bits_where_they_help_within_the_tolerance_of_all() -> None:
@@ -144,6 +199,33 @@ def test_learned_on_a_task_and_scored_again_from_the_notebook(small: Engine, tmp
     assert found.frontier == again.frontier
     assert all((found.schedule.tensors()[name] == w).all() for name, w in again.schedule.tensors().items())
     assert [row.schedule for row in found.frontier if row.chosen] == [str(found.schedule)]
+
+
+def test_an_interrupt_says_how_to_go_on_and_the_same_comes_out(
+    small: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, notes = ScheduleJob(max_new_tokens=12, ladder=(8, 4, 2), grid=3, tolerance=0.05), tmp_path / "notes.jsonl"
+    whole = find_schedule(small, prompts(4), job)
+    real, left = Engine.follow, [9]
+
+    def interrupted(*args):  # type: ignore[no-untyped-def]
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(Engine, "follow", interrupted)
+    with pytest.raises(Interrupted, match=r"^schedule: stopped; what was scored is kept in .*notes\.jsonl\. Repeat"):
+        find_schedule(small, prompts(4), job, notebook=notes)
+    left[0] = 10_000
+    assert find_schedule(small, prompts(4), job, notebook=notes) == whole
+    with_all = 10_000 - left[0]
+    left[0] = 10_000
+    find_schedule(small, prompts(4), job)
+    assert with_all == 10_000 - left[0] - 8  # eight were scored before, and are not again
+    left[0] = 2
+    with pytest.raises(KeyboardInterrupt):
+        find_schedule(small, prompts(4), job)
 
 
 def test_faults_are_one_line(small: Engine) -> None:

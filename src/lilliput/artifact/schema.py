@@ -357,6 +357,21 @@ def fingerprint(manifest: Manifest) -> str:
     return hashlib.sha256("".join(f"{name} {manifest.files[name].sha256}\n" for name in names).encode()).hexdigest()
 
 
+def schedule_misfit(manifest: Manifest, said: Mapping[str, str]) -> str | None:
+    """Say for what else than this artifact its learned schedule was learned, None where it was for this.
+
+    said: metadata of the file of what was learned, empty without one.
+    """
+    entry = manifest.schedule
+    if entry is None or entry.model is None:
+        return None
+    if {entry.model, said.get("model", entry.model)} != {fingerprint(manifest)}:
+        return f"{entry.name} was learned from another model than this"
+    if said.get("horizon", str(entry.horizon)) != str(entry.horizon):
+        return f"{entry.name} was learned for answers of {said['horizon'][:20]} tokens, not of {entry.horizon}"
+    return None
+
+
 def version_of(
     spec: AnySpec,
     entries: Mapping[str, QuantEntry],
@@ -494,7 +509,7 @@ def _known(data: dict[str, Any], error: ValidationError) -> dict[str, Any]:
 
 def _first(error: ValidationError) -> str:
     problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    return f"{'.'.join(str(step)[:80] for step in _path(problem['loc'])) or 'manifest'}: {problem['msg']}"
+    return f"{'.'.join(str(step)[:80] for step in _path(problem['loc'])) or 'manifest'}: {problem['msg'].removeprefix('Value error, ')}"
 
 
 def _path(loc: tuple[int | str, ...]) -> list[int | str]:

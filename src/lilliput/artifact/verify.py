@@ -25,6 +25,7 @@ from lilliput.artifact.schema import (
     QuantEntry,
     load_manifest,
     rung_file,
+    schedule_misfit,
 )
 from lilliput.core.errors import InputCorrupt, InputMissing
 from lilliput.numerics.packing import INPUTS, LEVEL_BITS, ROWS, unpack_fields
@@ -112,6 +113,8 @@ class _Check:
                 self._file(name, entry)
             except (InputCorrupt, InputMissing) as error:
                 self.problems.append(str(error))
+        if not self.problems:
+            self._schedule()
         return _report(self.folder.path, bits, files, self.read + manifest_bytes, self.problems, absent, ignored)
 
     def _widths(self, names: set[str]) -> tuple[tuple[int, ...], tuple[str, ...]]:
@@ -143,6 +146,13 @@ class _Check:
         if {rung_file(b) for b in self.manifest.bits} <= set(self.folder.names()):  # a narrower copy has no matrices
             with Artifact.open(self.folder.path) as artifact:
                 artifact.integer()
+
+    def _schedule(self) -> None:
+        """Hold what a schedule learned against the model and the horizon it is kept with."""
+        with Artifact.open(self.folder.path) as artifact:
+            misfit = schedule_misfit(self.manifest, artifact.schedule_tensors()[1])
+        if misfit is not None:
+            self._say(f"schedule: {misfit}", MANIFEST_FILE, "Learn it anew with `lilliput schedule`")
 
     def _hash(self, handle: int) -> str:
         digest, at = hashlib.sha256(), 0

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from lilliput.core.errors import ConfigError
 from lilliput.core.progress import Progress, Silent
+from lilliput.data.streams import Encoder, windows
 from lilliput.engine.engine import Engine
 from lilliput.engine.schedules.base import Schedule
 from lilliput.measure.metrics import F32, F64, Forced, Metric, Original, Written
@@ -130,6 +131,18 @@ def _fact(line: bytes) -> Any:
     except ValueError:
         return None
     return fact if isinstance(fact, dict) and fact.keys() == {"key", "value"} else None
+
+
+def cut_prompts(
+    documents: Sequence[str], tokenizer: Encoder, *, tokens: int | None = None, limit: int | None = None
+) -> list[list[int]]:
+    """Return the ids of one prompt a document, its first `tokens`; a single document is cut into as many as it has.
+
+    tokens: None for the whole document. limit: prompts at most, the first ones.
+    """
+    if len(documents) > 1 or tokens is None:
+        return [tokenizer.encode(text)[:tokens] for text in documents[:limit]]
+    return [ids.tolist() for ids in windows(documents, tokenizer, length=max(2, tokens), limit=limit)]
 
 
 def write_answers(

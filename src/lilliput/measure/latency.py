@@ -129,11 +129,11 @@ def bench(
     ):
         if value < least:
             raise ConfigError(f"{name} is {value}", where="bench", fix=f"Give {least} or more")
-    _check_fit(path, bits, prompt_tokens + new_tokens)
+    check_fit(path, bits, prompt_tokens + new_tokens)
     progress = progress or Silent()
     jobs: list[dict[str, Any]] = [{"bits": width} for width in bits]
     if schedule is not None:
-        jobs.append({"schedule": schedule, "bits": max(_fitted(path, schedule).widths)})
+        jobs.append({"schedule": schedule, "bits": max(named_schedule(path, schedule).widths)})
     if draft_bits is not None:
         jobs.append({"draft_bits": draft_bits, "draft_tokens": draft_tokens, "bits": max(bits)})
     progress.begin("timing", rounds * len(jobs))
@@ -153,8 +153,8 @@ def bench(
     return [summarize(made) for made in found]
 
 
-def _fitted(path: Path, text: str) -> Schedule:
-    """The schedule that `text` names, with the artifact's widths. Raises ConfigError."""
+def named_schedule(path: str | Path, text: str) -> Schedule:
+    """Return the schedule that `text` names, or STORED, with the artifact's widths. Raises ConfigError."""
     with Artifact.open(path) as artifact:
         if text != STORED:
             return parse(text).fitted(artifact.bits)
@@ -165,8 +165,8 @@ def _fitted(path: Path, text: str) -> Schedule:
     return stored
 
 
-def _check_fit(path: Path, bits: Sequence[int], tokens: int) -> None:
-    """Say here what every process would fail with."""
+def check_fit(path: str | Path, bits: Sequence[int], tokens: int) -> None:
+    """Raise what every process would fail with, ConfigError, Unsupported or OutOfResource, before one is started."""
     with Artifact.open(path) as artifact:
         absent = [width for width in bits if width not in artifact.bits]
         if absent:

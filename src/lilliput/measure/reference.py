@@ -16,6 +16,7 @@ from lilliput.measure.quality import Runner
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lilliput.engine.engine import Engine
     from lilliput.models import Checkpoint, Decoder
 
 I32 = npt.NDArray[np.int32]
@@ -108,6 +109,20 @@ class WritingOriginal:
             sampling=Sampling(),
         )
         return [tuple(one.tokens) for one in made]
+
+
+def open_writer(source: str | Path, engine: "Engine") -> WritingOriginal:
+    """Open the checkpoint that `engine`'s artifact was made from as the writer of references.
+
+    Raises what `Checkpoint.open` raises, Unsupported for an encoder, ConfigError for a model of another vocabulary.
+    """
+    from lilliput.models import Checkpoint
+
+    made = WritingOriginal(Checkpoint.open(source), engine.tokenizer.eos_ids, threads=engine.threads)
+    if made.spec.vocab_size != engine.spec.vocab_size:
+        what = f"has {made.spec.vocab_size} tokens, the artifact {engine.spec.vocab_size}"
+        raise ConfigError(what, where=str(source), fix="Give the model that the artifact was made from")
+    return made
 
 
 def _stored(tensor: "Tensor", dtype: str) -> StoredTensor:

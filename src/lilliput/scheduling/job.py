@@ -10,7 +10,7 @@ from typing import Literal, get_args
 from pydantic import BaseModel, ConfigDict
 
 from lilliput.artifact.schema import ScheduleEntry, fingerprint
-from lilliput.core.errors import ConfigError
+from lilliput.core.errors import ConfigError, Interrupted
 from lilliput.core.progress import Progress, Silent
 from lilliput.engine.engine import Engine
 from lilliput.engine.schedules.base import Schedule
@@ -120,7 +120,8 @@ def find_schedule(
     prompts: token ids. author: writes the reference answers and is what KL compares with; None for the artifact's widest
     width. references: answers to use in place of those the author would write. notebook: a file of everything scored so
     far, for a killed run to go on.
-    Raises ConfigError where the job does not fit the artifact or the task, what the engine raises.
+    Raises ConfigError where the job does not fit the artifact or the task, what the engine raises; Interrupted for
+    Ctrl-C, where there is a notebook to go on from.
     """
     progress = progress or Silent()
     ladder = job.rungs(engine.bits)
@@ -144,6 +145,11 @@ def find_schedule(
             cases = usable([Case(tuple(p), tuple(r[: job.max_new_tokens])) for p, r in pairs])
         judge = Judge(engine, cases, metric, author, job.max_new_tokens, notes, progress)
         found = _search(judge, job, ladder) if job.method == "search" else _learn(judge, job, ladder)
+    except KeyboardInterrupt:
+        if notebook is None:
+            raise
+        what = f"stopped; what was scored is kept in {notebook}"
+        raise Interrupted(what, "schedule", "Repeat the same command to go on from there") from None
     finally:
         notes.close()
     note = f"{job.method}: {job.metric} within {job.tolerance:.3g} over {len(cases)} answers of {author_name}"

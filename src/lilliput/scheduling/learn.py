@@ -2,8 +2,8 @@
 
 Source: Chen et al., arXiv 2410.13461, labels of the learned scheduler: the smallest start step whose quality is still
 that of the widest run.
-Deviation: within a tolerance instead of at three decimals; all rungs are decided together; an answer is as long as its
-own branch makes it, so no branch is cut where another ended.
+Deviation: the losses themselves instead of labels; all rungs are decided together; an answer is as long as its own
+branch makes it, so no branch is cut where another ended, and a step it never meets costs what staying does.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ PARTS = 3
 @dataclass(frozen=True)
 class Table:
     """Every choice on every case. loss, bits: (cases, choices), the latter per decode forward. best: (cases,) scores of
-    the widest run. allowed: (cases,) the loss each may have; mean_allowed: all of them together."""
+    the widest run."""
 
     ladder: tuple[int, ...]
     grid: tuple[int, ...]
@@ -50,12 +50,6 @@ class Table:
         loss = np.stack([judge.metric.loss(one.scores, best) for one in scored], axis=1)
         bits = np.stack([one.bits / one.forwards for one in scored], axis=1)
         return cls(ladder, grid, tuple(choices), loss, bits, best)
-
-    def labels(self, allowed: F64) -> npt.NDArray[np.int64]:
-        """Return (cases, rungs): places in the grid of the cheapest choice whose loss is at most allowed (cases,)."""
-        held = np.where(self.loss <= allowed[:, None], self.bits, np.inf)
-        held[:, -1] = np.minimum(held[:, -1], self.bits[:, -1])  # never lowering is always allowed
-        return np.array([[self.grid.index(step) for step in self.choices[i]] for i in held.argmin(1)], dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -93,15 +87,14 @@ def teach(judge: Judge, table: Table, job: ScheduleJob, order: Sequence[int]) ->
     looks = [(i, look(judge.engine, judge.cases[i], job, table.ladder[0], watch)) for i in order]
     told = [(i, found) for i, found in looks if found is not None]
     rows, beginnings = [i for i, _ in told], [found for _, found in told]
+    allowed = judge.metric.allowance(float(table.best[rows].mean()), job.tolerance)
     if job.method == "features":
-        allowed = judge.metric.allowance(float(table.best[rows].mean()), job.tolerance)
         return fit_features(table, rows, beginnings, job, allowed)
     from lilliput.scheduling.train import train
 
-    each = np.array([judge.metric.allowance(best, job.tolerance) for best in table.best])
     rotary = judge.engine.spec.rotary
     inv_freq = np.array(() if rotary is None else rotary.inv_freq, dtype=np.float32)
-    return train(table.labels(each)[rows], beginnings, inv_freq, table.ladder, table.grid, job)
+    return train(table, rows, beginnings, inv_freq, job, allowed)
 
 
 def fit_features(

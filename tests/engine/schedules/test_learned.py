@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from lilliput.artifact import write
-from lilliput.core.errors import ConfigError
+from lilliput.artifact.verify import verify
+from lilliput.core.errors import ConfigError, UnknownName
 from lilliput.engine import load
 from lilliput.engine.schedules.base import Follower, Signals
 from lilliput.engine.schedules.features import Features, all_choices, features_of
@@ -138,3 +139,14 @@ def test_one_learned_for_another_model_or_horizon_is_refused(tmp_path: Path) -> 
         (folder / MANIFEST_FILE).write_bytes(seal(said))
         with pytest.raises(ConfigError, match=match):
             _ = load(folder, threads=1).schedule
+        report = verify(folder)
+        assert not report.ok
+        assert [match in line for line in report.problems] == [True]
+    (folder / MANIFEST_FILE).write_bytes(seal(manifest))
+    assert verify(folder).ok
+    unknown = manifest.schedule.model_copy(update={"name": "of_a_newer_version"})
+    (folder / MANIFEST_FILE).write_bytes(seal(manifest.model_copy(update={"schedule": unknown})))
+    with pytest.raises(
+        UnknownName, match=r"schedule: 'of_a_newer_version' is not known\. Update lilliput, or give --bits"
+    ):
+        _ = load(folder, threads=1).schedule

@@ -82,7 +82,11 @@ def test_steps_are_as_written() -> None:
         ("entropy:allow_raise=1", r"^schedule entropy\.allow_raise: '1' does not fit\. Give true or false\.$"),
         ("entropy:spike=-1", r"^schedule entropy\.spike: -1\.0 deviations are no spike\. "),
         ("latency_budget", r"^schedule latency_budget: it needs tokens_per_s\. Write latency_budget:tokens_per_s="),
-        ("static", r"^schedule static: it needs at\. "),
+        ("static", r"^schedule static: it needs at\. Write the steps alone, as 4@0,3@85,2@170\.$"),
+        (
+            "learned",
+            r"^schedule learned: it needs horizon\. Learn it with `lilliput schedule ARTIFACT --method learned`",
+        ),
         ("static:at=4", r"^schedule static\.at: '4' does not fit\. "),
         ("latency_budget:tokens_per_s=0", r"^schedule latency_budget\.tokens_per_s: 0\.0 is out of range\. "),
     ],

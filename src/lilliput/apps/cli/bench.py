@@ -1,4 +1,4 @@
-"""`lilliput bench`: how fast each width answers on this machine, and in how much memory."""
+"""`lilliput bench`: how fast each width answers on this machine, in how much memory, and how far from the original."""
 
 from typing import Literal
 
@@ -12,6 +12,9 @@ COLUMNS = {
     "bits": "bits",
     "how": "how",
     "average_bits": "bits a forward",
+    "text_bits": "along the text",
+    "kl": "KL",
+    "top1_agreement": "top-1 agreement",
     "acceptance": "drafts kept",
     "prefill_tokens_per_s": "prefill tokens/s",
     "decode_tokens_per_s": "decode tokens/s",
@@ -30,6 +33,10 @@ COLUMNS = {
 @widths("Widths to time; by default all.")
 @schedule
 @drafts
+@click.option("--text", type=click.Path(), metavar="FILE", help="Prompts to measure quality after; by default our own.")
+@click.option("--field", help="Field of JSONL or Parquet rows that holds the prompt.")
+@click.option("--against", metavar="MODEL", help="The original, whose answers count (needs lilliput[compress]).")
+@click.option("--limit", type=click.IntRange(1), default=8, show_default=True, help="Prompts at most, the first ones.")
 @click.option("--prompt-tokens", type=click.IntRange(1), default=128, show_default=True, help="Length of the prompt.")
 @click.option("--new-tokens", type=click.IntRange(2), default=128, show_default=True, help="Tokens to write.")
 @click.option(
@@ -46,6 +53,10 @@ def command(
     schedule: str | None,
     draft_bits: int | None,
     draft_tokens: int,
+    text: str | None,
+    field: str | None,
+    against: str | None,
+    limit: int,
     prompt_tokens: int,
     new_tokens: int,
     rounds: int,
@@ -57,6 +68,9 @@ def command(
 
     The artifact's own schedule is timed too, unless widths or a schedule are given.
 
+    Beside a schedule, and with --text or --against, every row has its quality: KL in nats a token and how often the
+    same token comes first, along the answers of the original, or else of the widest width, to a few prompts.
+
     "limit tokens/s" is what reading the weights alone would allow at the speed this machine's memory showed in the
     same minutes, and "of bandwidth" how much of that was reached.
 
@@ -65,21 +79,44 @@ def command(
                      "decode_tokens_per_s", "time_to_first_token_s", "load_s", "peak_rss_bytes",
                      "weight_bytes_read_per_token", "memory_bytes_per_s", "bandwidth_share",
                      "decode_limit_tokens_per_s", "foreign_cores", "schedule", "draft_bits",
-                     "average_bits", "acceptance"}],
-           "environment": {"cpu", "cores", "versions", ...}}
+                     "average_bits", "acceptance", "quality": {"kl", "kl_ci95", "top1_agreement",
+                     "average_bits", "answers", "tokens"} or null}],
+           "reference": {"text", "against"} or null, "environment": {"cpu", "cores", "versions", ...}}
     """
     from lilliput.artifact.read import Artifact
+    from lilliput.engine.schedules.base import Schedule
+    from lilliput.engine.schedules.fixed import Constant
+    from lilliput.engine.schedules.stored import stored_schedule
     from lilliput.measure import environment
-    from lilliput.measure.latency import STORED, bench
+    from lilliput.measure.along import AlongJob, AlongRow, measure_along
+    from lilliput.measure.latency import STORED, bench, check_fit, named_schedule
 
     with Artifact.open(artifact) as opened:
-        served, keeps = opened.bits, opened.manifest.schedule is not None
-    if schedule is None and bits is None and keeps:
-        schedule = STORED
+        served = opened.bits
+        if schedule is None and bits is None and stored_schedule(opened) is not None:
+            schedule = STORED
+    widths = bits or list(served)
+    check_fit(artifact, widths, prompt_tokens + new_tokens)
+    quality: list[AlongRow] = []
+    if schedule is not None or text is not None or against is not None:
+        job = AlongJob(
+            text=text, field=field, against=against, limit=limit, prompt_tokens=prompt_tokens, new_tokens=new_tokens
+        )
+        asked: list[Schedule] = [Constant(bits=width) for width in widths]
+        if schedule is not None:
+            asked.append(named_schedule(artifact, schedule))
+            for remark in asked[-1].remarks(new_tokens):
+                out.note(remark)
+        if draft_bits is not None:  # drafts change no token
+            asked.append(Constant(bits=max(widths)))
+        with out.progress() as progress:  # before the timing, which then has the machine to itself
+            quality = measure_along(
+                artifact, job, asked, threads=threads, activations=activations, kv=kv, progress=progress
+            )
     with out.progress() as progress:
         rows = bench(
             artifact,
-            bits=bits or served,
+            bits=widths,
             schedule=schedule,
             draft_bits=draft_bits,
             draft_tokens=draft_tokens,
@@ -91,14 +128,27 @@ def command(
             kv=kv,
             progress=progress,
         )
-    data = [row.model_dump(mode="json") for row in rows]
+    data = [row.model_dump(mode="json") | {"quality": None} for row in rows]
+    for row, told in zip(data, quality, strict=False):
+        row["quality"] = told.model_dump(mode="json")
     shown = [
         row
         | {
+            "kl": row["quality"] and row["quality"]["kl"],
+            "top1_agreement": row["quality"] and row["quality"]["top1_agreement"],
+            "text_bits": row["quality"] and row["average_bits"] and row["quality"]["average_bits"],
             "how": row["schedule"] or (row["draft_bits"] and f"drafts at {row['draft_bits']}"),
             "peak": None if row["peak_rss_bytes"] is None else format_bytes(row["peak_rss_bytes"]),
             "read": format_bytes(row["weight_bytes_read_per_token"]),
         }
         for row in data
     ]
-    out.result({"rows": data, "environment": environment.describe()}, lambda: table(shown, COLUMNS))
+    whose = against or f"{max(served, default=0)} bits"
+    document = {
+        "rows": data,
+        "reference": {"text": text, "against": whose} if quality else None,
+        "environment": environment.describe(),
+    }
+    out.result(document, lambda: table(shown, COLUMNS))
+    if quality:
+        out.note(f"KL and agreement: along {quality[0].answers} answers of {whose}, {quality[0].tokens} tokens")

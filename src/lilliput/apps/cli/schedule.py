@@ -40,7 +40,11 @@ def _ladder(ctx: click.Context, param: click.Parameter, value: str | None) -> tu
 @click.option("--task", required=True, type=click.Path(), metavar="FILE", help="Prompts: text, JSONL or Parquet.")
 @click.option("--field", help="Field of JSONL or Parquet rows that holds the prompt.")
 @click.option("--reference-field", help="Field that holds the answer; by default the reference model writes it.")
-@click.option("--prompt-tokens", type=click.IntRange(1), help="Keep the first N tokens of every prompt.")
+@click.option(
+    "--prompt-tokens",
+    type=click.IntRange(1),
+    help="Keep the first N tokens of every prompt; cut a single text into as many of N.",
+)
 @click.option("--limit", type=click.IntRange(1), help="Prompts at most, the first ones; by default all.")
 @click.option("--tolerance", default="1%", show_default=True, callback=_share, metavar="SHARE", help="How much worse.")
 @click.option(
@@ -110,6 +114,8 @@ def command(
     from lilliput.data.documents import read_documents
     from lilliput.engine import Engine
     from lilliput.measure import METRICS
+    from lilliput.measure.continuations import cut_prompts
+    from lilliput.measure.reference import open_writer
     from lilliput.scheduling import ScheduleJob, find_schedule
 
     metric = metric.replace("-", "_")
@@ -128,22 +134,23 @@ def command(
     )
     engine = Engine(artifact, threads=threads, activations=activations)
     job.rungs(engine.bits)
-    texts = read_documents(task, field=field)[:limit]
-    prompts = [engine.tokenizer.encode(text)[:prompt_tokens] for text in texts]
-    references = None
-    if reference_field is not None:
-        answers = read_documents(task, field=reference_field)[:limit]
+    texts, references = read_documents(task, field=field), None
+    if reference_field is None:
+        prompts = cut_prompts(texts, engine.tokenizer, tokens=prompt_tokens, limit=limit)
+    else:
+        prompts = [engine.tokenizer.encode(text)[:prompt_tokens] for text in texts[:limit]]
+        answers = read_documents(task, field=reference_field)
         if len(answers) != len(texts):
             what = f"{len(texts)} prompts and {len(answers)} references"
             raise ConfigError(what, where=task, fix="Give every row both fields")
-        references = [engine.tokenizer.encode(text, bos=False) for text in answers]
+        references = [engine.tokenizer.encode(text, bos=False) for text in answers[:limit]]
     notebook = Path(work) if work is not None else Path(f"{Path(artifact).absolute()}.schedule.jsonl")
     with out.progress() as progress:
         found = find_schedule(
             engine,
             prompts,
             job,
-            author=None if against is None else _original(against, engine),
+            author=None if against is None else open_writer(against, engine),
             author_name="the widest width" if against is None else against,
             references=references,
             notebook=notebook,
@@ -165,17 +172,3 @@ def command(
     rows = [row.model_dump() | {"mark": "*" if row.chosen else ""} for row in found.frontier]
     out.result(document, lambda: table(rows, COLUMNS))
     out.note(f"{'found' if dry_run else 'now the default'}: {found.schedule}; {found.note}")
-
-
-def _original(source: str, engine: Any) -> Any:
-    """The checkpoint as the writer of references. Raises ConfigError where it is another kind of model."""
-    from lilliput.core.errors import ConfigError
-    from lilliput.measure.reference import WritingOriginal
-    from lilliput.models import Checkpoint
-
-    checkpoint = Checkpoint.open(source)
-    made = WritingOriginal(checkpoint, engine.tokenizer.eos_ids, threads=engine.threads)
-    if made.spec.vocab_size != engine.spec.vocab_size:
-        what = f"has {made.spec.vocab_size} tokens, the artifact {engine.spec.vocab_size}"
-        raise ConfigError(what, where=source, fix="Give the model that the artifact was made from")
-    return made

@@ -116,6 +116,8 @@ class Schedule(ABC):
     """
 
     name: ClassVar[str]
+    spelt: ClassVar[str] = ""
+    """What to do instead of NAME:option=value, where that is not how one is made."""
     ladder: tuple[int, ...] = ()
     prefill: int | None = None
     allow_raise: bool = False

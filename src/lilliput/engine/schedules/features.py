@@ -29,6 +29,7 @@ class Features(Prompted):
     """
 
     name: ClassVar[str] = "features"
+    spelt: ClassVar[str] = "Learn it with `lilliput schedule ARTIFACT --method features`"
     shapes: ClassVar[tuple[str, ...]] = ("mean", "spread", "slope", "intercept", "bits")
     watch: int = 8
     price: float = 0.0

@@ -30,6 +30,7 @@ class Constant(Schedule):
     """One width throughout: exactly the plain run at `bits`, unless `prefill` says otherwise. Text: `4`."""
 
     name: ClassVar[str] = "constant"
+    spelt: ClassVar[str] = "Write the width alone, as 4"
     bits: int
 
     def __post_init__(self) -> None:
@@ -69,6 +70,7 @@ class Static(Schedule):
     """
 
     name: ClassVar[str] = "static"
+    spelt: ClassVar[str] = "Write the steps alone, as 4@0,3@85,2@170"
     at: Steps
 
     def __post_init__(self) -> None:

@@ -2,7 +2,7 @@
 
 Source: Chen et al., arXiv 2410.13461, the KV-cache scheduler: learned queries attend to the last layer's keys, what they
 gather of the values decides between a few start steps.
-Deviation: logits instead of probabilities, since the loss takes the softmax itself; keys are turned back to position 0,
+Deviation: logits instead of probabilities, since training takes the softmax itself; keys are turned back to position 0,
 so that a longer prompt looks no different; heads keep queries of their own instead of being averaged; one decision for
 every rung; a narrow hidden layer. Read after the prompt, before the first decode forward.
 """
@@ -25,6 +25,7 @@ class Learned(Prompted):
     (heads * head_dim,); hidden (units, heads * head_dim); hidden_bias (units,); out (rungs * steps, units); out_bias."""
 
     name: ClassVar[str] = "learned"
+    spelt: ClassVar[str] = "Learn it with `lilliput schedule ARTIFACT --method learned`"
     shapes: ClassVar[tuple[str, ...]] = (
         "query",
         "inv_freq",

@@ -36,7 +36,7 @@ class Prompted(Schedule):
         where = f"schedule {self.name}"
         if not self.ladder or self.weights.keys() != {*self.shapes}:
             what = f"what it learned, {', '.join(self.shapes)}, is not there"
-            raise ConfigError(what, where, f"Learn it with `lilliput schedule ARTIFACT --method {self.name}`")
+            raise ConfigError(what, where, self.spelt)
         falls = any(b <= a for a, b in zip(self.grid, self.grid[1:], strict=False))
         if len(self.grid) < 2 or self.grid[0] != 0 or falls or self.grid[-1] > self.horizon:
             what = f"the steps {list(self.grid)} do not ascend from 0 to {self.horizon} at most"

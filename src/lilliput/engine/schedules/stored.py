@@ -3,8 +3,8 @@
 import logging
 
 from lilliput.artifact.read import Artifact
-from lilliput.artifact.schema import fingerprint
-from lilliput.core.errors import ConfigError, LilliputError
+from lilliput.artifact.schema import schedule_misfit
+from lilliput.core.errors import ConfigError, LilliputError, UnknownName
 from lilliput.engine.schedules import SCHEDULES
 from lilliput.engine.schedules.base import Schedule
 
@@ -26,14 +26,13 @@ def stored_schedule(artifact: Artifact) -> Schedule | None:
         log.warning("%s: this copy lacks %d bits, so its schedule is left out", artifact.path, max(absent))
         return None
     tensors, said = artifact.schedule_tensors()
-    if entry.model is not None and {entry.model, said.get("model", entry.model)} != {fingerprint(artifact.manifest)}:
-        what = f"{entry.name} was learned from another model than this"
-        raise ConfigError(what, where, "Learn it anew with `lilliput schedule`, or give --bits or --schedule")
-    if said.get("horizon", str(entry.horizon)) != str(entry.horizon):
-        what = f"{entry.name} was learned for answers of {said['horizon'][:20]} tokens, not of {entry.horizon}"
-        raise ConfigError(what, where, "Learn it anew with `lilliput schedule`, or give --bits or --schedule")
+    misfit = schedule_misfit(artifact.manifest, said)
+    if misfit is not None:
+        raise ConfigError(misfit, where, "Learn it anew with `lilliput schedule`, or give --bits or --schedule")
     try:
         made: Schedule = SCHEDULES.load(entry.name).stored(entry, tensors)
+    except UnknownName as error:
+        raise UnknownName(error.what, where, "Update lilliput, or give --bits or --schedule") from None
     except LilliputError:
         raise
     except (TypeError, ValueError, KeyError) as error:

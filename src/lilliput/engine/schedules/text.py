@@ -35,7 +35,7 @@ def parse(text: str) -> Schedule:
         options[option] = _value(value, hints[option], f"schedule {name}.{option}")
     missing = [field.name for field in fields(kind) if field.default is MISSING and field.name not in options]
     if missing:
-        raise ConfigError(f"it needs {missing[0]}", f"schedule {name}", f"Write {name}:{missing[0]}=..")
+        raise ConfigError(f"it needs {missing[0]}", f"schedule {name}", kind.spelt or f"Write {name}:{missing[0]}=..")
     made: Schedule = kind(**options)
     return made
 

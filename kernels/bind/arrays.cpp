@@ -70,8 +70,8 @@ HeldMatrix float_matrix(const std::string& name, const Bytes& data, const std::s
 }
 
 HeldMatrix nested_matrix(const std::string& name, const std::vector<Bytes>& planes, const std::vector<int>& widths,
-                         const Grids& scales, const Grids& zeros, const Grids& tables, int64_t out, int64_t columns,
-                         int64_t group) {
+                         const Grids& scales, const Grids& zeros, const Grids& tables, const Grids& factors, int64_t out,
+                         int64_t columns, int64_t group) {
   require(out > 0 && columns > 0 && group > 0, name + " has an empty shape");
   require(!planes.empty() && planes.size() == widths.size() && planes.size() <= 8, name + ": fields do not match");
   HeldMatrix h;
@@ -108,18 +108,25 @@ HeldMatrix nested_matrix(const std::string& name, const std::vector<Bytes>& plan
     h.matrix.table[bits] = data.data();
     h.held.push_back(data);
   }
+  for (const auto& [bits, data] : factors) {
+    require(bits >= 1 && bits <= 8, name + ".ratio for a width outside 1..8");
+    require_size(data, 2 * row_tiles * kTileRows * 4, name + ".ratio");
+    h.matrix.factor[bits] = reinterpret_cast<const float*>(data.data());
+    h.held.push_back(data);
+  }
   return h;
 }
 
 HeldMatrix cut_matrix(const std::vector<Bytes>& planes, const std::vector<int>& widths, const Bytes& scale,
-                      const std::optional<Bytes>& zero, const std::optional<Bytes>& table, int64_t out, int64_t columns,
-                      int64_t group) {
+                      const std::optional<Bytes>& zero, const std::optional<Bytes>& table,
+                      const std::optional<Bytes>& factor, int64_t out, int64_t columns, int64_t group) {
   int bits = 0;
   for (const int width : widths) bits += width;
-  Grids zeros, tables;
+  Grids zeros, tables, factors;
   if (zero) zeros.emplace_back(bits, *zero);
   if (table) tables.emplace_back(bits, *table);
-  return nested_matrix("matrix", planes, widths, {{bits, scale}}, zeros, tables, out, columns, group);
+  if (factor) factors.emplace_back(bits, *factor);
+  return nested_matrix("matrix", planes, widths, {{bits, scale}}, zeros, tables, factors, out, columns, group);
 }
 
 }  // namespace lilliput::bind

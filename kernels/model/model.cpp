@@ -36,6 +36,7 @@ NestedView Matrix::at(int bits) const {
   view.scale = scale[own];
   view.zero = zero[own];
   view.table = table[own];
+  view.factor = factor[own];
   return view;
 }
 

@@ -47,6 +47,7 @@ struct Matrix {
   const uint16_t* scale[9] = {};
   const uint16_t* zero[9] = {};
   const uint8_t* table[9] = {};
+  const float* factor[9] = {};
   std::vector<float> bias;
 
   int64_t out() const { return nested ? fields.out : plain.out; }

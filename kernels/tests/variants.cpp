@@ -18,7 +18,7 @@ uint32_t below(uint32_t n) { return static_cast<uint32_t>(source()) % n; }
 struct Case {
   std::vector<int> widths;
   int64_t out, columns, group, tokens;
-  bool zeros, table;
+  bool zeros, table, factors;
 };
 
 int compare(const Case& c) {
@@ -44,6 +44,9 @@ int compare(const Case& c) {
   for (auto& entry : table) entry = static_cast<uint8_t>(below(2) ? below(128) : 127);
   w.table = c.table ? table.data() : nullptr;
   w.group = c.group;
+  std::vector<float> factor(static_cast<size_t>(2 * row_tiles * 16));
+  for (auto& f : factor) f = static_cast<float>(1 + below(4000)) / 2000;
+  w.factor = c.factors ? factor.data() : nullptr;
 
   std::vector<float> x(static_cast<size_t>(c.tokens * c.columns));
   for (auto& v : x) v = (static_cast<float>(below(2001)) - 1000) / 300;
@@ -74,9 +77,9 @@ int compare(const Case& c) {
     y.assign(wanted.size(), -1);
     matmul_nested_i8(name)(w, q, c.tokens, y.data(), c.out, 0, row_tiles, scratch.data());
     if (&y == &found && std::memcmp(wanted.data(), found.data(), wanted.size() * sizeof(float)) != 0) {
-      std::printf("matmul_nested_i8 %s differs: %d bits in %d fields%s, (%d, %d), groups of %d, %d tokens\n", name.c_str(),
+      std::printf("matmul_nested_i8 %s differs: %d bits in %d fields%s, (%d, %d), groups of %d%s, %d tokens\n", name.c_str(),
                   w.bits, w.fields, c.table ? " with a table" : "", static_cast<int>(c.out), static_cast<int>(c.columns), static_cast<int>(c.group),
-                  static_cast<int>(c.tokens));
+                  c.factors ? " with factors" : "", static_cast<int>(c.tokens));
       ++failures;
     }
   }
@@ -193,8 +196,11 @@ int main() {
             int bits = 0;
             for (const int width : widths) bits += width;
             if (table && bits > 4) continue;
-            if (compare({widths, tokens == 1 ? 16 : 53, group == 1000 ? 97 : 200, group, tokens, zeros, table})) return 1;
-            ++cases;
+            for (const bool factors : {false, true}) {
+              if (compare({widths, tokens == 1 ? 16 : 53, group == 1000 ? 97 : 200, group, tokens, zeros, table, factors}))
+                return 1;
+              ++cases;
+            }
           }
   for (const auto& widths : {std::vector<int>{4}, {4, 4}, {2, 1, 1}, {2, 1, 1, 4}, {2, 2}, {1, 4, 2, 1}})
     for (const int64_t columns : {97, 200})

@@ -33,6 +33,19 @@ def test_the_bits_of_a_weight_are_those_of_the_documentation(
         assert looked.bits_per_weight(b) == pytest.approx(plan.bits_per_weight(b) + more)
 
 
+def test_a_shared_grid_costs_a_byte_a_row_and_width() -> None:
+    plan = small_plan(SPEC, group_size=64, shared=True)
+    assert [round(more, 3) for more in rungs(plan, ".ratio.")] == [0.002] * 4
+    assert rungs(plan, ".scale.") == [0.25, 0, 0, 0]
+    assert [round(plan.bits_per_weight(b), 3) for b in plan.bits] == [2.502, 3.502, 4.502, 8.502]
+    # with rows this short ratios would leave most of a page empty before every field
+    few = small_plan(llama_spec(layers=4, hidden=256, inter=512), group_size=64, shared=True)
+    weights = sum(entry.out * entry.columns for entry in few.entries.values())
+    for b in few.bits:
+        files = sum(few.files[file].size for file in few.files_at(b)[1:])
+        assert 8 * files / weights < few.bits_per_weight(b) + 0.06 * (few.bits.index(b) + 1)
+
+
 def test_a_table_costs_its_bytes_over_the_columns() -> None:
     wide = {"layers.0.mlp.down_proj": 14336, "layers.0.attn.q_proj": 4096}
     plan = small_plan(SPEC, tables=(2, 3, 4))

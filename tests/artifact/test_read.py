@@ -19,6 +19,7 @@ from support.small_artifact import (
     llama_spec,
     random_float,
     random_linear,
+    random_ratios,
     random_tables,
     small_plan,
     write_small_artifact,
@@ -43,9 +44,11 @@ def copy(whole: Path, tmp_path: Path) -> Path:
 def reference(plan: Plan, name: str, bits: int, seed: int = 0) -> np.ndarray:
     """Spell out the formula of docs/architecture.md, weight by weight."""
     rng = np.random.default_rng(seed)
-    made = {n: (random_linear(entry, rng), random_tables(entry, rng)) for n, entry in plan.entries.items()}
-    (codes, scale, zero), table = made[name]
+    parts = (random_linear, random_tables, random_ratios)
+    made = {n: [part(entry, rng) for part in parts] for n, entry in plan.entries.items()}
+    (codes, scale, zero), table, ratio = made[name]
     entry = plan.entries[name]
+    own = entry.bits[0] if ratio else bits
     size = entry.columns if entry.group_size == -1 else entry.group_size
     out = np.empty(codes.shape, np.float32)
     for n, k in np.ndindex(codes.shape):
@@ -53,9 +56,12 @@ def reference(plan: Plan, name: str, bits: int, seed: int = 0) -> np.ndarray:
         c = np.float32(code) - np.float32((2**bits - 1) / 2)
         if bits in table:
             c = np.float32(table[bits][n, code]) - np.float32(63.5)
-        if bits in zero:
-            c -= np.float32(zero[bits][n, k // size])
-        out[n, k] = np.float32(scale[bits][n, k // size]) * c
+        times = np.float32(1)
+        if bits in ratio:
+            times = np.float32((128 + int(ratio[bits][n])) / 256 / 2 ** (bits - own))
+        if own in zero:
+            c -= np.float32(zero[own][n, k // size]) * (np.float32(1) / times)
+        out[n, k] = np.float32(scale[own][n, k // size]) * times * c
     return out
 
 
@@ -83,6 +89,26 @@ def test_levels_of_a_table_are_the_formula_bit_for_bit(tmp_path: Path, group_siz
         assert {b: t.shape for b, t in linear.table.items()} == {1: (3, 16, 2), 3: (3, 16, 8)}
         assert all(t.ctypes.data % 64 == 0 for t in linear.table.values())
         assert artifact.plan.home[f"{NAME}.table.3"][0] == "bits-3.safetensors"
+
+
+@pytest.mark.parametrize("group_size", [-1, 32, 48])
+@pytest.mark.parametrize("sym", [True, False])
+def test_a_shared_grid_is_the_formula_bit_for_bit(tmp_path: Path, group_size: int, sym: bool) -> None:
+    spec = llama_spec(layers=1, hidden=48, heads=3, kv_heads=3, inter=40)
+    plan = small_plan(spec, (2, 3, 4, 8), group_size=group_size, sym=sym, shared=True, ladders={"embed_tokens": (4,)})
+    manifest = write_small_artifact(tmp_path / "a", plan=plan)
+    assert manifest.schema_version == "1.4"
+    with Artifact.open(tmp_path / "a") as artifact:
+        for bits in plan.bits:
+            assert artifact.dequantize(NAME, bits).tobytes() == reference(plan, NAME, bits).tobytes()
+        linear = artifact.linear(NAME, 3)
+        assert (list(linear.scale), {b: r.shape for b, r in linear.ratio.items()}) == ([2], {2: (3, 16), 3: (3, 16)})
+        assert artifact.plan.home[f"{NAME}.ratio.3"][0] == "bits-3.safetensors"
+        artifact.read_ahead(4)
+    for bits in (3, 4, 8):
+        (tmp_path / "a" / f"bits-{bits}.safetensors").unlink()
+    with Artifact.open(tmp_path / "a") as narrow:
+        assert narrow.dequantize(NAME, 2).tobytes() == reference(plan, NAME, 2).tobytes()
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -94,7 +94,7 @@ PATHS = st.sampled_from(
 
 
 @settings(max_examples=80, deadline=None)
-@given(path=PATHS, value=VALUES, minor=st.sampled_from(["1.0", "1.4"]))
+@given(path=PATHS, value=VALUES, minor=st.sampled_from(["1.0", "1.5"]))
 def test_any_value_anywhere_is_accepted_or_refused(manifest: Manifest, path: str, value: Any, minor: str) -> None:
     raw = changed(manifest.model_copy(update={"schema_version": minor}), path, value)
     with suppress(LilliputError):
@@ -190,14 +190,14 @@ def test_a_newer_major_is_refused_by_name(manifest: Manifest) -> None:
 
 
 def test_a_newer_minor_may_say_more_but_not_mean_more(manifest: Manifest) -> None:
-    assert schema.SCHEMA_VERSION == "1.3"  # with the next minor, raise the numbers below
+    assert schema.SCHEMA_VERSION == "1.4"  # with the next minor, raise the numbers below
     newer = manifest.model_copy(update={"schema_version": "1.7"})
     for path in ("carbon_footprint", "source/licence", "files/config.json/mime"):
         read = load_manifest(changed(newer, path, "x"), "m")
         assert read.entries == manifest.entries
         assert read.schema_version == "1.7"
     for path in ("spec/sinks", "spec/kind", "entries/layers.0.attn.q_proj/codebook"):
-        with pytest.raises(Unsupported, match=r"schema 1\.7 says .*Extra inputs.*Update lilliput, this one knows 1\.3"):
+        with pytest.raises(Unsupported, match=r"schema 1\.7 says .*Extra inputs.*Update lilliput, this one knows 1\.4"):
             load_manifest(changed(newer, path, "x"), "m")
     with pytest.raises(Unsupported, match=r"schema 1\.7 says spec\.activation"):
         load_manifest(changed(newer, "spec/activation", "mish"), "m")
@@ -228,6 +228,17 @@ def test_tables_raise_the_version_only_where_there_are_some(manifest: Manifest, 
     said = json.loads(seal(written))["entries"]
     assert said["layers.0.attn.q_proj"]["tables"] == [2, 4]
     assert "tables" not in said["embed_tokens"]
+
+
+def test_a_shared_grid_belongs_to_several_even_widths() -> None:
+    given = {"out": 4, "columns": 70, "group_size": 32, "sym": False, "shared": True}
+    entry = QuantEntry(bits=(2, 4), **given)
+    assert (entry.grids(2), entry.grids(4)) == (("scale", "zero", "ratio"), ("ratio",))
+    assert entry.parts(2) == ("scale.2", "zero.2", "ratio.2")
+    assert entry.parts(4) == ("scale.2", "zero.2", "ratio.4")
+    for wrong in ({"bits": (4,)}, {"bits": (2, 4), "tables": (2,)}):
+        with pytest.raises(ValueError, match="a shared grid is one of several widths, none of them with a table"):
+            QuantEntry(**given, **wrong)
 
 
 def encoder() -> tuple[EncoderSpec, dict[str, FloatEntry]]:

@@ -143,6 +143,17 @@ def test_what_must_be_zero_or_finite_is_checked_beyond_the_digests(
         assert verify(copy).ok
 
 
+def test_ratios_of_rows_outside_are_zero(tmp_path: Path) -> None:
+    plan = small_plan(llama_spec(layers=1), (2, 3), ladders={"embed_tokens": (2, 3)}, shared=True)
+    write_small_artifact(tmp_path / "a", plan=plan)
+    assert verify(tmp_path / "a").ok
+    raw = bytearray((tmp_path / "a" / "bits-3.safetensors").read_bytes())
+    layout = plan.files["bits-3.safetensors"]
+    raw[len(layout.head) + layout.slots["embed_tokens.ratio.3"].end - 1] = 128  # row 271 of 261
+    (tmp_path / "a" / "bits-3.safetensors").write_bytes(raw)
+    assert "embed_tokens.ratio.3: a value outside the matrix is not zero" in "\n".join(verify(tmp_path / "a").problems)
+
+
 def test_a_damaged_artifact_is_not_amended_into_a_good_one(copy: Path) -> None:
     path = copy / "bits-2.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\xff")

@@ -23,6 +23,7 @@ from support.small_artifact import (
     llama_spec,
     provenance,
     random_linear,
+    random_ratios,
     small_plan,
     write_small_artifact,
     write_tokenizer,
@@ -136,8 +137,20 @@ def test_what_does_not_fit_the_plan_is_refused(tmp_path: Path) -> None:
     with ArtifactWriter.start(tmp_path / "n", narrow) as writer:
         with pytest.raises(ValueError, match=r"a code is \d+, beyond 2 bits"):
             writer.put_quantized(NAME, codes, {2: scale[2]})
-        with pytest.raises(ValueError, match="is symmetric but has zeros"):
+        with pytest.raises(ValueError, match=r"zeros for the widths \[2\], not \[\]"):
             writer.put_quantized(NAME, codes & 3, {2: scale[2]}, {2: zero[2]})
+
+
+def test_a_ratio_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    plan = small_plan(llama_spec(layers=1), (2, 8), shared=True)
+    rng = np.random.default_rng(0)
+    made, ratio = random_linear(plan.entries[NAME], rng), random_ratios(plan.entries[NAME], rng)
+    with ArtifactWriter.start(tmp_path, plan) as writer:
+        writer.put_quantized(NAME, *made, ratio=ratio)
+        with pytest.raises(ValueError, match=r"ratios for the widths \[2\], not \[2, 8\]"):
+            writer.put_quantized(NAME, *made, ratio={2: ratio[2]})
+        with pytest.raises(ValueError, match=r"the ratio is uint8 \(63,\), not uint8 \(64,\)"):
+            writer.put_quantized(NAME, *made, ratio=ratio | {8: ratio[8][1:]})
 
 
 def test_a_table_that_does_not_fit_is_refused(tmp_path: Path) -> None:
@@ -210,6 +223,8 @@ def test_bits_a_weight_count_padding_scales_and_zeros() -> None:
     )  # every matrix has 64 columns: a table of 2**b bytes for 64 weights
     wide = small_plan(spec, (2, 4, 8), sym=True, group_size=-1, tables=(2, 4))
     assert [wide.bits_per_weight(b) for b in (2, 4, 8)] == [2 + (16 + 32) / 64, 4 + (16 + 128) / 64, 8 + 16 / 64]
+    one = small_plan(spec, (2, 4, 8), group_size=32, shared=True)  # a byte a row for each width
+    assert [one.bits_per_weight(b) for b in (2, 4, 8)] == [b + 32 / 32 + 8 / 64 for b in (2, 4, 8)]
 
 
 # --- publishing ---

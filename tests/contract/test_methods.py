@@ -145,6 +145,28 @@ def test_zero_constant_and_lonely_rows_do_no_harm(name: str) -> None:
         assert set(made.scale) == set(method.bits)
 
 
+@pytest.mark.parametrize("name", [n for n in LAYER_METHODS if issubclass(METHODS.load(n), Quantizer)])
+def test_widths_share_a_grid_where_they_are_told_to(name: str) -> None:
+    bits = (2, 3, 4)
+    even = {"affine": True} if name == "any_precision" else {}
+    method = build(name, {"bits": list(bits), "shared": True, **even})
+    assert isinstance(method, Quantizer)
+    weight, stat = inputs(method)
+    own = build(name, {"bits": list(bits), **even}).solve(weight, stat)  # type: ignore[attr-defined]
+    made = method.solve(weight, stat)
+    assert (set(made.scale), set(made.ratio)) == ({2}, set(bits))
+    for b in bits:
+        error, least = (float((one.dequantize(b) - weight).norm()) for one in (made, own))
+        assert error < 1.2 * least
+    weight[0], weight[1] = 0.0, 0.25
+    weight[2] = 0.0
+    weight[2, 5] = 3.0
+    made = method.solve(weight, stat)
+    for b in bits:
+        assert torch.isfinite(made.dequantize(b)).all()
+        assert (made.dequantize(b)[0].abs() <= 1e-6).all()
+
+
 def block_method(name: str, **options: object) -> BlockMethod:
     method = build(name, options)
     assert isinstance(method, BlockMethod)
@@ -185,13 +207,13 @@ def test_a_block_method_leaves_alone_what_it_should(name: str, why: str, tmp_pat
 
 
 @pytest.mark.parametrize("name", BLOCK_QUANTIZERS)
-@pytest.mark.parametrize("bits", [(3,), (2, 3, 4, 8)])
+@pytest.mark.parametrize(("bits", "shared"), [((3,), False), ((2, 3, 4, 8), False), ((2, 3, 4, 8), True)])
 def test_a_block_quantizer_repeats_itself_and_is_no_worse_than_rounding(
-    name: str, bits: tuple[int, ...], tmp_path: Path
+    name: str, bits: tuple[int, ...], shared: bool, tmp_path: Path
 ) -> None:
     def solve(data: object) -> dict[str, Quantized]:
         block = tiny_block()
-        method = build(name, {"bits": list(bits), "group_size": 16})
+        method = build(name, {"bits": list(bits), "group_size": 16, "shared": shared})
         assert isinstance(method, BlockQuantizer)
         return method.solve_block(block, list(block.linears())[1:], data)[0]  # type: ignore[arg-type]
 
@@ -202,7 +224,7 @@ def test_a_block_quantizer_repeats_itself_and_is_no_worse_than_rounding(
     assert list(first) == list(tiny_block().linears())[1:]
     for layer, made in first.items():
         assert made.bits == bits
-        assert set(made.scale) == set(made.zero) == set(bits)
+        assert set(made.scale) == set(made.zero) == {bits[0], *(() if shared else bits)}
         assert torch.equal(made.codes, second[layer].codes)
         assert all(torch.equal(made.dequantize(b), second[layer].dequantize(b)) for b in bits)
 
@@ -216,7 +238,7 @@ def test_a_block_quantizer_repeats_itself_and_is_no_worse_than_rounding(
         return total
 
     linears = tiny_block().linears()
-    plain = {n: nearest(linears[n].weight.detach(), bits, 16, False) for n in first}
+    plain = {n: nearest(linears[n].weight.detach(), bits, 16, False, shared) for n in first}
     assert errors(first) <= errors(plain) + 1e-6
 
 

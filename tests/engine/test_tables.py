@@ -1,4 +1,4 @@
-"""Artifacts with tables of levels from the file to the logits: torch, NumPy and the engine read the same weights."""
+"""Artifacts with tables of levels, or with shared grids, from the file to the logits: torch, NumPy and the engine read the same weights."""
 
 from pathlib import Path
 
@@ -11,13 +11,21 @@ from lilliput.engine import Engine, Sampling, load, native
 from lilliput.models.decoder import Decoder
 from lilliput.numerics.divergence import divergence
 from lilliput.numerics.nested import Quantized
-from support.small_artifact import llama_spec, random_linear, random_tables, small_plan, write_small_artifact
+from support.small_artifact import (
+    llama_spec,
+    random_linear,
+    random_ratios,
+    random_tables,
+    small_plan,
+    write_small_artifact,
+)
 
 SPEC = llama_spec()
 # the embedding is the head too, and has tables at its own widths
 PLANS = {
     "groups": small_plan(SPEC, (2, 3, 4, 8), tables=(2, 3, 4), ladders={"embed_tokens": (4, 8)}),
     "rows": small_plan(SPEC, (2, 3, 4, 8), tables=(2, 3, 4), ladders={"embed_tokens": (3, 8)}, group_size=-1),
+    "shared": small_plan(SPEC, (2, 3, 4, 8), shared=True, ladders={"embed_tokens": (4, 8)}),
     "symmetric, some": small_plan(SPEC, (2, 3, 4, 8), tables=(3,), ladders={"embed_tokens": (3,)}, sym=True),
 }
 TOKENS = [int(t) for t in np.random.default_rng(0).integers(0, 261, 41)]
@@ -36,8 +44,8 @@ def torch_logits(artifact: Artifact, bits: int) -> np.ndarray:
     state = {}
     for name, entry in artifact.manifest.entries.items():
         codes, scale, zero = random_linear(entry, rng)
-        table = random_tables(entry, rng)
-        parts = [{b: torch.from_numpy(v) for b, v in grid.items()} for grid in (scale, zero, table)]
+        table, ratio = random_tables(entry, rng), random_ratios(entry, rng)
+        parts = [{b: torch.from_numpy(v) for b, v in grid.items()} for grid in (scale, zero, table, ratio)]
         grid = Quantized(torch.from_numpy(codes), entry.bits, entry.group_size, *parts)
         state[f"{name}.weight"] = grid.dequantize(entry.width_at(bits))
         assert np.array_equal(artifact.dequantize(name, bits), state[f"{name}.weight"].numpy())
@@ -89,3 +97,11 @@ def test_tables_count_among_the_bytes_a_token_reads(tmp_path: Path) -> None:
     assert looked.weight_bytes(2) - plain.weight_bytes(2) == tables
     assert looked.weight_bytes(8) == plain.weight_bytes(8)
     assert plans[1].bits_per_weight(2) - plans[0].bits_per_weight(2) == pytest.approx(8 * tables / weights)
+
+
+def test_a_shared_grid_counts_among_the_bytes_a_token_reads(tmp_path: Path) -> None:
+    for name, shared in (("a", False), ("b", True)):
+        write_small_artifact(tmp_path / name, plan=small_plan(SPEC, (2, 8), shared=shared))
+    own, one = Engine(tmp_path / "a"), Engine(tmp_path / "b")
+    rows = sum(entry.out for entry in small_plan(SPEC, (2, 8)).entries.values())
+    assert [one.weight_bytes(b) - own.weight_bytes(b) for b in (2, 8)] == [rows, rows]

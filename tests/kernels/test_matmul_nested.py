@@ -45,8 +45,17 @@ def test_odd_shapes_and_groups(
     assert (np.abs(y - x @ weight.T) <= gamma(shape[1] + 1) * (np.abs(x) @ np.abs(weight).T)).all()
 
 
+@pytest.mark.parametrize("group_size", [-1, 7, 32])
+@pytest.mark.parametrize("sym", [False, True])
+def test_rows_of_a_shared_grid_are_the_reference_bit_for_bit(group_size: int, sym: bool) -> None:
+    linear = random_linear(np.random.default_rng(5), 37, 75, (2, 3, 4, 8), group_size, sym=sym, shared=True)
+    for width in linear.bits:
+        assert np.array_equal(native.nested_rows(linear, width), linear.dequantize(width))
+
+
 def test_variants_and_blocks_of_tokens_agree_bit_for_bit() -> None:
     rng = np.random.default_rng(3)
+    _agree(random_linear(rng, 50, 700, (2, 3, 4, 8), 128, shared=True), rng)
     for tables in ((), (2, 3, 4)):
         _agree(random_linear(rng, 50, 700, (2, 3, 4, 8), 128, tables=tables), rng)
 

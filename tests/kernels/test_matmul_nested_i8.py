@@ -29,10 +29,12 @@ def exact(linear: StoredLinear, width: int, x: np.ndarray) -> tuple[np.ndarray, 
     top = (1 << width) - 1
     if width in linear.table:
         codes, top = np.take_along_axis(untile_table(linear.table[width], linear.out).astype(np.int64), codes, 1), 127
-    scale = untile_groups(linear.scale[width], linear.out).astype(np.float64)
+    own, factors = linear.grid_at(width), linear.factors(width)
+    times = np.ones((2, linear.out)) if factors is None else factors.reshape(2, -1)[:, : linear.out]
+    scale = untile_groups(linear.scale[own], linear.out).astype(np.float64) * times[0][:, None]
     zero = np.zeros_like(scale)
-    if width in linear.zero:
-        zero = untile_groups(linear.zero[width], linear.out).astype(np.float64)
+    if own in linear.zero:
+        zero = untile_groups(linear.zero[own], linear.out).astype(np.float64) * times[1][:, None]
     group = linear.columns if linear.group_size == -1 else linear.group_size
     y, size = np.zeros((2, len(x), linear.out))
     for g, begin in enumerate(range(0, linear.columns, group)):
@@ -87,6 +89,21 @@ def test_every_variant_looks_levels_up_as_the_reference_does(
         for width in bits:
             wanted = native.matmul_nested_i8(linear, width, x, variant="reference")
             assert np.array_equal(native.matmul_nested_i8(linear, width, x, variant=variant), wanted)
+
+
+@pytest.mark.parametrize("bits", [(2, 3, 4, 8), (3, 4), (2, 7)], ids=str)
+@pytest.mark.parametrize("group_size", [-1, 7, 32, 64])
+def test_a_shared_grid_is_the_formula_in_every_variant(bits: tuple[int, ...], group_size: int) -> None:
+    rng = np.random.default_rng(8)
+    for out, columns, tokens in [(1, 1, 1), (17, 33, 2), (40, 200, 9), (16, 320, 5), (70, 97, 23), (150, 70, 14)]:
+        linear = random_linear(rng, out, columns, bits, group_size, sym=out == 16, shared=True)
+        x = rng.standard_normal((tokens, columns), dtype=np.float32)
+        for width in bits:
+            found = native.matmul_nested_i8(linear, width, x, variant="reference")
+            wanted, size = exact(linear, width, x)
+            assert (np.abs(found - wanted) <= gamma(linear.groups + 8) * size).all()
+            for variant in VARIANTS[1:]:
+                assert np.array_equal(native.matmul_nested_i8(linear, width, x, variant=variant), found)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lilliput.numerics.columns import Factor, balance_shares, damped, learn, refit, sweep
+from lilliput.numerics.columns import Factor, balance_shares, damped, learn, rebase, refit, sweep
 from lilliput.numerics.grids import encode, minmax_grid, nearest
 from lilliput.numerics.nested import Quantized
 
@@ -173,6 +173,53 @@ def test_a_refit_of_one_group_is_the_least_squares_solution() -> None:
         want = root.T @ weight[row].double()
         best = float((basis @ torch.linalg.lstsq(basis, want[:, None]).solution - want[:, None]).square().sum())
         assert float((root.T @ (weight[row] - fitted[row])).square().sum()) <= best * 1.001  # float16 of two numbers
+
+
+@pytest.mark.parametrize("sym", [False, True])
+@pytest.mark.parametrize("group_size", [32, -1])
+def test_a_shared_grid_is_refitted_by_its_ratios(group_size: int, sym: bool) -> None:
+    weight, gram = layer()
+    gram = damped(gram, 0.01)
+    made, _ = sweep(weight, Factor.of(gram), nearest(weight, (2, 3, 4, 8), group_size, sym, shared=True))
+    better, errors = refit(weight, made, gram, (2, 3, 4))
+    before, after = row_errors(weight, made, gram), row_errors(weight, better, gram)
+    assert torch.allclose(errors, after[:, :3], rtol=1e-3)
+    assert bool((after <= before * (1 + 1e-4)).all())
+    assert float(after[:, :3].sum()) < 0.99 * float(before[:, :3].sum())
+    assert better.scale == made.scale
+    for r, b in enumerate((2, 3, 4)):  # no other byte serves a row better
+        for other in (better.ratio[b].int() + 1, better.ratio[b].int() - 1):
+            tried = replace(better, ratio={**better.ratio, b: other.clamp(0, 255).to(torch.uint8)})
+            assert bool((row_errors(weight, tried, gram)[:, r] >= after[:, r] * (1 - 1e-4)).all())
+
+
+@pytest.mark.parametrize("sym", [False, True])
+def test_a_shared_grid_moves_to_where_all_widths_err_least(sym: bool) -> None:
+    weight, gram = layer()
+    gram = damped(gram, 0.01)
+    made, _ = sweep(weight, Factor.of(gram), nearest(weight, (2, 3, 4), 32, sym, shared=True))
+    before = row_errors(weight, made, gram)
+    shares = balance_shares(before, 0.6)
+    moved = rebase(weight, made, gram, made.bits, shares)
+    after = row_errors(weight, moved, gram)
+    assert bool(((after * shares).sum(1) <= (before * shares).sum(1) * (1 + 1e-4)).all())
+    assert float((after * shares).sum()) < 0.99 * float((before * shares).sum())
+    assert torch.equal(moved.codes, made.codes)
+    assert moved.ratio == made.ratio
+    alone = rebase(weight, made, gram, (2,), torch.ones(len(weight), 1))
+    assert float(row_errors(weight, alone, gram)[:, 0].sum()) < float(after[:, 0].sum())
+
+
+def test_learning_a_shared_grid_loses_little_where_no_input_is_loud() -> None:
+    weight, _ = layer(24, 192)
+    x = torch.randn(500, 192, generator=torch.Generator().manual_seed(1))
+    gram = x.T @ x
+    factor, full = Factor.of(gram), damped(gram, 0.01)
+    one, own = (
+        row_errors(weight, learn(weight, gram, factor, [nearest(weight, (2, 3, 4), 32, False, s)], 0.6, 2, 128), full)
+        for s in (True, False)
+    )
+    assert bool((one.sum(0) < 1.2 * own.sum(0)).all())
 
 
 def test_shares_are_powers_of_the_error() -> None:

@@ -12,9 +12,12 @@ def weights(out: int = 24, columns: int = 200, seed: int = 0) -> Tensor:
     return torch.randn(out, columns, generator=torch.Generator().manual_seed(seed))
 
 
-def nested(weight: Tensor, group_size: int, sym: bool, bits: tuple[int, ...] = LADDER) -> Quantized:
+def nested(
+    weight: Tensor, group_size: int, sym: bool, bits: tuple[int, ...] = LADDER, shared: bool = False
+) -> Quantized:
     scale, zero = minmax_grid(weight, bits[-1], group_size, sym)
-    return nest(weight, encode(weight, scale, zero, bits[-1], group_size), scale, zero, bits, group_size)
+    codes = encode(weight, scale, zero, bits[-1], group_size)
+    return nest(weight, codes, scale, zero, bits, group_size, shared=shared)
 
 
 @pytest.mark.parametrize("sym", [True, False])
@@ -62,6 +65,30 @@ def test_equal_weights_survive_every_width(value: float, sym: bool) -> None:
     grid = nested(weight, 64, sym)
     for bits in LADDER:
         assert torch.allclose(grid.dequantize(bits), weight, rtol=2**-10, atol=6e-8)  # the smallest float16
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -3.3, 1e-4, 2e4])
+def test_equal_weights_survive_every_width_of_a_shared_grid(value: float) -> None:
+    weight = torch.cat([torch.full((3, 64), value), weights(3, 64)], 1)
+    grid = nested(weight, 64, False, shared=True)
+    for bits in LADDER:
+        assert torch.allclose(grid.dequantize(bits)[:, :64], weight[:, :64], rtol=2**-10, atol=6e-8)
+
+
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("group_size", [-1, 64, 96])
+@pytest.mark.parametrize("bits", [LADDER, (2, 3, 4), (3, 8)])
+def test_a_shared_grid_loses_little(bits: tuple[int, ...], group_size: int, sym: bool) -> None:
+    weight = weights()
+    one, own = (nested(weight, group_size, sym, bits, shared) for shared in (True, False))
+    assert (list(one.scale), list(one.ratio)) == ([bits[0]], list(bits))
+    assert all(r.dtype == torch.uint8 and r.shape == (24,) for r in one.ratio.values())
+    assert (one.zero == {}) is sym
+    for b in bits:
+        errors = [float((made.dequantize(b) - weight).norm()) for made in (one, own)]
+        assert errors[0] < 1.03 * errors[1]
+    step = one.grid(bits[-1])[0].repeat_interleave(200 if group_size == -1 else group_size, 1)[:, :200]
+    assert ((one.dequantize(bits[-1]) - weight).abs() <= step * 0.6).all()
 
 
 def test_a_tiny_span_on_a_large_offset_keeps_the_offset() -> None:

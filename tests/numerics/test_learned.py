@@ -11,8 +11,9 @@ LADDER = (2, 3, 4, 8)
 
 @pytest.mark.parametrize("sym", [False, True])
 @pytest.mark.parametrize("rounding", [False, True])
-def test_what_is_trained_is_what_is_stored(sym: bool, rounding: bool) -> None:
-    grid = LearnedGrid(WEIGHT, LADDER, 16, sym, rounding)
+@pytest.mark.parametrize("shared", [False, True])
+def test_what_is_trained_is_what_is_stored(sym: bool, rounding: bool, shared: bool) -> None:
+    grid = LearnedGrid(WEIGHT, LADDER, 16, sym, rounding, shared)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for value in grid.parameters:

@@ -74,7 +74,7 @@ def test_the_engine_equals_transformers_on_the_same_dequantized_weights(family: 
     from transformers import AutoModelForCausalLM
 
     write_checkpoint(tmp_path / "model", family, 1)
-    recipe = [{"rtn": {"bits": [3, 6], "group_size": 32}}]
+    recipe = [{"rtn": {"bits": [3, 6], "group_size": 32, "shared": True}}]
     compress(tmp_path / "model", tmp_path / "out", recipe=recipe, gate=False)
     checkpoint, artifact = Checkpoint.open(tmp_path / "model"), Artifact.open(tmp_path / "out")
     tokens = np.random.default_rng(0).integers(3, 300, 40)

@@ -15,7 +15,7 @@ from lilliput.pipeline import compress
 from support.families import FAMILIES
 
 STEPS = 5
-RTN = {"rtn": {"bits": [2, 4, 8], "group_size": 32, "end_bits": [4, 8]}}
+RTN = {"rtn": {"bits": [2, 4, 8], "group_size": 32, "end_bits": [4, 8], "shared": True}}
 TUNE = {"tune": {"steps": STEPS, "batch": 2}}
 SWEEP = 4  # the embedding, two blocks, the head
 

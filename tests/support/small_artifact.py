@@ -65,10 +65,11 @@ def small_plan(
     ladders: Mapping[str, Sequence[int]] | None = None,
     float_dtype: str = "F32",
     tables: Sequence[int] = (),
+    shared: bool = False,
 ) -> Plan:
     """Plan with every block matrix quantized, the embedding too where `ladders` names it.
 
-    tables: widths at which the matrices that have them have tables.
+    tables: widths at which the matrices that have them have tables. shared: those with several widths share a grid.
     """
     ladders = dict(ladders or {})
     shapes = {"embed_tokens": (spec.vocab_size, spec.hidden_size)}
@@ -82,7 +83,7 @@ def small_plan(
             own = tuple(ladders.get(name, bits))
             entries[name] = QuantEntry(
                 out=out, columns=columns, bits=own, group_size=group_size, sym=sym,
-                tables=tuple(b for b in own if b in tables),
+                tables=tuple(b for b in own if b in tables), shared=shared and len(own) > 1,
             )  # fmt: skip
         else:
             floats[f"{name}.weight"] = FloatEntry(dtype=float_dtype, shape=(out, columns))
@@ -104,7 +105,8 @@ def random_linear(
     widest = entry.bits[-1]
     codes = rng.integers(0, 1 << widest, (entry.out, entry.columns), dtype=np.uint8)
     base = rng.uniform(0.2, 0.4, (entry.out, entry.groups))
-    levels = {b: 128 if b in entry.tables else 1 << b for b in entry.bits}  # that the scale's steps are cut into
+    own = [b for b in entry.bits if "scale" in entry.grids(b)]
+    levels = {b: 128 if b in entry.tables else 1 << b for b in own}  # that the scale's steps are cut into
     scale = {b: (base / count).astype(np.float16) for b, count in levels.items()}
     middle = rng.uniform(-0.1, 0.1, (entry.out, entry.groups))
     zero = {} if entry.sym else {b: (middle * count).astype(np.float16) for b, count in levels.items()}
@@ -118,6 +120,11 @@ def random_tables(entry: QuantEntry, rng: np.random.Generator) -> dict[int, np.n
         even = np.linspace(0, 127, 1 << b) + rng.uniform(-0.4, 0.4, (entry.out, 1 << b)) * 127 / (1 << b)
         found[b] = np.sort(even.clip(0, 127), axis=1).astype(np.uint8)
     return found
+
+
+def random_ratios(entry: QuantEntry, rng: np.random.Generator) -> dict[int, np.ndarray]:
+    """Ratios near 1 for every row and every width that has them."""
+    return {b: rng.integers(115, 142, entry.out, dtype=np.uint8) for b in entry.bits if "ratio" in entry.grids(b)}
 
 
 def random_float(entry: FloatEntry, rng: np.random.Generator) -> np.ndarray:
@@ -134,7 +141,7 @@ def fill(writer: ArtifactWriter, seed: int = 0) -> None:
     """Put random numbers into every tensor of the plan."""
     rng = np.random.default_rng(seed)
     for name, entry in writer.plan.entries.items():
-        writer.put_quantized(name, *random_linear(entry, rng), random_tables(entry, rng))
+        writer.put_quantized(name, *random_linear(entry, rng), random_tables(entry, rng), random_ratios(entry, rng))
     for name, left in writer.plan.floats.items():
         writer.put_float(name, random_float(left, rng))
 

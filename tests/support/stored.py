@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lilliput.artifact.read import StoredLinear, StoredTensor
-from lilliput.numerics.packing import fields_of, pack_fields, tile_groups, tile_table
+from lilliput.numerics.packing import fields_of, pack_fields, tile_groups, tile_rows, tile_table
 
 UNIT = 2.0**-24
 
@@ -34,17 +34,21 @@ def random_linear(
     sym: bool = False,
     spread: float = 1.0,
     tables: Sequence[int] = (),
+    shared: bool = False,
 ) -> StoredLinear:
     """Random codes, and for every width scales that keep the weights within about `spread`.
 
-    tables: widths, of those in `bits`, that have random levels instead of even ones.
+    tables: widths, of those in `bits`, that have random levels instead of even ones. shared: the narrowest width
+    has the only scales and zeros, and all have ratios, all over their range.
     """
     groups = 1 if group_size == -1 else -(-columns // group_size)
     codes = rng.integers(0, 1 << bits[-1], (out, columns), dtype=np.uint8)
     table = {b: np.sort(rng.integers(0, 128, (out, 1 << b), dtype=np.uint8), axis=1) for b in bits if b in tables}
     levels = {b: 128 if b in table else 1 << b for b in bits}
-    scale = {b: (rng.uniform(0.5, 1.5, (out, groups)) * spread / levels[b]).astype(np.float16) for b in bits}
-    zero = {} if sym else {b: rng.uniform(-1, 1, (out, groups)).astype(np.float16) for b in bits}
+    own = bits[:1] if shared else bits
+    scale = {b: (rng.uniform(0.5, 1.5, (out, groups)) * spread / levels[b]).astype(np.float16) for b in own}
+    zero = {} if sym else {b: rng.uniform(-1, 1, (out, groups)).astype(np.float16) for b in own}
+    ratio = {b: rng.integers(0, 256, out, dtype=np.uint8) for b in bits if shared}
     return StoredLinear(
         name="matrix",
         out=out,
@@ -58,4 +62,5 @@ def random_linear(
         zero={b: tile_groups(v) for b, v in zero.items()},
         bias=None,
         table={b: tile_table(v) for b, v in table.items()},
+        ratio={b: tile_rows(v) for b, v in ratio.items()},
     )

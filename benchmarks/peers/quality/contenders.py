@@ -37,6 +37,7 @@ def ours(
 
 BLOCKS = {"group_size": "$group_size", "ragged": True, "embeddings": False, "head": False}
 """Only the matrices of the blocks, at the group size all are given."""
+NESTED = {**BLOCKS, "shared": True}
 
 
 def gguf(importance: bool, **ftypes: str) -> Contender:
@@ -47,9 +48,9 @@ def gguf(importance: bool, **ftypes: str) -> Contender:
 
 CONTENDERS: dict[str, Contender] = {
     "lilliput rtn": ours({"rtn": {"bits": ["$bits"], **BLOCKS}}, learns=False),
-    "lilliput rtn nested": ours({"rtn": {"bits": [2, 3, 4, 8], **BLOCKS}}, learns=False, shared=True),
+    "lilliput rtn nested": ours({"rtn": {"bits": [2, 3, 4, 8], **NESTED}}, learns=False, shared=True),
     "lilliput gptq": ours({"gptq": {"bits": ["$bits"], **BLOCKS}}),
-    "lilliput gptq nested": ours({"gptq": {"bits": [2, 3, 4, 8], **BLOCKS}}, shared=True),
+    "lilliput gptq nested": ours({"gptq": {"bits": [2, 3, 4, 8], **NESTED}}, shared=True),
     "lilliput leanquant": ours({"leanquant": {"bits": ["$bits"], **BLOCKS}}),
     "lilliput leanquant tables": ours(
         {"leanquant": {"bits": ["$bits"], **BLOCKS, "group_size": -1, "nonuniform": True}}
@@ -58,7 +59,7 @@ CONTENDERS: dict[str, Contender] = {
     "lilliput awq": ours({"awq": {}}, {"rtn": {"bits": ["$bits"], **BLOCKS}}),
     "lilliput omniquant": ours({"omniquant": {"bits": ["$bits"], **BLOCKS}}),
     "lilliput tuned": ours({"gptq": {"bits": ["$bits"], **BLOCKS}}, {"tune": {"steps": "$steps"}}),
-    "lilliput tuned nested": ours({"gptq": {"bits": [2, 3, 4], **BLOCKS}}, {"tune": {"steps": "$steps"}}, shared=True),
+    "lilliput tuned nested": ours({"gptq": {"bits": [2, 3, 4], **NESTED}}, {"tune": {"steps": "$steps"}}, shared=True),
     "lilliput tuned mixed": ours(
         {"gptq": {"bits": [2, 3, 4, 5, 6], **BLOCKS}},
         {"tune": {"steps": "$steps"}},

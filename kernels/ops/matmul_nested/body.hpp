@@ -46,7 +46,12 @@ struct Grid {
 
 LILLIPUT_INLINE Grid grid_of(const NestedView& w, int64_t row_tile, int64_t groups, int64_t g) {
   const int64_t at = (row_tile * groups + g) * kTileRows;
-  return {widen_half(w.scale + at), w.zero ? widen_half(w.zero + at) : Floats{}};
+  Grid grid{widen_half(w.scale + at), w.zero ? widen_half(w.zero + at) : Floats{}};
+  if (w.factor) {
+    grid.scale = grid.scale * load(w.factor + row_tile * kTileRows);
+    grid.zero = grid.zero * load(w.inverse() + row_tile * kTileRows);
+  }
+  return grid;
 }
 
 // Entries of the tables of 16 rows, one a row. Byte by byte: this path is for checks, not for speed.

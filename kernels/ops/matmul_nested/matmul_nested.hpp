@@ -2,6 +2,10 @@
 //
 //     w[n, k] = scale[n, g] * ((c[n, k] - (2^bits - 1) / 2) - zero[n, g]),  g = k / group, in float32
 //               scale[n, g] * ((table[n, c[n, k]] - 63.5) - zero[n, g]) with a table
+//
+// Where the width has a factor for every row, scale[n, g] factor[n] and zero[n, g] inverse[n] take the places of scale and
+// zero, both in float32.
+//
 //     y[t, n] = ((0 + x[t, 0] w[n, 0]) + x[t, 1] w[n, 1]) + ..,             k ascending, in float32
 //
 // The order of the sum is part of the definition: it does not depend on how many tokens, tiles or threads there are.
@@ -26,6 +30,9 @@ struct NestedView {
   int64_t out, columns;
   int64_t group;  // inputs a group; `columns` for one group a row
   const uint8_t* table;  // (row tiles, 16, 2^bits) of 0..127, or null; then bits <= 4
+  const float* factor;   // (2, row tiles, 16): factors of scales, then of zeros; or null
+
+  const float* inverse() const { return factor + (out + kTileRows - 1) / kTileRows * kTileRows; }
 };
 
 // Rows [16 * tile_begin, min(16 * tile_end, out)) of y. x: (tokens, ldx); y: (tokens, ldy), both float32;

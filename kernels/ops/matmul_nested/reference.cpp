@@ -51,6 +51,10 @@ void nested_row(const NestedView& w, int64_t row, float* to) {
       const int64_t at = (row_tile * groups + g++) * kTileRows + r;
       scale = widen_half_1(w.scale[at]);
       zero = w.zero ? widen_half_1(w.zero[at]) : 0.0f;
+      if (w.factor) {
+        scale = scale * w.factor[row];
+        zero = zero * w.inverse()[row];
+      }
     }
     const int64_t place = k % kTileInputs;
     if (place == 0) unpack_tile(w, row_tile * input_tiles + k / kTileInputs, word_of, codes);

@@ -345,8 +345,12 @@ LILLIPUT_INLINE void multiply_tokens(const NestedView& w, int64_t row_tile, cons
     tile = end;
     if constexpr (Source::kPacked) fetch_grid(wscale, wzero, g + x.groups);
     for (int part = 0; part < kParts; ++part) {
-      const F ws = I::halves(wscale + g * kTileRows + part * I::kRows);
-      const F wz = wzero ? I::halves(wzero + g * kTileRows + part * I::kRows) : I::zero();
+      F ws = I::halves(wscale + g * kTileRows + part * I::kRows);
+      F wz = wzero ? I::halves(wzero + g * kTileRows + part * I::kRows) : I::zero();
+      if (w.factor) {
+        ws = ws * I::load_floats(w.factor + row_tile * kTileRows + part * I::kRows);
+        wz = wz * I::load_floats(w.inverse() + row_tile * kTileRows + part * I::kRows);
+      }
       for (int t = 0; t < T; ++t) {
         const auto d = sums_doubled<I, C, Source::kPacked> ? dots[part][t] : dots[part][t] + dots[part][t];
         F e = I::to_floats(d + I::spread_sum(terms.middle[place[t] + g]));
@@ -491,8 +495,12 @@ static __attribute__((noinline)) void multiply_abreast(const NestedView& w, int6
       left -= run;
     }
     for (int r = 0; r < R; ++r) {
-      const F ws = I::halves(wscale + (r * groups + g) * kTileRows);
-      const F wz = wzero ? I::halves(wzero + (r * groups + g) * kTileRows) : I::zero();
+      F ws = I::halves(wscale + (r * groups + g) * kTileRows);
+      F wz = wzero ? I::halves(wzero + (r * groups + g) * kTileRows) : I::zero();
+      if (w.factor) {
+        ws = ws * I::load_floats(w.factor + (row_tile + r) * kTileRows);
+        wz = wz * I::load_floats(w.inverse() + (row_tile + r) * kTileRows);
+      }
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) {
         const auto d = sums_doubled<I, C, false> ? sums[r][t] : sums[r][t] + sums[r][t] + I::spread_sum(middle[t]);

@@ -3,7 +3,8 @@
 //     d[t, n, g] = sum over the group of c[n, k] q[t, k]                          int32, exact
 //     i[t, n, g] = 2 d - (2^bits - 1) sum[t, g]                                   int32, exact
 //
-// (with a table: table[n, c[n, k]] in the place of c, and 127 in the place of 2^bits - 1)
+// (with a table: table[n, c[n, k]] in the place of c, and 127 in the place of 2^bits - 1; with factors of rows scale and
+// zero are what matmul_nested.hpp says)
 //
 //     e[t, n, g] = float(i) - zero[n, g] float(2 sum[t, g])                       e = float(i) without zeros
 //     y[t, n]    = ((0 + (scale[n, 0] (xscale[t, 0] / 2)) e[t, n, 0]) + (scale[n, 1] ..) ..      g ascending, float32

@@ -13,14 +13,15 @@ void matmul_nested_i8_reference(const NestedView& w, const QuantizedView& x, int
     for (int64_t g = 0; g < x.groups; ++g) {
       const int64_t begin = g * w.group, end = w.columns - begin < w.group ? w.columns : begin + w.group;
       const int64_t at = ((n / kTileRows) * x.groups + g) * kTileRows + n % kTileRows;
-      const float scale = widen_half_1(w.scale[at]);
+      const float scale = w.factor ? widen_half_1(w.scale[at]) * w.factor[n] : widen_half_1(w.scale[at]);
+      const float zero = !w.zero ? 0 : w.factor ? widen_half_1(w.zero[at]) * w.inverse()[n] : widen_half_1(w.zero[at]);
       for (int64_t t = 0; t < tokens; ++t) {
         int32_t dot = 0;
         for (int64_t k = begin; k < end; ++k) dot += nested_level(w, n, k) * x.codes[t * x.stride + k];
         const int32_t sum = x.sum[t * x.groups + g];
         float e = static_cast<float>(static_cast<int32_t>(2u * static_cast<uint32_t>(dot) -
                                                           static_cast<uint32_t>(middle) * static_cast<uint32_t>(sum)));
-        if (w.zero) e = e - widen_half_1(w.zero[at]) * static_cast<float>(2 * sum);
+        if (w.zero) e = e - zero * static_cast<float>(2 * sum);
         y[t * ldy + n] += (scale * (x.scale[t * x.groups + g] * 0.5f)) * e;
       }
     }

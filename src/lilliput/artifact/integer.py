@@ -90,6 +90,7 @@ class IntegerModel:
             scale={b: scale[tiles] for b, scale in linear.scale.items()},
             zero={b: zero[tiles] for b, zero in linear.zero.items()},
             table={b: table[tiles] for b, table in linear.table.items()},
+            ratio={b: ratio[tiles] for b, ratio in linear.ratio.items()},
         )
         found: npt.NDArray[np.float32] = few.dequantize(linear.bits[-1])[place * ROWS + np.asarray(index) % ROWS]
         return found

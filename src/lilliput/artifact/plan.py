@@ -48,6 +48,10 @@ class Plan:
             rung = {own: next(b for b in self.bits if entry.width_at(b) >= own) for own in entry.bits}
             for own, tensor in pieces(name, entry):
                 files[rung_file(rung[own])].append(tensor)
+        if any(entry.shared for entry in self.entries.values()):
+            # A ratio between two fields would cost the rest of its page.
+            for bits in self.bits:
+                files[rung_file(bits)].sort(key=lambda tensor: -tensor.align)
         return files
 
     @cached_property
@@ -75,13 +79,13 @@ class Plan:
         return [FLOAT_FILE, *(rung_file(b) for b in self.bits if bits is None or b <= bits)]
 
     def bits_per_weight(self, bits: int) -> float:
-        """Bits read for one quantized weight at width `bits`: fields with their padding, scales, zeros and tables."""
+        """Bits read for one quantized weight at width `bits`: fields with their padding, scales, zeros, ratios and tables."""
         self.files_at(bits)
         read = weights = 0
         for name, entry in self.entries.items():
             width = entry.width_at(bits)
             wanted = [f"{name}.plane.{index}" for index in range(entry.fields_at(bits))]
-            wanted += [f"{name}.{kind}.{width}" for kind in entry.grids(width)]
+            wanted += [f"{name}.{part}" for part in entry.parts(width)]
             read += sum(_bytes(self.slot(tensor)) for tensor in wanted)
             weights += entry.out * entry.columns
         return 8 * read / weights
@@ -111,11 +115,13 @@ def pieces(name: str, entry: QuantEntry) -> Iterator[tuple[int, Planned]]:
                 grid = Planned(f"{name}.{kind}.{below}", "F16", (tiles, entry.groups, ROWS))
                 if kind == "table":
                     grid = Planned(f"{name}.{kind}.{below}", "U8", (tiles, ROWS, 1 << below))
+                elif kind == "ratio":
+                    grid = Planned(f"{name}.{kind}.{below}", "U8", (tiles, ROWS))
                 yield below, grid
 
 
 def stored_bytes(entry: QuantEntry) -> int:
-    """Bytes of the tensors of one quantized matrix: fields with their padding, scales, zeros and tables."""
+    """Bytes of the tensors of one quantized matrix: fields with their padding, scales, zeros, ratios and tables."""
     size = {"U8": 1, "F16": 2}
     return sum(size[tensor.dtype] * prod(tensor.shape) for _, tensor in pieces("", entry))
 

@@ -110,6 +110,11 @@ class Artifact:
         entry, max_bits = self.manifest.entries[name], self._served(max_bits)
         count = entry.fields_at(max_bits)
         bits = tuple(own for own in entry.bits if own <= entry.width_at(max_bits))
+        grids = {(kind, own) for own in bits for kind in entry.grids(own)}
+
+        def stored(kind: str) -> dict[int, npt.NDArray[Any]]:
+            return {own: self.tensor(f"{name}.{kind}.{own}").data for own in bits if (kind, own) in grids}
+
         bias = self.tensor(f"{name}.bias") if f"{name}.bias" in self.manifest.floats else None
         return StoredLinear(
             name=name,
@@ -120,23 +125,24 @@ class Artifact:
             bits=bits,
             fields=entry.fields[:count],
             planes=tuple(self.tensor(f"{name}.plane.{index}").data for index in range(count)),
-            scale={own: self.tensor(f"{name}.scale.{own}").data for own in bits},
-            zero={} if entry.sym else {own: self.tensor(f"{name}.zero.{own}").data for own in bits},
+            scale=stored("scale"),
+            zero=stored("zero"),
             bias=bias,
-            table={own: self.tensor(f"{name}.table.{own}").data for own in bits if own in entry.tables},
+            table=stored("table"),
+            ratio=stored("ratio"),
         )
 
     def read_ahead(self, bits: int | None = None) -> None:
         """Ask the system to have in memory soon what a runner reads at `bits` (None: the widest here).
 
-        That is every field, scale, zero and table of that width and the float tensors, in the order they are used, and
+        That is every field, scale, zero, ratio and table of that width and the float tensors, in the order they are used, and
         no byte of a wider width. Raises as `linear` does.
         """
         names = list(self.manifest.floats)
         for name, entry in self.manifest.entries.items():
             width = entry.width_at(served := self._served(bits))
             names += [f"{name}.plane.{index}" for index in range(entry.fields_at(served))]
-            names += [f"{name}.{kind}.{width}" for kind in entry.grids(width)]
+            names += [f"{name}.{part}" for part in entry.parts(width)]
         for name in names:
             self._container(self.plan.home[name][0]).read_ahead(name)
 

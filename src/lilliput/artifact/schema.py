@@ -31,7 +31,7 @@ from lilliput.core.errors import InputCorrupt, Unsupported
 from lilliput.core.spec import AnySpec, EncoderSpec, ModelSpec, PatchInputs
 from lilliput.numerics.packing import TABLE_BITS, fields_of, serving_width
 
-SCHEMA_VERSION = "1.3"
+SCHEMA_VERSION = "1.4"
 MANIFEST_FILE = "manifest.json"
 INDEX_FILE = "model.safetensors.index.json"
 FLOAT_FILE = "float.safetensors"
@@ -79,6 +79,7 @@ class QuantEntry(_Frozen):
     """How one linear layer is stored: (out, columns) codes of max(bits) bits, groups of `group_size` inputs.
 
     group_size -1 is one group a row. sym: the grids have no zeros. tables: widths whose levels stand in a table (1.1).
+    shared: the grid of the narrowest width serves all, each with a ratio for every row (1.4).
     """
 
     out: Size
@@ -87,6 +88,7 @@ class QuantEntry(_Frozen):
     group_size: int = Field(le=_LARGEST)
     sym: bool
     tables: Annotated[tuple[int, ...], Field(max_length=TABLE_BITS)] = ()
+    shared: bool = False
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
@@ -94,11 +96,22 @@ class QuantEntry(_Frozen):
             raise ValueError(f"group_size {self.group_size} is neither -1 nor positive")
         if self.tables != tuple(b for b in self.bits if b in self.tables and b <= TABLE_BITS):
             raise ValueError(f"tables {list(self.tables)} are not widths of {list(self.bits)} up to {TABLE_BITS} bits")
+        if self.shared and (self.tables or len(self.bits) == 1):
+            raise ValueError("a shared grid is one of several widths, none of them with a table")
         return self
 
     def grids(self, width: int) -> tuple[str, ...]:
-        """Kinds of tensors, besides fields, that the matrix has for one width of its ladder."""
-        return ("scale", *(() if self.sym else ("zero",)), *(("table",) if width in self.tables else ()))
+        """Kinds of tensors, besides fields, that one width of the ladder adds to the narrower ones."""
+        own = ("scale",) if self.sym else ("scale", "zero")
+        if self.shared:
+            return (*(own if width == self.bits[0] else ()), "ratio")
+        return (*own, "table") if width in self.tables else own
+
+    def parts(self, width: int) -> tuple[str, ...]:
+        """Tensors, besides fields, that are read at one width of the ladder, as "kind.width"."""
+        widths = sorted({self.bits[0], width}) if self.shared else [width]
+        kinds = [(kind, own) for own in widths for kind in self.grids(own)]
+        return tuple(f"{kind}.{own}" for kind, own in kinds if own == width or kind != "ratio")
 
     @property
     def groups(self) -> int:
@@ -380,6 +393,8 @@ def version_of(
     integer: bool = False,
 ) -> str:
     """Return the oldest schema version that has all these say; `integer`: with a graph."""
+    if any(entry.shared for entry in entries.values()):
+        return "1.4"
     if schedule is not None or integer:
         return "1.3"
     if isinstance(spec, EncoderSpec):

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lilliput.numerics.packing import LEVEL_MIDDLE, serving_width, unpack_fields, untile_groups, untile_table
+from lilliput.numerics.packing import LEVEL_MIDDLE, RATIO_ONE, serving_width, unpack_fields, untile_groups, untile_table
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class StoredLinear:
     bits: widths of the matrix itself, ascending. fields: width of each plane, most significant first; planes[f]:
     uint8 (row tiles, input tiles, 64 * fields[f]). scale[b], zero[b]: float16 (row tiles, groups, 16), zero empty
     when symmetric. group_size: -1 is one group a row. bias: (out,) or None. table[b]: uint8 (row tiles, 16, 2**b) for
-    the widths that have one.
+    the widths that have one. ratio[b]: uint8 (row tiles, 16) for all widths, where the scale and zero of the narrowest
+    serve all; else empty.
     """
 
     name: str
@@ -47,6 +48,24 @@ class StoredLinear:
     zero: Mapping[int, npt.NDArray[np.float16]]
     bias: StoredTensor | None
     table: Mapping[int, npt.NDArray[np.uint8]] = field(default_factory=dict)
+    ratio: Mapping[int, npt.NDArray[np.uint8]] = field(default_factory=dict)
+
+    def grids(self, width: int) -> list[npt.NDArray[Any]]:
+        """What is read at one width of the ladder besides fields: the scale, zero and table, and the ratio of a shared grid."""
+        own = self.grid_at(width)
+        found = [grid[own] for grid in (self.scale, self.zero) if own in grid]
+        return found + [grid[width] for grid in (self.table, self.ratio) if width in grid]
+
+    def grid_at(self, width: int) -> int:
+        """The width whose scale and zero serve `width`: the narrowest, where the grid is shared."""
+        return self.bits[0] if self.ratio else width
+
+    def factors(self, width: int) -> npt.NDArray[np.float32] | None:
+        """What a row's scales are multiplied by at one width, and its zeros: (2, row tiles, 16) float32; None for nothing."""
+        if width not in self.ratio:
+            return None
+        factor = (self.ratio[width].astype(np.float32) + RATIO_ONE) * np.float32(2.0 ** (self.bits[0] - width - 8))
+        return np.stack([factor, np.float32(1) / factor])
 
     def width_at(self, bits: int) -> int:
         """Width this matrix runs at when the artifact is asked for `bits`: the narrowest of at least that, or the widest."""
@@ -55,7 +74,7 @@ class StoredLinear:
     def dequantize(self, bits: int) -> npt.NDArray[np.float32]:
         """Return the (out, columns) float32 matrix at the artifact's width `bits`: scale * (c - (2**w - 1) / 2 - zero).
 
-        Where the width w has a table: scale * (table[c] - 63.5 - zero).
+        Where the width w has a table: scale * (table[c] - 63.5 - zero). Where it has a ratio: with `factors` applied.
         """
         width, count, total = self.width_at(bits), 0, 0
         while total < width:
@@ -66,14 +85,19 @@ class StoredLinear:
             values = np.take_along_axis(levels, codes, axis=1)
         else:
             values = codes.astype(np.float32) - np.float32((2**width - 1) / 2)
-        if width in self.zero:
-            values -= self._spread(self.zero[width])
-        values *= self._spread(self.scale[width])
+        own, factors = self.grid_at(width), self.factors(width)
+        if own in self.zero:
+            values -= self._spread(self.zero[own], None if factors is None else factors[1])
+        values *= self._spread(self.scale[own], None if factors is None else factors[0])
         return values
 
-    def _spread(self, tiled: npt.NDArray[np.float16]) -> npt.NDArray[np.float32]:
+    def _spread(
+        self, tiled: npt.NDArray[np.float16], factor: npt.NDArray[np.float32] | None
+    ) -> npt.NDArray[np.float32]:
         size = self.columns if self.group_size == -1 else self.group_size
         rows = untile_groups(tiled, self.out).astype(np.float32)
+        if factor is not None:
+            rows *= factor.reshape(-1)[: self.out, None]
         if self.groups == 1:
             return rows
         return np.repeat(rows, size, axis=1)[:, : self.columns]

@@ -177,6 +177,9 @@ class _Check:
                     self._say("a code outside the matrix is not zero", f"{file.where}: {name}")
             elif entry and kind == "table":
                 self._table(entry, file, name)
+            elif entry and kind == "ratio":
+                if file.view(name).reshape(-1)[entry.out :].any():
+                    self._say("a value outside the matrix is not zero", f"{file.where}: {name}")
             elif entry:
                 self._grid(entry, file, name)
 

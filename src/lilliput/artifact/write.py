@@ -43,7 +43,7 @@ from lilliput.artifact.schema import (
     version_of,
 )
 from lilliput.core.errors import ConfigError, LilliputError, OutOfResource, QualityFailed
-from lilliput.numerics.packing import LEVEL_BITS, ROWS, pack_fields, tile_groups, tile_table
+from lilliput.numerics.packing import LEVEL_BITS, ROWS, pack_fields, tile_groups, tile_rows, tile_table
 
 _VERSION: str = resolve_name("lilliput:__version__")  # by name: the package itself is above this room
 JOURNAL_FILE = ".written"
@@ -110,35 +110,42 @@ class ArtifactWriter:
         scale: Mapping[int, F16],
         zero: Mapping[int, F16] | None = None,
         table: Mapping[int, npt.NDArray[np.uint8]] | None = None,
+        ratio: Mapping[int, npt.NDArray[np.uint8]] | None = None,
     ) -> None:
         """Write one quantized matrix.
 
         codes: (out, columns) uint8 of max(bits) bits; scale[b], and zero[b] unless the entry is symmetric: (out,
-        groups) float16 for each width of the entry's ladder. table[b]: (out, 2**b) uint8 for each of its `tables`.
+        groups) float16 for each width of the entry's ladder, or, where the entry is shared, for the narrowest, and
+        ratio[b]: (out,) uint8 for each. table[b]: (out, 2**b) uint8 for each of its `tables`.
         Raises QualityFailed when a scale or zero is not finite, ValueError when something does not fit the entry,
         OutOfResource when the disk is full.
         """
-        entry, zero, table = self.plan.entries[name], zero or {}, table or {}
+        entry, table, ratio = self.plan.entries[name], table or {}, ratio or {}
         _check_codes(name, entry, codes)
-        grids = [("scale", scale)] + ([] if entry.sym else [("zero", zero)])
-        if entry.sym and zero:
-            raise ValueError(f"{name} is symmetric but has zeros")
-        for kind, by_width in grids:
-            for bits in entry.bits:
-                _check_grid(name, kind, bits, entry, by_width[bits])
-        if tuple(sorted(table)) != entry.tables:
-            raise ValueError(f"{name}: tables for the widths {sorted(table)}, not {list(entry.tables)}")
+        grids = {"scale": scale, "zero": zero or {}}
+        for kind, widths in {**grids, "table": table, "ratio": ratio}.items():
+            wanted = [bits for bits in entry.bits if kind in entry.grids(bits)]
+            if sorted(widths) != wanted:
+                raise ValueError(f"{name}: {kind}s for the widths {sorted(widths)}, not {wanted}")
+        for kind, by_width in grids.items():
+            for bits, values in by_width.items():
+                _check_grid(name, kind, bits, entry, values)
+        for rows in ratio.values():
+            if rows.dtype != np.uint8 or rows.shape != (entry.out,):
+                raise ValueError(f"{name}: the ratio is {rows.dtype} {rows.shape}, not uint8 {(entry.out,)}")
         for bits in entry.tables:
             _check_table(name, bits, entry, table[bits])
         for row in range(0, entry.out, self._rows(entry)):
             packed = pack_fields(codes[row : row + self._rows(entry)], entry.fields)
             for index, field in enumerate(packed):
                 self._write(f"{name}.plane.{index}", field, row // ROWS)
-        for kind, by_width in grids:
-            for bits in entry.bits:
-                self._write(f"{name}.{kind}.{bits}", tile_groups(by_width[bits]))
+        for kind, by_width in grids.items():
+            for bits, values in by_width.items():
+                self._write(f"{name}.{kind}.{bits}", tile_groups(values))
         for bits in entry.tables:
             self._write(f"{name}.table.{bits}", tile_table(table[bits]))
+        for bits, rows in ratio.items():
+            self._write(f"{name}.ratio.{bits}", tile_rows(rows))
         self._fresh.append(name)
 
     def put_float(self, name: str, array: npt.NDArray[Any]) -> None:

@@ -308,7 +308,7 @@ class Engine:
         return rows, tuple(widths)
 
     def weight_bytes(self, bits: int | None = None) -> int:
-        """Bytes of weights read for one decoded token at `bits`: fields, scales, zeros and levels of that width, and
+        """Bytes of weights read for one decoded token at `bits`: fields, scales, zeros, ratios and levels of that width, and
         every float tensor. Tables of which a token reads one row do not count, the embedding only where it is no head.
         """
         width = self._width(bits)
@@ -321,7 +321,7 @@ class Engine:
             for plane, field in zip(linear.planes, linear.fields, strict=True):
                 if have < own:
                     total, have = total + plane.nbytes, have + field
-            total += sum(grid[own].nbytes for grid in (linear.scale, linear.zero, linear.table) if own in grid)
+            total += sum(grid.nbytes for grid in linear.grids(own))
         return total
 
     def kv_bytes(self, tokens: int) -> int:

@@ -138,8 +138,9 @@ class Quantizer(LayerMethod):
     """A LayerMethod whose answer is codes. What it stores is known before it runs, so the artifact can be laid out.
 
     bits: widths the result serves, ascending within 2..8. group_size: inputs that share a scale, -1 for a whole row.
-    sym: no zero point. ragged: let the last group of a row be shorter; without it a group size that does not divide
-    is refused. end_bits: the widths of the embedding and the head, which lose more than the blocks do; empty for the
+    sym: no zero point. shared: one scale and zero a group for all widths, and a ratio a row for each, in place of a
+    scale and zero for each; nothing where there is one width. ragged: let the last group of a row be shorter; without it
+    a group size that does not divide is refused. end_bits: the widths of the embedding and the head, which lose more than the blocks do; empty for the
     same as `bits`. layer_bits: ladders of single layers by a pattern of their name, the first that matches counts; the
     artifact still serves `bits`, each layer at its narrowest width of at least that, or else its widest.
     """
@@ -147,6 +148,7 @@ class Quantizer(LayerMethod):
     bits: tuple[int, ...] = (2, 3, 4, 8)
     group_size: int = 64
     sym: bool = False
+    shared: bool = False
     ragged: bool = False
     end_bits: tuple[int, ...] = ()
     layer_bits: dict[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
@@ -159,6 +161,9 @@ class Quantizer(LayerMethod):
             if not ladder or list(ladder) != sorted(set(ladder)) or not 2 <= ladder[0] <= ladder[-1] <= 8:
                 what = f"{key} is {list(ladder)}, not an ascending list within 2..8"
                 raise ConfigError(what, where=f"{self.name}.{key}", fix="Give widths such as [4] or [2, 3, 4, 8]")
+        if self.shared and self.tables:
+            what = "shared with tables of levels, which have grids of their own at every width"
+            raise ConfigError(what, where=f"{self.name}.shared", fix="Leave one of the two out")
         if self.group_size != -1 and (self.group_size < 4 or self.group_size % 4):
             what = f"group_size is {self.group_size}"
             fix = "Give -1 for whole rows, or 32, 64 or 128 (any multiple of 4 works, those are fast)"

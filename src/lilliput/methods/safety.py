@@ -38,7 +38,7 @@ def safer(
     Nearer: the smaller mean over the widths of the logarithm of the error, so that no width outweighs the others.
     """
     errors = output_errors(weight, solved, gram)
-    plain = nearest(weight, method.bits, method.group_size, method.sym)
+    plain = nearest(weight, method.bits, method.group_size, method.sym, bool(solved.ratio))
     rival = output_errors(weight, plain, gram)
     if not all(map(math.isfinite, errors.values())) or mean_log(errors) > mean_log(rival):
         told = ", ".join(f"{b} bits {errors[b]:.3g} against {rival[b]:.3g}" for b in method.bits)

@@ -54,7 +54,7 @@ class Swept(Quantizer, ABC):
         else:
             scale, zero = minmax_grid(weight, self.bits[-1], self.group_size, self.sym)
         codes = encode(weight, scale, zero, self.bits[-1], self.group_size)
-        return nest(weight, codes, scale, zero, self.bits, self.group_size, importance)
+        return nest(weight, codes, scale, zero, self.bits, self.group_size, importance, self.shared)
 
     def swept(self, weight: Tensor, gram: Tensor, factor: Factor, starts: Sequence[Quantized]) -> Quantized:
         """Codes and grids swept from each start, the best of every row."""

@@ -314,8 +314,8 @@ class _Lowering:
         coded = self.codes[name]
         bits = coded.bits[-1]
         zero = coded.zero.get(bits)
-        if len(coded.bits) > 1 or bits not in (4, 8) or coded.scale[bits].shape[1] != 1 or coded.table:
-            what = f"its codes are of widths {list(coded.bits)}, {coded.scale[bits].shape[1]} groups a row"
+        if len(coded.bits) > 1 or bits not in (4, 8) or coded.grid(bits)[0].shape[1] != 1 or coded.table:
+            what = f"its codes are of widths {list(coded.bits)}, {coded.grid(bits)[0].shape[1]} groups a row"
             fix = "An integer graph needs one width, 4 or 8, one group a row and no tables"
             raise ConfigError(what, where=name, fix=fix)
         if zero is None or bool((zero != 0.5).any()):

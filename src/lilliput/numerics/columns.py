@@ -27,7 +27,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from lilliput.numerics.grids import F16_MAX, F16_MIN
+from lilliput.numerics.grids import F16_MAX, F16_MIN, ratio_of, round_ratio, spread
 from lilliput.numerics.nested import Quantized
 from lilliput.numerics.packing import LEVEL_MIDDLE, TABLE_BITS
 
@@ -139,9 +139,10 @@ class _Ladder:
     def __init__(self, grid: Quantized, shares: Tensor) -> None:
         self.bits, self.group_size = grid.bits, grid.group_size
         self._shares = shares.T[:, None, :].contiguous()
-        self._scale = [grid.scale[b].to(torch.float32).T.contiguous() for b in self.bits]
+        grids = [grid.grid(b) for b in self.bits]
+        self._scale = [scale.T.contiguous() for scale, _ in grids]
         none = torch.zeros_like(self._scale[0])
-        self._zero = [grid.zero[b].to(torch.float32).T.contiguous() if b in grid.zero else none for b in self.bits]
+        self._zero = [none if zero is None else zero.T.contiguous() for _, zero in grids]
         self._shift = [zero + (2**b - 1) / 2 for zero, b in zip(self._zero, self.bits, strict=True)]
         self._divisor = [torch.where(scale > 0, scale, 1.0) for scale in self._scale]
         # Narrow widths are tried code by code; a uniform grid on its own, or one wider than that, is rounded to.
@@ -201,7 +202,11 @@ def refit(weight: Tensor, made: Quantized, gram: Tensor, widths: Sequence[int]) 
     only where it lowers the error. weight: (out, in) float32. gram: (in, in) float32, damped. widths: some of the ladder,
     whose grids are fitted. Returns the same codes on new grids, and d G d^T of every row at each of
     those widths, d = w - q: (out, widths) float32.
+
+    Of a shared grid only the ratios are fitted: its scales serve all widths, and codes were chosen for them.
     """
+    if made.ratio:
+        return _refit_ratios(weight, made, gram, widths)
     out, columns = weight.shape
     size = columns if made.group_size == -1 else made.group_size
     scales, zeros = dict(made.scale), dict(made.zero)
@@ -218,7 +223,8 @@ def refit(weight: Tensor, made: Quantized, gram: Tensor, widths: Sequence[int]) 
             for g, begin in enumerate(range(0, columns, size)):
                 here = slice(begin, min(begin + size, columns))
                 zero_here = None if zero is None else zero[part, g]
-                change = _refit_group(mark[:, here], pull[:, here], gram[here, here], scale[part, g], zero_here)
+                marks, pulls = mark[:, None, here], pull[:, None, here]
+                change = _refit_group(marks, pulls, gram[here, here], scale[part, g], zero_here)[:, 0]
                 away[:, here] += change
                 pull.addmm_(change, gram[here])
             errors[part, r] = pull.mul_(away).sum(1)
@@ -228,28 +234,84 @@ def refit(weight: Tensor, made: Quantized, gram: Tensor, widths: Sequence[int]) 
     return replace(made, scale=scales, zero=zeros), errors.clamp_min_(0)
 
 
-def _refit_group(mark: Tensor, pull: Tensor, gram: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
-    """Set the scale (out,) and zero (out,) of one group in place; return by how much its levels fell, (out, size).
+def _refit_ratios(weight: Tensor, made: Quantized, gram: Tensor, widths: Sequence[int]) -> tuple[Quantized, Tensor]:
+    ratios = {b: ratio.clone() for b, ratio in made.ratio.items()}
+    errors = torch.empty((len(weight), len(widths)))
+    rows = max(16, _STATE // (4 * weight.shape[1]))
+    for at in range(0, len(weight), rows):
+        part = slice(at, at + rows)
+        own = made.rows(part)
+        away = weight[part] - _middles(own)
+        felt = away @ gram
+        energy = (felt * away).sum(1)
+        for r, b in enumerate(widths):
+            mark = own.dequantize(b) - weight[part] + away
+            product, square = (felt * mark).sum(1), ((mark @ gram) * mark).sum(1)
+            before = ratio_of(own.ratio[b])
+            want = round_ratio(torch.where(square > 0, product / square.clamp_min(1e-30), 1.0) * before)
+            times = ratio_of(want) / before
+            better = times * (times * square - 2 * product) < square - 2 * product
+            ratios[b][part] = torch.where(better, want, own.ratio[b])
+            times = torch.where(better, times, 1.0)
+            errors[part, r] = energy + times * (times * square - 2 * product)
+    return replace(made, ratio=ratios), errors.clamp_min_(0)
 
-    mark: (out, size), levels in steps from the middle. pull: (out, size), (w - q) G. gram: (size, size).
+
+def _middles(made: Quantized) -> Tensor:
+    """Where the middles of the groups of a shared grid are, at every width: (out, in) float32."""
+    scale, zero = made.grid(made.bits[0])
+    return spread(torch.zeros_like(scale) if zero is None else -scale * zero, made.group_size, made.shape[1])
+
+
+def rebase(weight: Tensor, made: Quantized, gram: Tensor, widths: Sequence[int], shares: Tensor) -> Quantized:
+    """A shared grid moved to lower the sum of the errors of `widths` times shares, (out, widths), for the codes there are.
+
+    As `refit` does, group by group. Widths that are left out lose by it until codes are chosen anew.
+    """
+    columns = weight.shape[1]
+    size = columns if made.group_size == -1 else made.group_size
+    first = made.bits[0]
+    scales, zeros = made.scale[first].clone(), made.zero[first].clone() if made.zero else None
+    rows = max(16, _STATE // (4 * columns * len(widths)))
+    for at in range(0, len(weight), rows):
+        part = slice(at, at + rows)
+        own = made.rows(part)
+        mark = torch.stack([own.marks(b).mul_(own.factor(b)) for b in widths], 1)  # (rows, widths, in)
+        pull = torch.stack([weight[part] - own.dequantize(b) for b in widths], 1) @ gram
+        share = shares[part][..., None]
+        for g, begin in enumerate(range(0, columns, size)):
+            here = slice(begin, min(begin + size, columns))
+            zero_here = None if zeros is None else zeros[part, g]
+            change = _refit_group(mark[..., here], pull[..., here], gram[here, here], scales[part, g], zero_here, share)
+            pull += change @ gram[here]
+    return replace(made, scale={first: scales}, zero={} if zeros is None else {first: zeros})
+
+
+def _refit_group(
+    mark: Tensor, pull: Tensor, gram: Tensor, scale: Tensor, zero: Tensor | None, share: Tensor | float = 1.0
+) -> Tensor:
+    """Set the scale (out,) and zero (out,) of one group in place; return by how much its levels fell, as `mark`.
+
+    mark: (out, widths, size), levels in steps from the middle, of all widths that the scale is for. pull: the same of
+    (w - q) G. gram: (size, size). share: (out, widths, 1), how much each width counts.
     """
     step = scale.to(torch.float32)
     pressed = mark @ gram
-    square = (pressed * mark).sum(1)
+    square = (share * pressed * mark).sum((1, 2))
     if zero is None:
         # With q = s x: the error changes by -2 t p + t^2 x G x for a step of t, p = x . (w - q) G.
-        ask = (mark * pull).sum(1)
+        ask = (share * mark * pull).sum((1, 2))
         new = _half(step + ask / square.clamp_min(1e-30), step)
         move = new - step
         better = (square > 0) & (move * (move * square - 2 * ask) < 0)
         scale.copy_(torch.where(better, new, step).to(torch.float16))
-        return mark * torch.where(better, -move, 0.0)[:, None]
+        return mark * torch.where(better, -move, 0.0)[:, None, None]
     offset = -step * zero.to(torch.float32)
-    cross, plain = pressed.sum(1), gram.sum()
-    ask, ask_plain = (mark * pull).sum(1), pull.sum(1)
-    spread = square * plain - cross.square()
-    bent = spread > 1e-5 * square * plain  # else one level is in use, and any step serves
-    move = torch.where(bent, (plain * ask - cross * ask_plain) / torch.where(bent, spread, 1.0), 0.0)
+    cross, plain = (share * pressed).sum((1, 2)), (share * torch.ones_like(mark[..., :1])).sum((1, 2)) * gram.sum()
+    ask, ask_plain = (share * mark * pull).sum((1, 2)), (share * pull).sum((1, 2))
+    width = square * plain - cross.square()
+    bent = width > 1e-5 * square * plain  # else one level is in use, and any step serves
+    move = torch.where(bent, (plain * ask - cross * ask_plain) / torch.where(bent, width, 1.0), 0.0)
     new = _half(step + move, step)
     move = new - step
     shift = offset + (ask_plain - cross * move) / plain.clamp_min(1e-30)
@@ -260,7 +322,8 @@ def _refit_group(mark: Tensor, pull: Tensor, gram: Tensor, scale: Tensor, zero: 
     better = gain > 0
     scale.copy_(torch.where(better, new, step).to(torch.float16))
     zero.copy_(torch.where(better, new_zero, zero))
-    return -(mark * torch.where(better, move, 0.0)[:, None] + torch.where(better, drift, 0.0)[:, None])
+    move, drift = torch.where(better, move, 0.0)[:, None, None], torch.where(better, drift, 0.0)[:, None, None]
+    return -(mark * move + drift)
 
 
 def _half(wanted: Tensor, step: Tensor) -> Tensor:
@@ -308,7 +371,10 @@ def learn(
     best: Quantized | None = None
     least = torch.full((len(weight),), torch.inf)
     for grid in starts:
-        for _ in range(max(rounds, 1)):
+        for round_ in range(max(rounds, 1)):
+            if grid.ratio and round_:
+                grid = rebase(weight, grid, gram, fitted, shares[:, : len(fitted)])
+                grid, _ = refit(weight, grid, gram, fitted)
             grid, errors = sweep(weight, factor, grid, shares, block)
             errors *= mean if mean > 0 else 0.0  # the factor is that of the Gram matrix over this mean
             if rounds:
@@ -329,4 +395,5 @@ def _merge(one: Quantized, other: Quantized, take: Tensor) -> Quantized:
         scale={b: torch.where(pick, other.scale[b], one.scale[b]) for b in one.scale},
         zero={b: torch.where(pick, other.zero[b], one.zero[b]) for b in one.zero},
         table={b: torch.where(pick, other.table[b], one.table[b]) for b in one.table},
+        ratio={b: torch.where(take, other.ratio[b], one.ratio[b]) for b in one.ratio},
     )

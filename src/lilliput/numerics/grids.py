@@ -5,8 +5,11 @@ and zeros are rounded to float16 first and codes chosen for the rounded grid, so
 
 Source for the refit of narrower widths: weighted least squares of the weight on the truncated code, the affine form of
 the per-width centroids of Park et al., "Any-Precision LLM", ICML 2024 (section 3.2: a centroid is the mean of its
-members; an affine table is its least-squares line).
+members; an affine table is its least-squares line). That all widths may share one grid, with a ratio a row, is ours.
 """
+
+from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,9 +17,12 @@ from torch.nn.functional import pad
 
 from lilliput.core.errors import ConfigError
 from lilliput.numerics.nested import Quantized
+from lilliput.numerics.packing import RATIO_ONE
 
 F16_MAX = 65504.0
 F16_MIN = 2.0**-24
+FLAT = 2.0**-14
+"""Step of a shared grid's narrowest width on equal weights, in parts of them: the zero is then 2**14."""
 
 
 def group_count(columns: int, group_size: int) -> int:
@@ -144,11 +150,15 @@ def nest(
     bits: tuple[int, ...],
     group_size: int,
     importance: Tensor | None = None,
+    shared: bool = False,
 ) -> Quantized:
     """A nested store from the widest grid: its top bits are the narrower codes, each with its own refit.
 
-    codes, scale, zero: the grid of bits[-1]. weight, importance: as in `Refit`.
+    codes, scale, zero: the grid of bits[-1]. weight, importance: as in `Refit`. shared: one grid a group serves all
+    widths, with ratios that are refitted, and codes are chosen anew for what that grid is at the widest.
     """
+    if shared and len(bits) > 1:
+        return _share(weight, codes, scale, zero, bits, group_size, importance)
     widest = bits[-1]
     fit = Refit(weight, group_size, importance) if len(bits) > 1 else None
     scales, zeros = {widest: scale}, {} if zero is None else {widest: zero}
@@ -161,10 +171,80 @@ def nest(
     return Quantized(codes, bits, group_size, scales, zeros)
 
 
-def nearest(weight: Tensor, bits: tuple[int, ...], group_size: int, sym: bool) -> Quantized:
+def _share(
+    weight: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bits: tuple[int, ...],
+    group_size: int,
+    importance: Tensor | None,
+) -> Quantized:
+    first, widest = bits[0], bits[-1]
+    columns = weight.shape[1]
+    step = scale.to(torch.float32) * 2 ** (widest - first)
+    middle = torch.zeros_like(step) if zero is None else -scale.to(torch.float32) * zero.to(torch.float32)
+    if zero is not None:
+        full, mask = grouped(weight, group_size)
+        low, high = full.masked_fill(~mask, torch.inf).amin(-1), full.masked_fill(~mask, -torch.inf).amax(-1)
+        # `span_grid` puts one level of the widest grid on equal weights; here levels of all widths have to be there.
+        step = torch.where(low == high, low.abs() * FLAT, step)
+        middle = torch.where(low == high, low, middle)
+    share = torch.ones(columns) if importance is None else importance.to(torch.float32)
+    away = spread(middle, group_size, columns).neg_().add_(weight).mul_(share)
+    fitted = {}
+    for b in bits[:-1]:
+        mark = (codes >> (widest - b)).to(torch.float32).sub_((2**b - 1) / 2).mul_(2.0 ** (first - b))
+        mark.mul_(spread(step, group_size, columns))
+        product, square = (mark * away).sum(1), mark.square_().mul_(share).sum(1)
+        fitted[b] = torch.where(
+            (product > 0) & (square > 0), product / square.clamp_min(1e-30), torch.ones_like(square)
+        )
+    made = shared_grid(codes, bits, group_size, step, None if zero is None else middle, fitted)
+    return replace(made, codes=encode(weight, *made.grid(widest), widest, group_size))
+
+
+def shared_grid(
+    codes: Tensor,
+    bits: tuple[int, ...],
+    group_size: int,
+    step: Tensor,
+    middle: Tensor | None,
+    times: Mapping[int, Tensor],
+) -> Quantized:
+    """A matrix with one grid for all widths.
+
+    step: (out, groups) float32, that of the widest width times 2**(bits[-1] - bits[0]). middle: the same of the groups,
+    None where symmetric. times[b]: (out,) float32, the ratios of the other widths.
+    """
+    first = bits[0]
+    ratio = {b: round_ratio(times.get(b, torch.ones(len(step)))) for b in bits}
+    if middle is None:
+        return Quantized(codes, bits, group_size, {first: half_scale(step)}, ratio=ratio)
+    scale, zero = offset_grid(step, middle)
+    return Quantized(codes, bits, group_size, {first: scale}, {first: zero}, ratio=ratio)
+
+
+def ratio_of(stored: Tensor) -> Tensor:
+    """What bytes of `Quantized.ratio` mean, float32."""
+    return (stored.to(torch.float32) + RATIO_ONE) / 256
+
+
+def round_ratio(ratio: Tensor) -> Tensor:
+    """The nearest byte: uint8."""
+    return (ratio * 256 - RATIO_ONE).round().clamp(0, 255).to(torch.uint8)
+
+
+def spread(values: Tensor, group_size: int, columns: int) -> Tensor:
+    """(out, groups) repeated to (out, columns), own memory."""
+    return values.repeat_interleave(columns if group_size == -1 else group_size, 1)[:, :columns].contiguous()
+
+
+def nearest(weight: Tensor, bits: tuple[int, ...], group_size: int, sym: bool, shared: bool = False) -> Quantized:
     """Round to nearest on the grid that spans each group: codes of bits[-1], the narrower widths nested in them.
 
-    weight: (out, in) float32, finite. Raises ConfigError for a step beyond float16.
+    weight: (out, in) float32, finite. shared: as in `nest`. Raises ConfigError for a step beyond float16.
     """
     scale, zero = minmax_grid(weight, bits[-1], group_size, sym)
-    return nest(weight, encode(weight, scale, zero, bits[-1], group_size), scale, zero, bits, group_size)
+    codes = encode(weight, scale, zero, bits[-1], group_size)
+    return nest(weight, codes, scale, zero, bits, group_size, shared=shared)

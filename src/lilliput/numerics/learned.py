@@ -3,7 +3,7 @@
 The widest grid of B bits spans [a * min, b * max] of every group, a and b in (0, 1) (LWC). The codes of a narrower
 width b are its top bits; if nothing else moved, their levels would be the middles of the cells, scale * 2**(B - b) and
 zero / 2**(B - b). Each narrower width has a factor on the one and a shift of the other, both learned, which start
-where the least-squares refit of the first codes puts them.
+where the least-squares refit of the first codes puts them; of a shared grid a factor a row, and no shift.
 
 Source: Shao et al., "OmniQuant", ICLR 2024, eq. 2, for the bounds; Cheng et al., "Optimize Weight Rounding via Signed
 Gradient Descent", 2024, eq. 3, for the learned offset of the rounding; Bengio et al., 2013, for the straight-through gradient.
@@ -11,11 +11,12 @@ Deviation: nested widths, with grids of their own over shared codes.
 """
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from lilliput.numerics.grids import F16_MAX, Refit, encode, grouped, half_scale, offset_grid
+from lilliput.numerics.grids import F16_MAX, FLAT, Refit, encode, grouped, half_scale, nest, offset_grid, shared_grid
 from lilliput.numerics.nested import Quantized
 
 
@@ -23,11 +24,14 @@ class LearnedGrid:
     """The trainable grids of one matrix. weight: (out, in) float32, which may itself change later on.
 
     bounds: one or two (out, groups) logits. factors, shifts: (out, groups) for every width but the widest; no shifts
-    where `sym`. nudge: (out, in) offset of the rounding in steps of the widest grid, or None.
+    where `sym`. shared: one grid a group for all widths, with factors (out, 1) and no shifts. nudge: (out, in) offset of
+    the rounding in steps of the widest grid, or None.
     """
 
-    def __init__(self, weight: Tensor, bits: tuple[int, ...], group_size: int, sym: bool, rounding: bool) -> None:
-        self.bits, self.group_size, self.sym = bits, group_size, sym
+    def __init__(
+        self, weight: Tensor, bits: tuple[int, ...], group_size: int, sym: bool, rounding: bool, shared: bool = False
+    ) -> None:
+        self.bits, self.group_size, self.sym, self.shared = bits, group_size, sym, shared and len(bits) > 1
         weight = weight.detach()
         full, self._mask = grouped(weight, group_size)
         shape = full.shape[:2]
@@ -41,8 +45,12 @@ class LearnedGrid:
             scale, zero = self._stored(weight)
             codes = self._codes(weight, scale, zero)
             fit = Refit(weight, group_size)
+            one = nest(weight, codes, scale, zero, bits, group_size, shared=True) if self.shared else None
             for width in bits[:-1]:
                 cells = 2 ** (bits[-1] - width)
+                if one is not None:
+                    self.factors[width] = (one.factor(width) / one.factor(bits[-1]) / cells).log()
+                    continue
                 own, off = fit.grid(codes // cells, width, sym)
                 step = scale.float() * cells
                 # A flat group may have no step, or none at this width; its factor of 1 is as good as any.
@@ -75,9 +83,12 @@ class LearnedGrid:
         high = full.masked_fill(~self._mask, -torch.inf).amax(-1)
         flat = high == low  # as in minmax_grid: a level, half a step from the middle, on the value
         middle = (high + low) / 2
+        alone, rest = 2 * middle.abs(), torch.zeros_like(middle)
+        if self.shared:  # as in nest: all levels of all widths are next to the value
+            alone, rest = middle.abs() * (FLAT / 2 ** (self.bits[-1] - self.bits[0])), middle
         low, high = low * torch.sigmoid(self.bounds[0]), high * torch.sigmoid(self.bounds[1])
-        step = torch.where(flat, 2 * middle.abs(), (high - low).clamp_min(0) / top)
-        return step, torch.where(flat, torch.zeros_like(step), (high + low) / 2)
+        step = torch.where(flat, alone, (high - low).clamp_min(0) / top)
+        return step, torch.where(flat, rest, (high + low) / 2)
 
     def at(self, weight: Tensor, width: int) -> Tensor:
         """The (out, in) float32 matrix a width means, differentiable in the parameters and in `weight`."""
@@ -93,7 +104,10 @@ class LearnedGrid:
             cells = 2 ** (self.bits[-1] - width)
             code = code / cells
             code = _straight(code, code.detach().floor())
-            step = step * cells * self.factors[width].exp()
+            factor = self.factors[width].exp()
+            step = step * cells * factor
+            if self.shared:
+                zero = zero / cells / factor
             zero = zero / cells + self.shifts[width] if width in self.shifts else zero
         made = (code - ((2**width - 1) / 2 + zero)[..., None]) * step[..., None]
         kept: Tensor = made.reshape(out, -1)[:, :columns]
@@ -118,6 +132,12 @@ class LearnedGrid:
         """
         scale, zero = self._stored(weight)
         codes = self._codes(weight, scale, zero)
+        if self.shared:
+            step, middle = self._widest(weight)
+            times = {width: factor.exp()[:, 0] for width, factor in self.factors.items()}
+            step = step * 2 ** (self.bits[-1] - self.bits[0])
+            made = shared_grid(codes, self.bits, self.group_size, step, None if self.sym else middle, times)
+            return replace(made, codes=self._codes(weight, *made.grid(self.bits[-1])))
         scales, zeros = {self.bits[-1]: scale}, {} if zero is None else {self.bits[-1]: zero}
         for width, factor in self.factors.items():
             cells = 2 ** (self.bits[-1] - width)

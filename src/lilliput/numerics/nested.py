@@ -1,7 +1,8 @@
 """A quantized matrix that serves several widths from one set of codes (needs torch).
 
 Source: Park et al., "Any-Precision LLM", ICML 2024, section 3 (nested codes, one table of centroids per row and width);
-the affine form with a scale and a zero refitted for every width, and centroids rounded to 7 bits, are ours.
+the affine form with a scale and a zero refitted for every width, the grid that all widths share, and centroids rounded to
+7 bits, are ours.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lilliput.numerics.packing import LEVEL_MIDDLE, serving_width
+from lilliput.numerics.packing import LEVEL_MIDDLE, RATIO_ONE, serving_width
 
 _CHUNK = 1 << 22  # codes looked up at once: their int64 indices take 32 MiB
 
@@ -24,6 +25,10 @@ class Quantized:
     middle of the code range, or missing when the grid is symmetric. group_size: inputs a group, -1 for whole rows;
     the last group may be shorter. table[b]: (out, 2**b) uint8 of 0..127, non-decreasing along a row, for the widths of
     up to 4 bits whose levels are not evenly spaced; see `numerics/codebooks.py`.
+
+    ratio[b]: (out,) uint8 for every width, or for none. With ratios there are a scale and a zero only of the narrowest
+    width a. At width b a row's scales are those times f = (128 + ratio) / 256 * 2**(a - b), its zeros those over f, so
+    that the middle of a group stays where it is. Such a matrix has no tables.
     """
 
     codes: Tensor
@@ -32,6 +37,7 @@ class Quantized:
     scale: Mapping[int, Tensor]
     zero: Mapping[int, Tensor] = field(default_factory=dict)
     table: Mapping[int, Tensor] = field(default_factory=dict)
+    ratio: Mapping[int, Tensor] = field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -43,12 +49,27 @@ class Quantized:
         """The width this matrix serves when asked for `bits`: its smallest of at least that, else its widest."""
         return serving_width(self.bits, bits)
 
+    def grid(self, bits: int) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero of one width as its levels use them: (out, groups) float32 each; zero None when symmetric."""
+        own = self.bits[0] if self.ratio else bits
+        scale = self.scale[own].to(torch.float32)
+        zero = self.zero[own].to(torch.float32) if own in self.zero else None
+        if not self.ratio:
+            return scale, zero
+        factor = self.factor(bits)
+        return scale * factor, None if zero is None else zero * (1 / factor)
+
+    def factor(self, bits: int) -> Tensor:
+        """What the scales of a shared grid are multiplied by at one width: (out, 1) float32."""
+        return (self.ratio[bits].to(torch.float32)[:, None] + RATIO_ONE) * 2.0 ** (self.bits[0] - bits - 8)
+
     def rows(self, index: Tensor | slice) -> "Quantized":
         """The same grid for some of the rows."""
         scale = {b: s[index] for b, s in self.scale.items()}
         zero = {b: z[index] for b, z in self.zero.items()}
         table = {b: t[index] for b, t in self.table.items()}
-        return Quantized(self.codes[index], self.bits, self.group_size, scale, zero, table)
+        ratio = {b: r[index] for b, r in self.ratio.items()}
+        return Quantized(self.codes[index], self.bits, self.group_size, scale, zero, table, ratio)
 
     @staticmethod
     def stack(parts: Sequence["Quantized"]) -> "Quantized":
@@ -57,7 +78,8 @@ class Quantized:
         scale = {b: torch.cat([p.scale[b] for p in parts]) for b in first.scale}
         zero = {b: torch.cat([p.zero[b] for p in parts]) for b in first.zero}
         table = {b: torch.cat([p.table[b] for p in parts]) for b in first.table}
-        return Quantized(torch.cat([p.codes for p in parts]), first.bits, first.group_size, scale, zero, table)
+        ratio = {b: torch.cat([p.ratio[b] for p in parts]) for b in first.ratio}
+        return Quantized(torch.cat([p.codes for p in parts]), first.bits, first.group_size, scale, zero, table, ratio)
 
     def marks(self, bits: int, codes: Tensor | None = None) -> Tensor:
         """Where codes stand at one width, in steps from the middle: (out, in) float32, fresh memory.
@@ -76,12 +98,13 @@ class Quantized:
         """
         mark = self.marks(bits)
         out, columns = mark.shape
-        groups = self.scale[bits].shape[1]
+        scale, zero = self.grid(bits)
+        groups = scale.shape[1]
         size = columns if self.group_size == -1 else self.group_size
         whole = pad(mark, (0, groups * size - columns)).view(out, groups, size)
-        if bits in self.zero:
-            whole = whole.sub_(self.zero[bits].to(torch.float32)[..., None])
-        whole = whole.mul_(self.scale[bits].to(torch.float32)[..., None])
+        if zero is not None:
+            whole = whole.sub_(zero[..., None])
+        whole = whole.mul_(scale[..., None])
         return whole.view(out, groups * size)[:, :columns].contiguous()
 
 

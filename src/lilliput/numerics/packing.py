@@ -29,6 +29,8 @@ LEVEL_BITS = 7
 LEVEL_MIDDLE = (2**LEVEL_BITS - 1) / 2
 TABLE_BITS = 4
 """Widest code that may have a table: 16 entries are what one byte shuffle looks up."""
+RATIO_ONE = 128
+"""The byte that means 1 where rows have ratios: r means (128 + r) / 256, from 0.5 to 1.496."""
 
 U8 = npt.NDArray[np.uint8]
 
@@ -141,6 +143,11 @@ def tile_table(table: U8) -> U8:
     full = np.zeros((padded(len(table), ROWS), table.shape[1]), np.uint8)
     full[: len(table)] = table
     return full.reshape(-1, ROWS, table.shape[1])
+
+
+def tile_rows(values: U8) -> U8:
+    """(out,) to (row tiles, 16); padding rows get 0."""
+    return tile_table(values[:, None])[..., 0]
 
 
 def untile_table(tiled: U8, out: int) -> U8:

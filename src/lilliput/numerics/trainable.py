@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lilliput.numerics.grids import F16_MAX, grouped, half_scale
+from lilliput.numerics.grids import F16_MAX, grouped, half_scale, ratio_of, round_ratio
 from lilliput.numerics.nested import Quantized
+from lilliput.numerics.packing import TABLE_BITS
 
 
 class _Level(torch.autograd.Function):
@@ -58,10 +59,10 @@ class Trainable:
         self._steps: Tensor | None = None
         self._shift = torch.tensor((2**widest - 1) / 2)
         if codes:
-            scale, zero = coded.scale[widest].float(), coded.zero.get(widest)
+            scale, zero = coded.grid(widest)
             step = torch.where(scale > 0, scale, torch.ones_like(scale))[..., None]
             if zero is not None:
-                self._shift = self._shift + zero.float()[..., None]
+                self._shift = self._shift + zero[..., None]
             self._steps = step
             place = self._places(weight)
             code = grouped(coded.codes.float(), coded.group_size)[0]
@@ -71,7 +72,11 @@ class Trainable:
             self.weight = self._trim((place - self._shift) * step)
         self.weight.requires_grad_(codes)
         self._log = {b: torch.zeros_like(s, dtype=torch.float32).requires_grad_() for b, s in coded.scale.items()}
-        self._zero = {b: z.float().clone().requires_grad_() for b, z in coded.zero.items()}
+        # A shared zero moves every width, so it is counted in the finest steps that are ever trained on their own.
+        self._unit = 2.0 ** (max((b for b in coded.bits if b <= TABLE_BITS), default=coded.bits[0]) - coded.bits[0])
+        self._unit = self._unit if coded.ratio else 1.0
+        self._zero = {b: (z.float() * self._unit).requires_grad_() for b, z in coded.zero.items()}
+        self._times = {b: torch.zeros(len(r)).requires_grad_() for b, r in coded.ratio.items()}
 
     def serving(self, bits: int) -> int:
         """The width that serves `bits`; as `Quantized.serving`."""
@@ -85,16 +90,22 @@ class Trainable:
             yield f"scale.{bits}", log
         for bits, zero in self._zero.items():
             yield f"zero.{bits}", zero
+        for bits, times in self._times.items():
+            yield f"ratio.{bits}", times
 
     def grids(self) -> list[Tensor]:
-        """Logarithms of the scales relative to the first ones, and zeros, of every width."""
-        return [*self._log.values(), *self._zero.values()]
+        """Logarithms of scales and of ratios relative to the first ones, and zeros, of every width that has them."""
+        return [*self._log.values(), *self._zero.values(), *self._times.values()]
 
     def at(self, bits: int) -> Tensor:
         """The (out, in) float32 matrix at one width of the ladder, with gradients."""
         coded = self._coded
-        scale = coded.scale[bits].float() * torch.exp(self._log[bits])
-        zero = self._zero.get(bits, torch.zeros_like(scale))
+        base = coded.bits[0] if coded.ratio else bits
+        scale = coded.scale[base].float() * torch.exp(self._log[base])
+        zero = self._zero[base] / self._unit if base in self._zero else torch.zeros_like(scale)
+        if coded.ratio:
+            factor = coded.factor(bits) * torch.exp(self._times[bits])[:, None]
+            scale, zero = scale * factor, zero / factor
         with torch.no_grad():
             codes, inside = self._codes()
             own, _ = grouped(coded.marks(bits, codes), coded.group_size)
@@ -112,8 +123,9 @@ class Trainable:
         low = self._codes()[0].to(torch.int16) // cell * cell
         codes = torch.minimum(torch.maximum(coded.codes.to(torch.int16), low), low + cell - 1).to(torch.uint8)
         scale = {b: half_scale(coded.scale[b].float() * torch.exp(log)) for b, log in self._log.items()}
-        zero = {b: z.clamp(-F16_MAX, F16_MAX).to(torch.float16) for b, z in self._zero.items()}
-        return Quantized(codes, coded.bits, coded.group_size, scale, zero, coded.table)
+        zero = {b: (z / self._unit).clamp(-F16_MAX, F16_MAX).to(torch.float16) for b, z in self._zero.items()}
+        ratio = {b: round_ratio(ratio_of(r) * torch.exp(self._times[b])) for b, r in coded.ratio.items()}
+        return Quantized(codes, coded.bits, coded.group_size, scale, zero, coded.table, ratio)
 
     def _places(self, weight: Tensor) -> Tensor:
         """Where weights stand on the widest grid: (out, groups, size), whole numbers at its codes."""

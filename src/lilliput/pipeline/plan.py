@@ -181,6 +181,7 @@ def entry_of(shape: tuple[int, int], quantizer: Quantizer) -> QuantEntry:
         group_size=quantizer.group_size,
         sym=quantizer.sym,
         tables=quantizer.tables,
+        shared=quantizer.shared and len(quantizer.bits) > 1,
     )
 
 
@@ -303,8 +304,10 @@ def tuning_bytes(work: Work, row: int) -> int:
 
 
 def grids(entries: Mapping[str, QuantEntry]) -> int:
-    """Scales and zeros of all widths."""
+    """Scales and zeros of all widths, and ratios."""
     return sum(
-        entry.out * group_count(entry.columns, entry.group_size) * len(entry.bits) * (1 if entry.sym else 2)
+        entry.out * (group_count(entry.columns, entry.group_size) if kind in ("scale", "zero") else kind == "ratio")
         for entry in entries.values()
+        for width in entry.bits
+        for kind in entry.grids(width)
     )

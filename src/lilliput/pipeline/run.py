@@ -356,7 +356,8 @@ class Tensors:
         scale = {b: s.numpy() for b, s in value.scale.items()}
         zero = {b: z.numpy() for b, z in value.zero.items()}
         table = {b: t.numpy() for b, t in value.table.items()}
-        self._writer.put_quantized(name, value.codes.numpy(), scale, zero, table)
+        ratio = {b: r.numpy() for b, r in value.ratio.items()}
+        self._writer.put_quantized(name, value.codes.numpy(), scale, zero, table, ratio)
 
     def floating(self, name: str, value: Tensor) -> None:
         """Write a tensor in the dtype its entry has; bfloat16 goes as its bits."""

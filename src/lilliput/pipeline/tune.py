@@ -114,7 +114,7 @@ class Store:
     def quantized(self, name: str, value: Quantized, weight: Tensor | None) -> None:
         """Keep codes, and the weight they stand for."""
         tensors = {"codes": value.codes} | ({} if weight is None else {"weight": weight})
-        for kind in ("scale", "zero", "table"):
+        for kind in ("scale", "zero", "table", "ratio"):
             tensors |= {f"{kind}.{b}": t for b, t in getattr(value, kind, {}).items()}
         self._save(f"{name}.coded", tensors, {"bits": list(value.bits), "group_size": value.group_size})
 

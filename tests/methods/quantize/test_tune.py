@@ -29,10 +29,10 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
     return load_decoder(Checkpoint.open(folder))
 
 
-def coded_of(decoder: Decoder) -> dict[str, Quantized]:
+def coded_of(decoder: Decoder, shared: bool = False) -> dict[str, Quantized]:
     linears = {name: one for block in decoder.blocks for name, one in block.linears().items()}  # type: ignore[operator]
-    found = {name: nearest(linear.weight.detach(), BITS, 16, sym=False) for name, linear in linears.items()}
-    return found | {"embed_tokens": nearest(decoder.embed_tokens.weight.detach(), (4, 8), 16, sym=False)}
+    found = {name: nearest(linear.weight.detach(), BITS, 16, False, shared) for name, linear in linears.items()}
+    return found | {"embed_tokens": nearest(decoder.embed_tokens.weight.detach(), (4, 8), 16, False, shared)}
 
 
 def rows_for(decoder: Decoder) -> Batches:
@@ -47,18 +47,21 @@ def distance(decoder: Decoder, coded: dict[str, Quantized], bits: int, tokens: T
     return float((exact.exp() * (exact - told)).sum(-1).mean())
 
 
-def test_every_trained_width_comes_nearer_and_the_form_stays(decoder: Decoder, tmp_path: Path) -> None:
-    coded, rows = coded_of(decoder), rows_for(decoder)
+@pytest.mark.parametrize("shared", [False, True])
+def test_every_trained_width_comes_nearer_and_the_form_stays(decoder: Decoder, tmp_path: Path, shared: bool) -> None:
+    coded, rows = coded_of(decoder, shared), rows_for(decoder)
     made = Tune(steps=40, batch=6).tune(decoder, decoder, coded, rows, tmp_path, Silent())
     tokens = torch.tensor(rows.rows, dtype=torch.int64)
-    assert distance(decoder, made, 2, tokens) < 0.7 * distance(decoder, coded, 2, tokens)
+    most = 0.85 if shared else 0.7
+    assert distance(decoder, made, 2, tokens) < most * distance(decoder, coded, 2, tokens)
     assert distance(decoder, made, 4, tokens) < distance(decoder, coded, 4, tokens)
     assert list(made) == list(coded)
     for name, one in made.items():
         assert (one.bits, one.group_size, one.codes.dtype) == (coded[name].bits, coded[name].group_size, torch.uint8)
-        assert all(
-            one.scale[b].dtype == torch.float16 and one.scale[b].shape == coded[name].scale[b].shape for b in one.bits
-        )
+        assert [(b, s.dtype, s.shape) for b, s in one.scale.items()] == [
+            (b, torch.float16, s.shape) for b, s in coded[name].scale.items()
+        ]
+        assert {b: r.dtype for b, r in one.ratio.items()} == dict.fromkeys(coded[name].ratio, torch.uint8)
     # the bits beyond the trained widths are those nearest to the original within the trained cell
     name = "layers.0.mlp.up_proj"
     kept = made[name].codes >> 4 == coded[name].codes >> 4
@@ -66,8 +69,9 @@ def test_every_trained_width_comes_nearer_and_the_form_stays(decoder: Decoder, t
     assert torch.equal(made[name].codes[kept], coded[name].codes[kept])
 
 
-def test_nothing_changes_before_the_first_step(decoder: Decoder, tmp_path: Path) -> None:
-    coded = coded_of(decoder)
+@pytest.mark.parametrize("shared", [False, True])
+def test_nothing_changes_before_the_first_step(decoder: Decoder, tmp_path: Path, shared: bool) -> None:
+    coded = coded_of(decoder, shared)
     run = Run(Tune(steps=1), decoder, decoder, coded, rows_for(decoder), tmp_path, Silent())
     for name, layer in run.layers.items():
         again = layer.quantized(coded[name].bits[-1])

@@ -32,17 +32,23 @@ def group_of(m: StoredLinear) -> int:
 
 def stored(m: StoredLinear) -> tuple[Any, ...]:
     """Planes, their widths, and the grids of every width."""
-    grids = ([(bits, as_bytes(values)) for bits, values in grid.items()] for grid in (m.scale, m.zero, m.table))
-    return [as_bytes(plane) for plane in m.planes], list(m.fields), *grids
+    planes = [as_bytes(plane) for plane in m.planes]
+    scale, zero = ([(b, as_bytes(grid[m.grid_at(b)])) for b in m.bits if grid] for grid in (m.scale, m.zero))
+    table = [(bits, as_bytes(values)) for bits, values in m.table.items()]
+    factors = [(bits, as_bytes(values)) for bits in m.bits if (values := m.factors(bits)) is not None]
+    return planes, list(m.fields), scale, zero, table, factors
 
 
 def nested(m: StoredLinear, bits: int) -> tuple[Any, ...]:
     """The arguments that stand for a matrix cut to the width it runs at when `bits` are asked for."""
     bits = m.width_at(bits)
     count = next(n for n in range(1, len(m.fields) + 1) if sum(m.fields[:n]) == bits)
-    zero, table = (as_bytes(grid[bits]) if bits in grid else None for grid in (m.zero, m.table))
+    own = m.grid_at(bits)
+    zero, table = as_bytes(m.zero[own]) if m.zero else None, as_bytes(m.table[bits]) if bits in m.table else None
+    factors = m.factors(bits)
+    grids = as_bytes(m.scale[own]), zero, table, None if factors is None else as_bytes(factors)
     planes = [as_bytes(plane) for plane in m.planes[:count]]
-    return planes, list(m.fields[:count]), as_bytes(m.scale[bits]), zero, table, m.out, m.columns, group_of(m)
+    return planes, list(m.fields[:count]), *grids, m.out, m.columns, group_of(m)
 
 
 def as_bytes(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:

@@ -23,7 +23,7 @@ from lilliput.core.errors import ConfigError
 from lilliput.methods.base import Quantizer, Statistic
 from lilliput.numerics.clusters import Runs, lloyd, start
 from lilliput.numerics.codebooks import positions, refit, round_table
-from lilliput.numerics.grids import Refit, encode, grouped, minmax_grid
+from lilliput.numerics.grids import Refit, encode, grouped, minmax_grid, nest
 from lilliput.numerics.nested import Quantized
 from lilliput.numerics.packing import LEVEL_BITS, TABLE_BITS
 
@@ -86,6 +86,8 @@ class AnyPrecision(Quantizer):
             if torch.equal(moved, codes):
                 break
             codes = moved
+        if self.shared:
+            return nest(weight, codes, *fit.grid(codes, widest, self.sym), self.bits, size, felt, shared=True)
         grids = {b: fit.grid(codes >> (widest - b), b, self.sym) for b in self.bits}
         zeros = {b: z for b, (_, z) in grids.items() if z is not None}
         return Quantized(codes, self.bits, size, {b: s for b, (s, _) in grids.items()}, zeros)

@@ -150,7 +150,7 @@ class AWQ(BlockMethod):
 
 
 def _round(weight: Tensor, grid: Quantizer) -> Quantized:
-    return nearest(weight, grid.bits, grid.group_size, grid.sym)
+    return nearest(weight, grid.bits, grid.group_size, grid.sym, grid.shared)
 
 
 def _flat(full: Tensor, like: Tensor) -> Tensor:

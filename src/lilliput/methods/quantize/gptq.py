@@ -28,6 +28,6 @@ class GPTQ(Swept):
         Raises ConfigError for a step beyond float16.
         """
         if stat is None:
-            return nearest(weight, self.bits, self.group_size, self.sym)
+            return nearest(weight, self.bits, self.group_size, self.sym, self.shared)
         start = self.even(weight, stat.diagonal(), search=self.clip, square=False)
         return self.swept(weight, stat, self.factor(stat), [start])

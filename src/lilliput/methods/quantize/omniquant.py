@@ -79,7 +79,7 @@ class OmniQuant(BlockQuantizer):
 
     def solve(self, weight: Tensor, stat: Tensor | None) -> Quantized:
         """Round to nearest: the ends have no block to be trained in."""
-        return nearest(weight, self.bits, self.group_size, self.sym)
+        return nearest(weight, self.bits, self.group_size, self.sym, self.shared)
 
     def solve_block(self, block: Block, names: Sequence[str], data: BlockData) -> tuple[dict[str, Quantized], str]:
         """Train, compare with rounding to nearest, return the better; see `BlockQuantizer.solve_block`."""
@@ -107,9 +107,10 @@ class _Task:
         self.frozen: Tensors = {name: value.detach().clone() for name, value in block.named_parameters()}
         self.local = {name: f"{name.split('.', 2)[2]}.weight" for name in names}
         m = method
-        self.plain = {n: nearest(self.frozen[k], m.bits, m.group_size, m.sym) for n, k in self.local.items()}
+        self.plain = {n: nearest(self.frozen[k], m.bits, m.group_size, m.sym, m.shared) for n, k in self.local.items()}
         self.grids = {
-            n: LearnedGrid(self.frozen[k], m.bits, m.group_size, m.sym, m.learn_rounding) for n, k in self.local.items()
+            n: LearnedGrid(self.frozen[k], m.bits, m.group_size, m.sym, m.learn_rounding, m.shared)
+            for n, k in self.local.items()
         }
         self.scales = [(pair, torch.zeros(pair.width, requires_grad=True)) for pair in self._pairs()]
         self.rows = evenly(data.inputs.samples, m.samples)

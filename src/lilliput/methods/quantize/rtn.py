@@ -2,9 +2,9 @@
 
 Source: the common baseline, as in Frantar et al., "GPTQ", 2022, section 4 (per row) and its grouped form.
 Deviation: with more than one width the codes of the widest are kept and every narrower width is their top bits with its
-own refitted scale and zero (see numerics/grids.py), so its levels stand at the middle of their cells. A single width is
-plain RTN. Symmetric grids have 2**b levels placed evenly around zero (mid-rise), not 2**b - 1 with one at zero: at 2
-bits that is a third more levels.
+own refitted scale and zero, or with `shared` a ratio (see numerics/grids.py), so its levels stand at the middle of their
+cells. A single width is plain RTN. Symmetric grids have 2**b levels placed evenly around zero (mid-rise), not 2**b - 1
+with one at zero: at 2 bits that is a third more levels.
 """
 
 from dataclasses import dataclass
@@ -25,4 +25,4 @@ class RTN(Quantizer):
 
     def solve(self, weight: Tensor, stat: Tensor | None) -> Quantized:
         """Round one matrix; see `LayerMethod.solve`. Raises ConfigError for a step beyond float16."""
-        return nearest(weight, self.bits, self.group_size, self.sym)
+        return nearest(weight, self.bits, self.group_size, self.sym, self.shared)

@@ -6,9 +6,9 @@ its top bits); Chen et al., "EfficientQAT", 2024, section 3.3 (grids trained end
 after Bengio et al., 2013.
 Deviation: the loss is the sum over the widths of the logarithm of KL, so that a share lost at one width weighs as much as
 the same share at another; KL itself would see the narrowest alone, and with its root the widest still lost what the
-narrow ones gained. Every width has grids of its own, as its store does; the model is not trained on the text, only held
-to the original on it. Widths beyond those trained keep the original weight's place within the trained cell. With tables only
-grids are trained, and codes stay.
+narrow ones gained. Every width has grids of its own where its store does, else a ratio a row; the model is not trained
+on the text, only held to the original on it. Widths beyond those trained keep the original weight's place within the
+trained cell. With tables only grids are trained, and codes stay.
 """
 
 import time
@@ -122,7 +122,7 @@ class Run:
         for name, layer in self.layers.items():
             if layer.weight.requires_grad:
                 # Adam moves every weight by about its rate, noise or not: the finest grid says how much noise may be.
-                rate = options.learning_rate * _step(coded[name].scale[layer.serving(self.widths[-1])])
+                rate = options.learning_rate * _step(coded[name].grid(layer.serving(self.widths[-1]))[0])
                 groups.append({"params": [layer.weight], "rate": rate, "name": name})
             groups.append({"params": layer.grids(), "rate": options.grid_rate, "name": name})
         self.optimizer = torch.optim.Adam(groups, lr=1.0, betas=BETAS, eps=1e-12)
@@ -213,6 +213,6 @@ class Run:
 
 
 def _step(scale: Tensor) -> float:
-    """The usual step of a matrix's groups; 0 where all its numbers are. scale: (out, groups) float16."""
-    used = scale[scale > 0].float()
+    """The usual step of a matrix's groups; 0 where all its numbers are. scale: (out, groups) float32."""
+    used = scale[scale > 0]
     return float(used.mean()) if len(used) else 0.0

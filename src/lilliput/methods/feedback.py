@@ -1,0 +1,87 @@
+"""Where the roundings of a Student start: column by column, each taking up what those before it got wrong.
+
+Blocks are gone through in order, and in a block the linear layers that read one edge together, so that every layer is
+solved for the inputs it will have: those of the rounded model, at 8 bits, behind layers that are solved. The grids stay
+what they are. An offset is the least that puts a weight a quarter of a step within the cell of its code, so that
+training may still change its mind.
+
+Source: Frantar et al., "GPTQ", ICLR 2023, algorithm 1, with static grids.
+Deviation: inputs are those of the rounded model, activations included.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from lilliput.core.progress import Progress
+from lilliput.methods.student import REACH, Student, local
+from lilliput.models.sites import read_by
+from lilliput.numerics.columns import Factor, sweep
+from lilliput.numerics.nested import Quantized
+from lilliput.numerics.straight import coded_rows
+
+INSIDE = 0.25
+"""Steps between a moved weight and the end of its cell."""
+_DAMPING = 0.01
+
+
+@torch.no_grad()
+def feed_back(
+    student: Student,
+    inputs: Callable[[int], Iterator[Tensor]],
+    put: Callable[[int, Iterator[Tensor]], None],
+    progress: Progress,
+) -> None:
+    """Set the offsets of all roundings of `student`.
+
+    inputs: what comes into a block of the rounded model, (batch, length, hidden) at a time; there is that of block 0.
+    put: keeps it for a later block.
+    """
+    spec = student.spec
+    progress.begin("roundings", spec.num_layers)
+    for layer in range(spec.num_layers):
+        readers: dict[str, list[str]] = {}
+        for name in spec.linears(layer):
+            readers.setdefault(read_by(spec, name), []).append(name)
+        for edge, names in readers.items():
+            factor = Factor.of(_gram(student, layer, edge, inputs(layer)), _DAMPING)
+            floats = student.floats(layer)
+            for name in names:
+                weight = floats[local(name)]
+                made, _ = sweep(weight, factor, coded_rows(weight, student.share(name), student.maker.bits))
+                student.values[f"nudge/{name}"].copy_(offsets(weight, made))
+        if layer + 1 < spec.num_layers:
+            put(layer + 1, (student.block(layer, x) for x in inputs(layer)))
+        progress.advance(1)
+
+
+def _gram(student: Student, layer: int, edge: str, inputs: Iterator[Tensor]) -> Tensor:
+    """Sum of x x^T of what passes an edge of a block: (channels, channels) float32."""
+    total: list[Tensor] = []
+
+    def site(name: str, x: Tensor, seen: Tensor | None = None) -> Tensor:
+        out = student.site(name, x, seen)
+        if name == edge:
+            flat = out.flatten(0, -2)
+            total[:] = [flat.T @ flat + (total[0] if total else 0)]
+        return out
+
+    for x in inputs:
+        student.block(layer, x, site)
+    return total[0]
+
+
+def offsets(weight: Tensor, made: Quantized) -> Tensor:
+    """The least offsets, in steps, with which `on_rows` rounds a matrix to given codes, `INSIDE` steps from where it would
+    not: (out, in), at most `REACH`, which may leave a code beside the one wanted.
+
+    weight: (out, in). made: symmetric rows of one width.
+    """
+    (bits,) = made.bits
+    top = 2 ** (bits - 1)
+    code = made.codes.to(torch.float32) - top
+    place = weight / made.scale[bits].to(torch.float32)
+    low = torch.where(code > -top, code - 0.5 + INSIDE, -torch.inf)
+    high = torch.where(code < top - 1, code + 0.5 - INSIDE, torch.inf)
+    return (place.clamp(low, high) - place).clamp(-REACH, REACH)

@@ -38,18 +38,19 @@ from lilliput.pipeline import compress
 
 NAME = "mobilequant"
 TALES = Path(__file__).resolve().parents[1] / "assets" / "tales7m"
-NOTHING = {"let": False, "lwc": False, "ranges": False, "rounding": False}
+NOTHING = {"let": False, "lwc": False, "ranges": False, "rounding": False, "feedback": False}
 MAIN: dict[str, dict[str, Any]] = {
     "RTN-static": {**NOTHING, "steps": 0, "alpha": None, "rule": "minmax"},
     "SmoothQuant-static": {**NOTHING, "steps": 0, "rule": "minmax"},
-    "OmniQuant-static": {"scope": "block", "ranges": False, "rounding": False},
+    "OmniQuant-static": {"scope": "block", "ranges": False, "rounding": False, "feedback": False},
     "MobileQuant": {},
 }
 ABLATIONS: dict[str, dict[str, Any]] = {
     "no let": {"let": False},
     "no lwc": {"lwc": False},
     "no ranges": {"ranges": False},
-    "no roundings": {"rounding": False},
+    "no roundings": {"rounding": False, "feedback": False},
+    "no feedback": {"feedback": False},
     "block by block": {"scope": "block"},
     "before training": {"steps": 0},
 }

@@ -25,7 +25,7 @@ from lilliput.models.pairs import Pair, pairs
 from lilliput.models.sites import PROBABILITIES, Site, run_block, run_end, run_start, sites
 from lilliput.numerics.straight import coded_rows, on_grid, on_rows
 
-REACH = 1.0
+REACH = 1.25
 """Steps of its row that a weight may be moved before it is rounded."""
 
 

@@ -14,6 +14,7 @@ from lilliput.core.errors import ConfigError, QualityFailed
 from lilliput.core.progress import Silent
 from lilliput.data.streams import Batches
 from lilliput.engine.oracle import Oracle
+from lilliput.methods import folding, student, training
 from lilliput.methods.base import Integers
 from lilliput.methods.quantize import mobilequant
 from lilliput.methods.quantize.mobilequant import MobileQuant
@@ -85,7 +86,7 @@ def test_all_that_is_folded_leaves_the_float_model_as_it_was(
 def test_free_scales_across_a_rotation_would_not_be_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dataclasses import replace
 
-    tied = mobilequant.pairs
+    tied = student.pairs
 
     def free(block: Any) -> list[Pair]:
         spec, found = block.spec, []
@@ -98,7 +99,8 @@ def test_free_scales_across_a_rotation_would_not_be_exact(tmp_path: Path, monkey
             found.append(pair)
         return found
 
-    monkeypatch.setattr(mobilequant, "pairs", free)
+    monkeypatch.setattr(student, "pairs", free)
+    monkeypatch.setattr(folding, "pairs", free)
     decoder = decoder_of(tmp_path, **SMALL)
     with torch.no_grad():
         expected = decoder(tokens())
@@ -183,8 +185,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
 ) -> None:
     options: dict[str, Any] = {"steps": 8, "scope": scope, "patience": 8}
     whole = made(decoder_of(tmp_path, **SMALL), tmp_path / "a", **options)
-    monkeypatch.setattr(mobilequant, "EVERY", 0.0)
-    kept, count = mobilequant._Run.save, 0
+    monkeypatch.setattr(training, "EVERY", 0.0)
+    kept, count = training.Saved.save, 0
 
     def save(self: Any, *args: Any) -> None:
         nonlocal count
@@ -193,7 +195,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
         if count == 5 + 8 * (scope == "block"):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(mobilequant._Run, "save", save)
+    monkeypatch.setattr(training.Saved, "save", save)
     with pytest.raises(KeyboardInterrupt):
         made(decoder_of(tmp_path), tmp_path / "b", **options)
     again = made(decoder_of(tmp_path), tmp_path / "b", **options)
@@ -206,7 +208,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
 
 
 def test_a_state_of_other_options_is_not_gone_on_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mobilequant, "EVERY", 0.0)
+    monkeypatch.setattr(training, "EVERY", 0.0)
     made(decoder_of(tmp_path, **SMALL), tmp_path / "a", steps=2)
     other = made(decoder_of(tmp_path), tmp_path / "a", steps=3)
     fresh = made(decoder_of(tmp_path), tmp_path / "b", steps=3)
@@ -217,14 +219,13 @@ def test_a_loss_that_is_not_finite_names_step_and_edge_and_keeps_the_state_befor
     method = MobileQuant(steps=4, let_rate=0.9)
     run = mobilequant._Run(method, decoder_of(tmp_path, **SMALL), text(), tmp_path, Silent())
     with torch.no_grad():
-        run.student = run._begin()
-    run.original = run._originals()
+        run.student = run.begin()
     run.student.ends["embed_tokens.weight"][:, 0] = torch.nan
     with pytest.raises(
         QualityFailed, match=r"^mobilequant: the loss is nan in step 1, first at layers\.0\.input\. Lower"
     ):
-        run._train()
-    assert run.file.exists()
+        run.train()
+    assert run.saved.there
 
 
 def test_sixteen_bits_go_to_the_edges_that_lose_most(tmp_path: Path) -> None:

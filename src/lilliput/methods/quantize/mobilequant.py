@@ -1,21 +1,22 @@
 """MobileQuant: learn the scales, clippings and ranges with which a model can be whole numbers throughout.
 
 Every edge of docs/integer.md has one grid fixed in advance, every matrix symmetric rows. SmoothQuant's scales are folded
-into all legal pairs, ranges are read off calibration text, and then the logarithms of the pairs' scales, the clipping of
-every row, the rounding of every weight and the step and zero of every edge are trained together, through all blocks, with straight-through gradients,
-against what the original puts out: the last block's states, or the logits' distribution. Blocks are run again for the
-gradient and the targets lie on disk, so memory is that of one block and of the states between blocks.
-
-A part of the text is held out. The state that does best there is kept, the one before training among the candidates.
+into all legal pairs, ranges are read off calibration text, roundings are chosen block by block, and then the scales of pairs, the clipping
+of every row, the rounding of every weight and the step and zero of every edge of 8 bits are trained together, through
+all blocks, with straight-through gradients, against what the original puts out: the last block's states, or the logits'
+distribution. Blocks are run again for the gradient and the targets lie on disk, so memory is that of one block and of
+the states between blocks.
 
 Source: Tan et al., "MobileQuant: Mobile-friendly Quantization for On-device Language Models", EMNLP Findings 2024,
 sections 3 and 4; Xiao et al., "SmoothQuant", ICML 2023, eq. 4; Shao et al., "OmniQuant", ICLR 2024, eq. 2; Cheng et
-al., "Optimize Weight Rounding via Signed Gradient Descent", 2024, eq. 3, for `rounding`.
+al., "Optimize Weight Rounding via Signed Gradient Descent", 2024, eq. 3, for `rounding`; Frantar et al., "GPTQ", ICLR
+2023, algorithm 1, for `feedback`.
 Deviation: scales and steps are trained as logarithms and zeros relative to their range, so that one set of rates serves
 every model; queries and keys are tied as their rotation needs and values as their groups do, where the paper's code is
 inexact or skips the pair; clipping starts from the least weighted error and not from 0.98; ranges of 16 bits have room;
-the divergence of the logits is the default target; weights have one grid a row at 8 bits too; roundings are trained as
-well, by Adam; early stopping.
+ranges of the edges that usually have 16 bits are not trained; the divergence of the logits is the default target; weights
+have one grid a row at 8 bits too; roundings are trained as well, by Adam, from where a sweep with feedback puts them;
+early stopping.
 """
 
 import hashlib
@@ -61,6 +62,7 @@ class MobileQuant(IntegerMethod):
     alpha: what SmoothQuant's scales leave to the weights, None for no such scales. rule, share, apart: how ranges of 8 bits
     are read off, as in `Observer`; apart: without the first position, which then saturates.
     let, lwc, ranges, rounding: train scales of pairs, clipping of rows, ranges of edges, the roundings of weights.
+    feedback: let roundings start from a sweep in which every column takes up what those before it got wrong.
     scope: all blocks together or one after the other, each for `steps`. loss: squared error of the states behind the last
     block, or divergence of the logits, for an encoder 1 - cosine of the vectors; one block alone always has the former.
     steps of `batch` rows; let_rate, clip_rate, range_rate, rounding_rate: peak changes a step, of logarithms, of logits, of

@@ -16,13 +16,15 @@ from torch import Tensor
 
 from lilliput.core.progress import Progress
 from lilliput.methods.student import REACH, Student, local
-from lilliput.models.sites import read_by
+from lilliput.models.sites import read_by, run_block
 from lilliput.numerics.columns import Factor, sweep
 from lilliput.numerics.nested import Quantized
 from lilliput.numerics.straight import coded_rows
 
 INSIDE = 0.25
 """Steps between a moved weight and the end of its cell."""
+TOKENS = 32
+"""Tokens that are read for each channel of the widest edge; more tell little."""
 _DAMPING = 0.01
 
 
@@ -52,24 +54,36 @@ def feed_back(
                 made, _ = sweep(weight, factor, coded_rows(weight, student.share(name), student.maker.bits))
                 student.values[f"nudge/{name}"].copy_(offsets(weight, made))
         if layer + 1 < spec.num_layers:
-            put(layer + 1, (student.block(layer, x) for x in inputs(layer)))
+            tensors = student.rounded(layer)
+            put(layer + 1, (run_block(spec, layer, tensors, x, student.site) for x in inputs(layer)))
         progress.advance(1)
 
 
 def _gram(student: Student, layer: int, edge: str, inputs: Iterator[Tensor]) -> Tensor:
     """Sum of x x^T of what passes an edge of a block: (channels, channels) float32."""
-    total: list[Tensor] = []
+    total, tensors = torch.zeros(()), student.rounded(layer)
 
     def site(name: str, x: Tensor, seen: Tensor | None = None) -> Tensor:
         out = student.site(name, x, seen)
         if name == edge:
-            flat = out.flatten(0, -2)
-            total[:] = [flat.T @ flat + (total[0] if total else 0)]
+            raise _Met(out)
         return out
 
     for x in inputs:
-        student.block(layer, x, site)
-    return total[0]
+        try:
+            run_block(student.spec, layer, tensors, x, site)
+        except _Met as met:
+            flat = met.value.flatten(0, -2)
+            total = total + flat.T @ flat
+    return total
+
+
+class _Met(Exception):
+    """What passes the edge; nothing behind it has to be computed."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.value = value
 
 
 def offsets(weight: Tensor, made: Quantized) -> Tensor:

@@ -27,6 +27,8 @@ from lilliput.numerics.straight import coded_rows, on_grid, on_rows
 
 REACH = 1.25
 """Steps of its row that a weight may be moved before it is rounded."""
+KEPT = 1 << 28
+"""Bytes that all blocks may keep for their gradients; where they would need more, each is run again for them."""
 
 
 class Student:
@@ -120,16 +122,23 @@ class Student:
         return on_grid(x, step, zero, bits)
 
     def block(self, layer: int, x: Tensor, site: Site | None = None) -> Tensor:
-        """What a block puts out; see `run_block`. With gradients it is run again for them."""
+        """What a block puts out; see `run_block`. With gradients it is run again for them, but see `KEPT`."""
         use = site or self.site
 
         def run(x: Tensor) -> Tensor:
             return run_block(self.spec, layer, self.rounded(layer), x, use)
 
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or self._keeps(*x.shape[:2]) <= KEPT:
             return run(x)
         out: Tensor = checkpoint(run, x, use_reentrant=False)
         return out
+
+    def _keeps(self, batch: int, length: int) -> int:
+        """About how many bytes all blocks keep for their gradients."""
+        spec = self.spec
+        weights = sum(out * columns for out, columns in spec.linears(0).values())
+        token = 20 * spec.hidden_size + 16 * spec.intermediate_size + 6 * spec.num_heads * length
+        return 4 * spec.num_layers * (batch * length * token + 6 * weights)
 
     def hidden(self, tokens: Tensor, site: Site | None = None) -> Tensor:
         """States behind the last block."""

@@ -38,7 +38,7 @@ from lilliput.core.progress import Progress
 from lilliput.core.spec import PADDING, EncoderSpec
 from lilliput.data.streams import Batches
 from lilliput.methods.base import IntegerMethod, Integers
-from lilliput.methods.feedback import feed_back
+from lilliput.methods.feedback import TOKENS, feed_back
 from lilliput.methods.folding import fold_scales, watched_channels
 from lilliput.methods.journal import Activations
 from lilliput.methods.ranges import Loudness, Ranges, sensitivity, unlikeness, widest
@@ -158,8 +158,9 @@ class _Run:
         with torch.no_grad():
             self.student = self.begin()
             if m.feedback and not (m.trains and self.saved.there):
-                self._write("rounded-0", self._starts(self.student.ends))
-                feed_back(self.student, self._inputs, self._keep, self.progress)
+                rows = self._enough()
+                self._write("rounded-0", self._starts(self.student.ends, rows))
+                feed_back(self.student, lambda layer: self._inputs(layer, rows), self._keep, self.progress)
         if m.trains:
             self.record |= {"training": self.train(), "scope": m.scope, "loss": m.loss}
         return self.student.result(self.model, self.record)
@@ -192,16 +193,23 @@ class _Run:
         width = self.rows.shape[1]
         self._stream(name).write(F.pad(x, (0, 0, 0, width - x.shape[1])) for x in batches)
 
-    def _read(self, name: str) -> Iterator[Tensor]:
+    def _read(self, name: str, rows: Sequence[int]) -> Iterator[Tensor]:
         stream = self._stream(name)
-        return (stream.take(group)[:, : self.lengths[group[0]]] for group in self.groups(self._every))
+        return (stream.take(group)[:, : self.lengths[group[0]]] for group in self.groups(rows))
 
-    def _starts(self, tensors: Mapping[str, Tensor]) -> Iterator[Tensor]:
-        return (run_start(self.spec, tensors, tokens, self.student.site) for tokens in self._batches(self._every))
+    def _starts(self, tensors: Mapping[str, Tensor], rows: Sequence[int]) -> Iterator[Tensor]:
+        return (run_start(self.spec, tensors, tokens, self.student.site) for tokens in self._batches(rows))
 
-    def _inputs(self, layer: int) -> Iterator[Tensor]:
+    def _inputs(self, layer: int, rows: Sequence[int]) -> Iterator[Tensor]:
         """What comes into a block of the rounded model; of two blocks at a time there is any."""
-        return self._read(f"rounded-{layer % 2}")
+        return self._read(f"rounded-{layer % 2}", rows)
+
+    def _enough(self) -> Sequence[int]:
+        """Rows that `feed_back` is to read: of an encoder all, since they are in order of length."""
+        widest = max(columns for _, columns in self.spec.linears(0).values())
+        if isinstance(self.spec, EncoderSpec):
+            return self._every
+        return self.trained[: TOKENS * widest // self.rows.shape[1] + 1]
 
     def _keep(self, layer: int, batches: Iterator[Tensor]) -> None:
         self._write(f"rounded-{layer % 2}", batches)
@@ -280,16 +288,16 @@ class _Run:
             yield Phase("all", m.steps, self._whole)
             return
         with torch.no_grad():
-            self._write("rounded-0", self._starts(self.student.ends))
-            self._write("float-0", self._starts(self.original))
+            self._write("rounded-0", self._starts(self.student.ends, self._every))
+            self._write("float-0", self._starts(self.original, self._every))
         for layer in range(count):
             now, after = f"float-{layer % 2}", f"float-{(layer + 1) % 2}"
             with torch.no_grad():
                 base = self.student.base[layer]
-                self._write(after, (run_block(self.spec, layer, base, x) for x in self._read(now)))
+                self._write(after, (run_block(self.spec, layer, base, x) for x in self._read(now, self._every)))
             yield Phase(f"layers.{layer}", m.steps, self._of_block(layer, self._stream(after)))
             with torch.no_grad():
-                self._keep(layer + 1, (self.student.block(layer, x) for x in self._inputs(layer)))
+                self._keep(layer + 1, (self.student.block(layer, x) for x in self._inputs(layer, self._every)))
 
     def _of_block(self, layer: int, target: Activations) -> Callable[[Sequence[int], Site | None], Tensor]:
         """The loss of one block, of the rounded model's inputs."""

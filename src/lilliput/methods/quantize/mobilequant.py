@@ -185,8 +185,10 @@ class _Run:
     def _every(self) -> range:
         return range(len(self.rows))
 
-    def _stream(self, name: str) -> Activations:
-        return Activations(self.folder / f"{name}.f32", (*self.rows.shape, self.spec.hidden_size))
+    def _stream(self, name: str, rows: int | None = None) -> Activations:
+        """States of all rows, or of the first ones."""
+        every, length = self.rows.shape
+        return Activations(self.folder / f"{name}.f32", (rows or every, length, self.spec.hidden_size))
 
     def _write(self, name: str, batches: Iterator[Tensor]) -> None:
         """Keep states of all rows, in the order of `groups`."""
@@ -194,7 +196,7 @@ class _Run:
         self._stream(name).write(F.pad(x, (0, 0, 0, width - x.shape[1])) for x in batches)
 
     def _read(self, name: str, rows: Sequence[int]) -> Iterator[Tensor]:
-        stream = self._stream(name)
+        stream = self._stream(name, len(rows))
         return (stream.take(group)[:, : self.lengths[group[0]]] for group in self.groups(rows))
 
     def _starts(self, tensors: Mapping[str, Tensor], rows: Sequence[int]) -> Iterator[Tensor]:

@@ -1,6 +1,6 @@
 """Where the roundings of a Student start: column by column, each taking up what those before it got wrong.
 
-Blocks are gone through in order, and in a block the linear layers that read one edge together, so that every layer is
+In a block the linear layers that read one edge are solved together, in the order of the computation, so that every layer is
 solved for the inputs it will have: those of the rounded model, at 8 bits, behind layers that are solved. The grids stay
 what they are. An offset is the least that puts a weight a quarter of a step within the cell of its code, so that
 training may still change its mind.
@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from lilliput.core.progress import Progress
 from lilliput.methods.student import REACH, Student, local
 from lilliput.models.sites import read_by, run_block
 from lilliput.numerics.columns import Factor, sweep
@@ -29,34 +28,21 @@ _DAMPING = 0.01
 
 
 @torch.no_grad()
-def feed_back(
-    student: Student,
-    inputs: Callable[[int], Iterator[Tensor]],
-    put: Callable[[int, Iterator[Tensor]], None],
-    progress: Progress,
-) -> None:
-    """Set the offsets of all roundings of `student`.
+def feed_back(student: Student, layer: int, inputs: Callable[[], Iterator[Tensor]]) -> None:
+    """Set the offsets of the roundings of one block of `student`.
 
-    inputs: what comes into a block of the rounded model, (batch, length, hidden) at a time; there is that of block 0.
-    put: keeps it for a later block.
+    inputs: what comes into it in the rounded model, (batch, length, hidden) at a time, each time anew.
     """
-    spec = student.spec
-    progress.begin("roundings", spec.num_layers)
-    for layer in range(spec.num_layers):
-        readers: dict[str, list[str]] = {}
-        for name in spec.linears(layer):
-            readers.setdefault(read_by(spec, name), []).append(name)
-        for edge, names in readers.items():
-            factor = Factor.of(_gram(student, layer, edge, inputs(layer)), _DAMPING)
-            floats = student.floats(layer)
-            for name in names:
-                weight = floats[local(name)]
-                made, _ = sweep(weight, factor, coded_rows(weight, student.share(name), student.maker.bits))
-                student.values[f"nudge/{name}"].copy_(offsets(weight, made))
-        if layer + 1 < spec.num_layers:
-            tensors = student.rounded(layer)
-            put(layer + 1, (run_block(spec, layer, tensors, x, student.site) for x in inputs(layer)))
-        progress.advance(1)
+    spec, readers = student.spec, dict[str, list[str]]()
+    for name in spec.linears(layer):
+        readers.setdefault(read_by(spec, name), []).append(name)
+    for edge, names in readers.items():
+        factor = Factor.of(_gram(student, layer, edge, inputs()), _DAMPING)
+        floats = student.floats(layer)
+        for name in names:
+            weight = floats[local(name)]
+            made, _ = sweep(weight, factor, coded_rows(weight, student.share(name), student.maker.bits))
+            student.values[f"nudge/{name}"].copy_(offsets(weight, made))
 
 
 def _gram(student: Student, layer: int, edge: str, inputs: Iterator[Tensor]) -> Tensor:

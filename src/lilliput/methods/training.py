@@ -32,34 +32,40 @@ EVERY = 60.0
 BETAS = (0.9, 0.95)
 LAST = 0.1
 """Share of the rates at the last step."""
-_CHECKS = 10
 _WARM = 10
 """Steps over which the rates rise."""
 
 
+Loss = Callable[[Sequence[int], Site | None], Tensor]
+
+
 @dataclass
 class Phase:
-    """One training: of the whole model, or of one block. loss: of some rows, by their numbers, at a site."""
+    """One training: of the whole model, or of one block.
+
+    loss: of some rows, by their numbers, at a site. rates: peak changes a step of the values that are trained, by name.
+    """
 
     name: str
     steps: int
-    loss: Callable[[Sequence[int], Site | None], Tensor]
+    loss: Loss
+    rates: Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class Regime:
     """What all phases share.
 
-    method: who trains, for messages. rates: peak changes a step, by the name of a value. units: rows to train on, those of
-    a unit one behind the other. held: groups of rows to judge by. batch: rows a step. patience: checks, of which there
-    are ten, without gain before a phase ends. seed: of the order of units.
+    method: who trains, for messages. units: rows to train on, those of a unit one behind the other. held: groups of rows
+    to judge by. batch: rows a step. every: steps between two checks. patience: checks without gain before a phase ends.
+    seed: of the order of units.
     """
 
     method: str
-    rates: Mapping[str, float]
     units: Sequence[Sequence[int]]
     held: Sequence[Sequence[int]]
     batch: int
+    every: int
     patience: int
     seed: int
 
@@ -136,8 +142,8 @@ class _Training:
     ) -> None:
         self.student, self.phase, self.number, self.regime = student, phase, number, regime
         self.saved, self.progress, self.history = saved, progress, history
-        self.values = {name: student.values[name].requires_grad_() for name in regime.rates}
-        groups: list[dict[str, Any]] = [{"params": [self.values[n]], "rate": rate} for n, rate in regime.rates.items()]
+        self.values = {name: student.values[name].requires_grad_() for name in phase.rates}
+        groups: list[dict[str, Any]] = [{"params": [self.values[n]], "rate": rate} for n, rate in phase.rates.items()]
         self.adam = torch.optim.Adam(groups, lr=1.0, betas=BETAS, eps=1e-12)
         self.first, self.best_step, self.least, self.at_start = 0, 0, math.inf, math.inf
         self.stale = 0
@@ -160,8 +166,7 @@ class _Training:
         """
         if tensors:
             self._go_on(tensors, told)
-        steps, batch = self.phase.steps, self.regime.batch
-        every = max(1, steps // _CHECKS)
+        steps, batch, every = self.phase.steps, self.regime.batch, self.regime.every
         self.progress.begin(f"training {self.phase.name}", steps, done=self.first)
         if not self.first:
             self.at_start = self.least = self._held(0)

@@ -24,6 +24,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
@@ -43,13 +44,18 @@ from lilliput.methods.folding import fold_scales, watched_channels
 from lilliput.methods.journal import Activations
 from lilliput.methods.ranges import Loudness, Ranges, sensitivity, unlikeness, widest
 from lilliput.methods.student import Student, local
-from lilliput.methods.training import Phase, Regime, Saved, train
+from lilliput.methods.training import Loss, Phase, Regime, Saved, train
 from lilliput.models.decoder import Decoder
 from lilliput.models.encoder import Encoder
 from lilliput.models.simulate import Simulation
 from lilliput.models.sites import WIDE, Site, read_by, run_block, run_end, run_start, site_policy
 from lilliput.numerics.observers import Rule
 from lilliput.numerics.straight import best_share
+
+CHECKS = 10
+"""In all steps."""
+LATER = 0.1
+"""Share of their rates that scales, clippings and ranges keep behind the sweep."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,12 +163,10 @@ class _Run:
         m = self.method
         with torch.no_grad():
             self.student = self.begin()
-            if m.feedback and not (m.trains and self.saved.there):
-                rows = self._enough()
-                self._write("rounded-0", self._starts(self.student.ends, rows))
-                feed_back(self.student, lambda layer: self._inputs(layer, rows), self._keep, self.progress)
         if m.trains:
             self.record |= {"training": self.train(), "scope": m.scope, "loss": m.loss}
+        elif m.feedback:
+            self._sweep()
         return self.student.result(self.model, self.record)
 
     # ---- rows and streams
@@ -213,9 +217,6 @@ class _Run:
             return self._every
         return self.trained[: TOKENS * widest // self.rows.shape[1] + 1]
 
-    def _keep(self, layer: int, batches: Iterator[Tensor]) -> None:
-        self._write(f"rounded-{layer % 2}", batches)
-
     # ---- before training
 
     def begin(self) -> Student:
@@ -261,47 +262,88 @@ class _Run:
         m = self.method
         # The float ends, for the logits of targets.
         self.original = {n: t.detach() for n, t in self.model.state_dict().items() if not n.startswith("layers.")}
-        rates = {name: self._rate(name) for name in self.student.values}
         batched = isinstance(self.spec, EncoderSpec)
         regime = Regime(
             method=m.name,
-            rates={name: rate for name, rate in rates.items() if rate is not None},
             units=list(self.groups(self.trained)) if batched else [[row] for row in self.trained],
             held=[self.kept_out[at : at + m.batch] for at in range(0, len(self.kept_out), m.batch)],
             batch=m.batch,
+            every=max(1, m.steps // CHECKS),
             patience=m.patience,
             seed=m.seed,
         )
         return train(self.student, self._phases(), regime, self.saved, self.progress)
 
-    def _rate(self, name: str) -> float | None:
-        """Peak rate of one of the student's values; None for one that is not trained."""
-        m, (kind, _, rest) = self.method, name.partition("/")
-        if kind == "nudge":
-            return m.rounding_rate if m.rounding else None
-        if kind in ("step", "zero"):
-            return None if not m.ranges else m.range_rate / 10 if rest == "16" else m.range_rate
-        return {"let": m.let_rate, "clip": m.clip_rate}[kind]
+    def _rates(self) -> dict[str, float]:
+        """Peak rates of what is to be trained, by name."""
+        m = self.method
+        found = {"let": m.let_rate, "clip": m.clip_rate}
+        if m.ranges:
+            found |= dict.fromkeys(("step/8", "zero/8"), m.range_rate)
+            found |= dict.fromkeys(("step/16", "zero/16"), m.range_rate / 10)
+        if m.rounding:
+            found["nudge"] = m.rounding_rate
+        every = {name: found.get(name, found.get(name.split("/")[0])) for name in self.student.values}
+        return {name: rate for name, rate in every.items() if rate is not None}
+
+    def _parts(self, name: str, loss: Loss, sweep: Callable[[], None]) -> Iterator[Phase]:
+        """The phases of the whole model, or of a block.
+
+        A sweep is of no use to scales that are trained afterwards, since every weight then moves against its cell. So
+        scales and ranges have the first half of the steps, then roundings are swept, and the second half trains them.
+        """
+        m, rates = self.method, self._rates()
+        if not m.feedback:
+            yield Phase(name, m.steps, loss, rates)
+            return
+        first = {n: rate for n, rate in rates.items() if not n.startswith("nudge")}
+        steps = m.steps if not m.rounding else m.steps // 2 if first else 0
+        if steps:
+            yield Phase(f"{name}, scales", steps, loss, first)
+        with torch.no_grad():
+            sweep()
+        if m.steps > steps:
+            later = {n: rate if n.startswith("nudge") else LATER * rate for n, rate in rates.items()}
+            yield Phase(name, m.steps - steps, loss, later)
+
+    @torch.no_grad()
+    def _sweep(self) -> None:
+        """Let all roundings start from `feed_back`."""
+        rows = self._enough()
+        self._write("rounded-0", self._starts(self.student.ends, rows))
+        self.progress.begin("roundings", self.spec.num_layers)
+        for layer in range(self.spec.num_layers):
+            feed_back(self.student, layer, partial(self._inputs, layer, rows))
+            self._pass(layer, rows)
+            self.progress.advance(1)
+
+    def _pass(self, layer: int, rows: Sequence[int]) -> None:
+        """Have ready what comes into the next block."""
+        tensors, site = self.student.rounded(layer), self.student.site
+        made = (run_block(self.spec, layer, tensors, x, site) for x in self._inputs(layer, rows))
+        self._write(f"rounded-{(layer + 1) % 2}", made)
 
     def _phases(self) -> Iterator[Phase]:
         """What is to be trained, in order. Between the phases of blocks the streams of both models move on."""
-        m, count = self.method, self.spec.num_layers
-        if m.scope == "end_to_end":
-            yield Phase("all", m.steps, self._whole)
+        if self.method.scope == "end_to_end":
+            yield from self._parts("all", self._whole, self._sweep)
             return
+        rows = self._every
         with torch.no_grad():
-            self._write("rounded-0", self._starts(self.student.ends, self._every))
-            self._write("float-0", self._starts(self.original, self._every))
-        for layer in range(count):
+            self._write("rounded-0", self._starts(self.student.ends, rows))
+            self._write("float-0", self._starts(self.original, rows))
+        for layer in range(self.spec.num_layers):
             now, after = f"float-{layer % 2}", f"float-{(layer + 1) % 2}"
             with torch.no_grad():
                 base = self.student.base[layer]
-                self._write(after, (run_block(self.spec, layer, base, x) for x in self._read(now, self._every)))
-            yield Phase(f"layers.{layer}", m.steps, self._of_block(layer, self._stream(after)))
+                self._write(after, (run_block(self.spec, layer, base, x) for x in self._read(now, rows)))
+            few = partial(self._inputs, layer, self._enough())
+            sweep = partial(feed_back, self.student, layer, few)
+            yield from self._parts(f"layers.{layer}", self._of_block(layer, self._stream(after)), sweep)
             with torch.no_grad():
-                self._keep(layer + 1, (self.student.block(layer, x) for x in self._inputs(layer, self._every)))
+                self._pass(layer, rows)
 
-    def _of_block(self, layer: int, target: Activations) -> Callable[[Sequence[int], Site | None], Tensor]:
+    def _of_block(self, layer: int, target: Activations) -> Loss:
         """The loss of one block, of the rounded model's inputs."""
         given = self._stream(f"rounded-{layer % 2}")
         edge = f"layers.{layer + 1}.input" if layer + 1 < self.spec.num_layers else "final.input"

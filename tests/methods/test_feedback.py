@@ -11,7 +11,7 @@ from lilliput.numerics.straight import coded_rows
 
 def beside(weight: torch.Tensor, bits: int) -> Quantized:
     """The codes of a matrix, each of them up to one away from the nearest."""
-    near = coded_rows(weight, 0.8, bits)
+    near = coded_rows(weight, 1.0, bits)
     away = torch.randint(-1, 2, weight.shape, generator=torch.Generator().manual_seed(1))
     codes = (near.codes.to(torch.int16) + away).clamp(0, 2**bits - 1).to(torch.uint8)
     return Quantized(codes, near.bits, near.group_size, near.scale, near.zero)
@@ -22,7 +22,7 @@ def test_offsets_round_to_the_codes_given(bits: int) -> None:
     weight = torch.randn(24, 40, generator=torch.Generator().manual_seed(0))
     wanted = beside(weight, bits)
     found = offsets(weight, wanted)
-    assert torch.equal(coded_rows(weight, 0.8, bits, found).codes, wanted.codes)
+    assert torch.equal(coded_rows(weight, 1.0, bits, found).codes, wanted.codes)
     assert float(found.abs().max()) <= 1 + INSIDE
 
 

@@ -103,7 +103,6 @@ def integer(
 ) -> dict[str, Any]:
     """One integer model, made and searched with."""
     options: dict[str, Any] = {"bits": bits, "batch": 16, "steps": asked.steps if kind == "trained" else 0}
-    options["feedback"] = kind == "trained"
     name = f"integer, {kind}" + ("" if budget is None else f", {budget} edges of 16 bits")
     out = asked.work / f"{name.replace(', ', '-').replace(' ', '-')}-w{bits}.lilliput"
     shutil.rmtree(out, ignore_errors=True)

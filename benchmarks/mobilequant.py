@@ -38,19 +38,19 @@ from lilliput.pipeline import compress
 
 NAME = "mobilequant"
 TALES = Path(__file__).resolve().parents[1] / "assets" / "tales7m"
-NOTHING = {"let": False, "lwc": False, "ranges": False, "rounding": False, "feedback": False}
+NOTHING = {"let": False, "lwc": False, "ranges": False, "rounding": "nearest"}
 MAIN: dict[str, dict[str, Any]] = {
     "RTN-static": {**NOTHING, "steps": 0, "alpha": None, "rule": "minmax"},
     "SmoothQuant-static": {**NOTHING, "steps": 0, "rule": "minmax"},
-    "OmniQuant-static": {"scope": "block", "ranges": False, "rounding": False, "feedback": False},
+    "OmniQuant-static": {"scope": "block", "ranges": False, "rounding": "nearest"},
     "MobileQuant": {},
 }
 ABLATIONS: dict[str, dict[str, Any]] = {
     "no let": {"let": False},
     "no lwc": {"lwc": False},
     "no ranges": {"ranges": False},
-    "no roundings": {"rounding": False, "feedback": False},
-    "no feedback": {"feedback": False},
+    "no roundings": {"rounding": "nearest"},
+    "roundings swept": {"rounding": "swept"},
     "block by block": {"scope": "block"},
     "before training": {"steps": 0},
 }

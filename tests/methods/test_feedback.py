@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from lilliput.methods.feedback import INSIDE, offsets
-from lilliput.methods.student import REACH
 from lilliput.numerics.nested import Quantized
 from lilliput.numerics.straight import coded_rows
 
@@ -31,10 +30,3 @@ def test_offsets_are_none_where_a_weight_is_well_inside_its_cell() -> None:
     steps = coded_rows(weight, 1.0, 4)
     assert float(steps.scale[4]) == 1.0
     assert torch.allclose(offsets(weight, steps), torch.tensor([[0.0, 0.0, 0.0, -0.15, 0.0, 0.0, 0.0]]), atol=1e-6)
-
-
-def test_a_code_too_far_away_is_not_reached() -> None:
-    weight = torch.tensor([[0.0, 7.0, -8.0]])
-    near = coded_rows(weight, 1.0, 4)
-    far = Quantized(near.codes + torch.tensor([[3, 0, 0]], dtype=torch.uint8), (4,), -1, near.scale, near.zero)
-    assert float(offsets(weight, far)[0, 0]) == REACH

@@ -1,9 +1,8 @@
-"""Where the roundings of a Student start: column by column, each taking up what those before it got wrong.
+"""Roundings of a Student chosen column by column, each taking up what those before it got wrong.
 
 In a block the linear layers that read one edge are solved together, in the order of the computation, so that every layer is
 solved for the inputs it will have: those of the rounded model, at 8 bits, behind layers that are solved. The grids stay
-what they are. An offset is the least that puts a weight a quarter of a step within the cell of its code, so that
-training may still change its mind.
+what they are. An offset is the least that puts a weight a quarter of a step within the cell of its code.
 
 Source: Frantar et al., "GPTQ", ICLR 2023, algorithm 1, with static grids.
 Deviation: inputs are those of the rounded model, activations included.
@@ -14,7 +13,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from lilliput.methods.student import REACH, Student, local
+from lilliput.methods.student import Student, local
 from lilliput.models.sites import read_by, run_block
 from lilliput.numerics.columns import Factor, sweep
 from lilliput.numerics.nested import Quantized
@@ -74,7 +73,7 @@ class _Met(Exception):
 
 def offsets(weight: Tensor, made: Quantized) -> Tensor:
     """The least offsets, in steps, with which `on_rows` rounds a matrix to given codes, `INSIDE` steps from where it would
-    not: (out, in), at most `REACH`, which may leave a code beside the one wanted.
+    not: (out, in).
 
     weight: (out, in). made: symmetric rows of one width.
     """
@@ -84,4 +83,4 @@ def offsets(weight: Tensor, made: Quantized) -> Tensor:
     place = weight / made.scale[bits].to(torch.float32)
     low = torch.where(code > -top, code - 0.5 + INSIDE, -torch.inf)
     high = torch.where(code < top - 1, code + 0.5 - INSIDE, torch.inf)
-    return (place.clamp(low, high) - place).clamp(-REACH, REACH)
+    return place.clamp(low, high) - place

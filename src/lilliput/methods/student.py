@@ -25,8 +25,8 @@ from lilliput.models.pairs import Pair, pairs
 from lilliput.models.sites import PROBABILITIES, Site, run_block, run_end, run_start, sites
 from lilliput.numerics.straight import coded_rows, on_grid, on_rows
 
-REACH = 1.25
-"""Steps of its row that a weight may be moved before it is rounded."""
+REACH = 0.5
+"""Steps of its row that training may move a weight before it is rounded: up or down, no farther."""
 KEPT = 1 << 28
 """Bytes that all blocks may keep for their gradients; where they would need more, each is run again for them."""
 

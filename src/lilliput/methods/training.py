@@ -30,8 +30,6 @@ from lilliput.numerics.learned import cosine
 EVERY = 60.0
 """Seconds between saved states."""
 BETAS = (0.9, 0.95)
-LAST = 0.1
-"""Share of the rates at the last step."""
 _WARM = 10
 """Steps over which the rates rise."""
 
@@ -215,7 +213,7 @@ class _Training:
         return total / count
 
     def _step(self, step: int, rows: list[int]) -> None:
-        rate = min(1.0, (step + 1) / _WARM) * (LAST + (1 - LAST) * cosine(step, self.phase.steps))
+        rate = min(1.0, (step + 1) / _WARM) * cosine(step, self.phase.steps)
         for group in self.adam.param_groups:
             group["lr"] = group["rate"] * rate
         with torch.enable_grad():

@@ -126,18 +126,20 @@ def test_training_helps_and_end_to_end_is_no_worse_than_block_by_block(bits: int
     whole = made(decoder_of(tmp_path), tmp_path / "b", rows, steps=40, **options)
     block = made(decoder_of(tmp_path), tmp_path / "c", rows, steps=40, scope="block", **options)
     assert all(one["after"] < one["before"] for one in whole.record["training"])
-    assert [one["phase"] for one in whole.record["training"]] == ["all, scales", "all"]
-    phases = ["layers.0, scales", "layers.0", "layers.1, scales", "layers.1"]
-    assert [one["phase"] for one in block.record["training"]] == phases
+    assert [one["phase"] for one in whole.record["training"]] == ["all"]
+    assert [one["phase"] for one in block.record["training"]] == ["layers.0", "layers.1"]
     assert all(one["after"] <= one["before"] for one in block.record["training"])
     ends = [divergence(one, tmp_path, rows) for one in (start, whole, block)]
     assert ends[1] < ends[0]
     assert ends[1] <= 1.1 * ends[2]
 
 
-def test_feedback_is_closer_than_rounding_to_nearest_and_leaves_all_else_alone(tmp_path: Path) -> None:
-    nearest = made(decoder_of(tmp_path, **SMALL), tmp_path / "a", bits=4, steps=0, feedback=False)
-    swept = made(decoder_of(tmp_path), tmp_path / "b", bits=4, steps=0)
+@pytest.mark.parametrize("options", [{"steps": 0}, {"steps": 3}], ids=["nothing trained", "scales trained"])
+def test_swept_roundings_are_closer_than_the_nearest_and_leave_all_else_alone(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    nearest = made(decoder_of(tmp_path, **SMALL), tmp_path / "a", bits=4, rounding="nearest", **options)
+    swept = made(decoder_of(tmp_path), tmp_path / "b", bits=4, rounding="swept", **options)
     assert divergence(swept, tmp_path) < 0.9 * divergence(nearest, tmp_path)
     assert swept.grids == nearest.grids
     for name, codes in nearest.codes.items():

@@ -1,28 +1,27 @@
 """MobileQuant: learn the scales, clippings and ranges with which a model can be whole numbers throughout.
 
 Every edge of docs/integer.md has one grid fixed in advance, every matrix symmetric rows. SmoothQuant's scales are folded
-into all legal pairs, ranges are read off calibration text, roundings are chosen block by block, and then the scales of pairs, the clipping
-of every row, the rounding of every weight and the step and zero of every edge of 8 bits are trained together, through
-all blocks, with straight-through gradients, against what the original puts out: the last block's states, or the logits'
+into all legal pairs, ranges are read off calibration text, and then the scales of pairs, the clipping of every row, the
+rounding of every weight and the step and zero of every edge of 8 bits are trained together, through all blocks, with
+straight-through gradients, against what the original puts out: the last block's states, or the logits'
 distribution. Blocks are run again for the gradient and the targets lie on disk, so memory is that of one block and of
 the states between blocks.
 
 Source: Tan et al., "MobileQuant: Mobile-friendly Quantization for On-device Language Models", EMNLP Findings 2024,
 sections 3 and 4; Xiao et al., "SmoothQuant", ICML 2023, eq. 4; Shao et al., "OmniQuant", ICLR 2024, eq. 2; Cheng et
 al., "Optimize Weight Rounding via Signed Gradient Descent", 2024, eq. 3, for `rounding`; Frantar et al., "GPTQ", ICLR
-2023, algorithm 1, for `feedback`.
+2023, algorithm 1, for roundings that are swept.
 Deviation: scales and steps are trained as logarithms and zeros relative to their range, so that one set of rates serves
 every model; queries and keys are tied as their rotation needs and values as their groups do, where the paper's code is
 inexact or skips the pair; clipping starts from the least weighted error and not from 0.98; ranges of 16 bits have room;
 ranges of the edges that usually have 16 bits are not trained; the divergence of the logits is the default target; weights
-have one grid a row at 8 bits too; roundings are trained as well, by Adam, from where a sweep with feedback puts them;
-early stopping.
+have one grid a row at 8 bits too; roundings are trained as well, by Adam, or swept; early stopping.
 """
 
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
@@ -54,8 +53,6 @@ from lilliput.numerics.straight import best_share
 
 CHECKS = 10
 """In all steps."""
-LATER = 0.1
-"""Share of their rates that scales, clippings and ranges keep behind the sweep."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +64,8 @@ class MobileQuant(IntegerMethod):
     lose most at 8; all others that `sites` does not name get 8, but for scores, which always have 16. None for the usual policy.
     alpha: what SmoothQuant's scales leave to the weights, None for no such scales. rule, share, apart: how ranges of 8 bits
     are read off, as in `Observer`; apart: without the first position, which then saturates.
-    let, lwc, ranges, rounding: train scales of pairs, clipping of rows, ranges of edges, the roundings of weights.
-    feedback: let roundings start from a sweep in which every column takes up what those before it got wrong.
+    let, lwc, ranges: train scales of pairs, clipping of rows, ranges of edges. rounding: of weights, trained with all else,
+    swept behind it so that every column takes up what those before it got wrong, or to nearest.
     scope: all blocks together or one after the other, each for `steps`. loss: squared error of the states behind the last
     block, or divergence of the logits, for an encoder 1 - cosine of the vectors; one block alone always has the former.
     steps of `batch` rows; let_rate, clip_rate, range_rate, rounding_rate: peak changes a step, of logarithms, of logits, of
@@ -85,8 +82,7 @@ class MobileQuant(IntegerMethod):
     let: bool = True
     lwc: bool = True
     ranges: bool = True
-    rounding: bool = True
-    feedback: bool = True
+    rounding: Literal["trained", "swept", "nearest"] = "trained"
     scope: Literal["end_to_end", "block"] = "end_to_end"
     loss: Literal["hidden", "logits"] = "logits"
     steps: int = 300
@@ -120,7 +116,7 @@ class MobileQuant(IntegerMethod):
     @property
     def trains(self) -> bool:
         """Whether there is anything to train."""
-        return self.steps > 0 and (self.let or self.lwc or self.ranges or self.rounding)
+        return self.steps > 0 and (self.let or self.lwc or self.ranges or self.rounding == "trained")
 
     def make(self, model: Decoder | Encoder, batches: Batches, folder: Path, progress: Progress) -> Integers:
         """Return the integer model; see `IntegerMethod.make`.
@@ -165,7 +161,7 @@ class _Run:
             self.student = self.begin()
         if m.trains:
             self.record |= {"training": self.train(), "scope": m.scope, "loss": m.loss}
-        elif m.feedback:
+        if m.rounding == "swept" and (m.scope == "end_to_end" or not m.trains):
             self._sweep()
         return self.student.result(self.model, self.record)
 
@@ -239,7 +235,7 @@ class _Run:
                 edge = read_by(spec, name)
                 energy = loud.energy(edge) / divided.get(edge, torch.ones(())).square()
                 shares[name] = best_share(block.get_parameter(local(name)).data, energy, m.bits)
-        learns = {"scales": m.let, "ranges": m.ranges, "roundings": m.rounding or m.feedback}
+        learns = {"scales": m.let, "ranges": m.ranges, "roundings": m.rounding != "nearest"}
         return Student(m, self.model, shares, watched.grids(policy), **learns)
 
     def _widths(self, folded: Simulation, watched: Ranges, policy: dict[str, int]) -> dict[str, int]:
@@ -281,34 +277,14 @@ class _Run:
         if m.ranges:
             found |= dict.fromkeys(("step/8", "zero/8"), m.range_rate)
             found |= dict.fromkeys(("step/16", "zero/16"), m.range_rate / 10)
-        if m.rounding:
+        if m.rounding == "trained":
             found["nudge"] = m.rounding_rate
         every = {name: found.get(name, found.get(name.split("/")[0])) for name in self.student.values}
         return {name: rate for name, rate in every.items() if rate is not None}
 
-    def _parts(self, name: str, loss: Loss, sweep: Callable[[], None]) -> Iterator[Phase]:
-        """The phases of the whole model, or of a block.
-
-        A sweep is of no use to scales that are trained afterwards, since every weight then moves against its cell. So
-        scales and ranges have the first half of the steps, then roundings are swept, and the second half trains them.
-        """
-        m, rates = self.method, self._rates()
-        if not m.feedback:
-            yield Phase(name, m.steps, loss, rates)
-            return
-        first = {n: rate for n, rate in rates.items() if not n.startswith("nudge")}
-        steps = m.steps if not m.rounding else m.steps // 2 if first else 0
-        if steps:
-            yield Phase(f"{name}, scales", steps, loss, first)
-        with torch.no_grad():
-            sweep()
-        if m.steps > steps:
-            later = {n: rate if n.startswith("nudge") else LATER * rate for n, rate in rates.items()}
-            yield Phase(name, m.steps - steps, loss, later)
-
     @torch.no_grad()
     def _sweep(self) -> None:
-        """Let all roundings start from `feed_back`."""
+        """Choose all roundings by `feed_back`."""
         rows = self._enough()
         self._write("rounded-0", self._starts(self.student.ends, rows))
         self.progress.begin("roundings", self.spec.num_layers)
@@ -325,23 +301,24 @@ class _Run:
 
     def _phases(self) -> Iterator[Phase]:
         """What is to be trained, in order. Between the phases of blocks the streams of both models move on."""
-        if self.method.scope == "end_to_end":
-            yield from self._parts("all", self._whole, self._sweep)
+        m, rates = self.method, self._rates()
+        if m.scope == "end_to_end":
+            yield Phase("all", m.steps, self._whole, rates)
             return
-        rows = self._every
+        every = self._every
         with torch.no_grad():
-            self._write("rounded-0", self._starts(self.student.ends, rows))
-            self._write("float-0", self._starts(self.original, rows))
+            self._write("rounded-0", self._starts(self.student.ends, every))
+            self._write("float-0", self._starts(self.original, every))
         for layer in range(self.spec.num_layers):
             now, after = f"float-{layer % 2}", f"float-{(layer + 1) % 2}"
             with torch.no_grad():
                 base = self.student.base[layer]
-                self._write(after, (run_block(self.spec, layer, base, x) for x in self._read(now, rows)))
-            few = partial(self._inputs, layer, self._enough())
-            sweep = partial(feed_back, self.student, layer, few)
-            yield from self._parts(f"layers.{layer}", self._of_block(layer, self._stream(after)), sweep)
+                self._write(after, (run_block(self.spec, layer, base, x) for x in self._read(now, every)))
+            yield Phase(f"layers.{layer}", m.steps, self._of_block(layer, self._stream(after)), rates)
             with torch.no_grad():
-                self._pass(layer, rows)
+                if m.rounding == "swept":
+                    feed_back(self.student, layer, partial(self._inputs, layer, self._enough()))
+                self._pass(layer, every)
 
     def _of_block(self, layer: int, target: Activations) -> Loss:
         """The loss of one block, of the rounded model's inputs."""

@@ -66,7 +66,8 @@ class MobileQuant(IntegerMethod):
     are read off, as in `Observer`; apart: without the first position, which then saturates.
     let, lwc, ranges: train scales of pairs, clipping of rows, ranges of edges. rounding: of weights, trained with all else,
     swept behind it so that every column takes up what those before it got wrong, or to nearest.
-    scope: all blocks together or one after the other, each for `steps`. loss: squared error of the states behind the last
+    scope: all blocks together; one after the other, each for `steps`; or both in the time of the former, where every block has a third
+    of the steps first and all together have the rest. loss: squared error of the states behind the last
     block, or divergence of the logits, for an encoder 1 - cosine of the vectors; one block alone always has the former.
     steps of `batch` rows; let_rate, clip_rate, range_rate, rounding_rate: peak changes a step, of logarithms, of logits, of
     logarithms and zeros (a tenth of it at 16 bits), and of roundings in steps. patience: checks, of which there are ten,
@@ -83,7 +84,7 @@ class MobileQuant(IntegerMethod):
     lwc: bool = True
     ranges: bool = True
     rounding: Literal["trained", "swept", "nearest"] = "trained"
-    scope: Literal["end_to_end", "block"] = "end_to_end"
+    scope: Literal["both", "end_to_end", "block"] = "both"
     loss: Literal["hidden", "logits"] = "logits"
     steps: int = 300
     batch: int = 4
@@ -161,7 +162,7 @@ class _Run:
             self.student = self.begin()
         if m.trains:
             self.record |= {"training": self.train(), "scope": m.scope, "loss": m.loss}
-        if m.rounding == "swept" and (m.scope == "end_to_end" or not m.trains):
+        if m.rounding == "swept" and (m.scope != "block" or not m.trains):
             self._sweep()
         return self.student.result(self.model, self.record)
 
@@ -302,9 +303,16 @@ class _Run:
     def _phases(self) -> Iterator[Phase]:
         """What is to be trained, in order. Between the phases of blocks the streams of both models move on."""
         m, rates = self.method, self._rates()
-        if m.scope == "end_to_end":
-            yield Phase("all", m.steps, self._whole, rates)
-            return
+        alone = {"both": m.steps // 3, "end_to_end": 0, "block": m.steps}[m.scope]
+        if isinstance(self.spec, EncoderSpec):
+            alone = 0
+        if alone:
+            yield from self._one_by_one(alone, rates)
+        if alone < m.steps:
+            yield Phase("all", m.steps - alone, self._whole, rates)
+
+    def _one_by_one(self, steps: int, rates: Mapping[str, float]) -> Iterator[Phase]:
+        """A phase for each block."""
         every = self._every
         with torch.no_grad():
             self._write("rounded-0", self._starts(self.student.ends, every))
@@ -314,9 +322,9 @@ class _Run:
             with torch.no_grad():
                 base = self.student.base[layer]
                 self._write(after, (run_block(self.spec, layer, base, x) for x in self._read(now, every)))
-            yield Phase(f"layers.{layer}", m.steps, self._of_block(layer, self._stream(after)), rates)
+            yield Phase(f"layers.{layer}", steps, self._of_block(layer, self._stream(after)), rates)
             with torch.no_grad():
-                if m.rounding == "swept":
+                if self.method.rounding == "swept" and self.method.scope == "block":
                     feed_back(self.student, layer, partial(self._inputs, layer, self._enough()))
                 self._pass(layer, every)
 

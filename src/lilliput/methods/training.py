@@ -112,7 +112,7 @@ def train(
     history: list[dict[str, Any]] = told["history"]
     for number, phase in enumerate(phases):
         if number < told["phase"]:
-            # Its result is in what was loaded, or will be: the values of a phase that is over do not change.
+            # Its result is in what was loaded, or will be: until all are trained together a finished block stays as it is.
             _put(student, tensors)
             continue
         state = tensors if number == told["phase"] else {}

@@ -10,7 +10,7 @@ Deviation: logarithms, and zeros relative to their range; edges that usually hav
 off, since no scale reaches them and their roundings cost nothing that could be measured.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -84,12 +84,12 @@ class Student:
         still = {n for n, g in grids.items() if n.endswith(PROBABILITIES) or g.bits == usual[n] == 16}
         self._fixed = {n: g for n, g in grids.items() if not ranges or n in still}
 
-    def tame(self) -> None:
-        """Bring back what a step of training has moved out of bounds."""
-        for name, value in self.values.items():
+    def tame(self, names: Iterable[str]) -> None:
+        """Bring back those of the values named that a step of training has moved out of bounds."""
+        for name in names:
             reach = {"zero": 1.0, "nudge": REACH}.get(name.split("/")[0])
             if reach is not None:
-                value.data.clamp_(-reach, reach)
+                self.values[name].data.clamp_(-reach, reach)
 
     def floats(self, layer: int) -> dict[str, Tensor]:
         """A block's tensors with the scales of pairs in them, before rounding; by name in the block."""

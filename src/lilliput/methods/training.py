@@ -226,7 +226,7 @@ class _Training:
             self._stop(f"the gradient of {bad[0]} is not finite in step {step + 1}", step)
         self.adam.step()
         self.adam.zero_grad()
-        self.student.tame()
+        self.student.tame(self.values)
 
     def _fail(self, step: int, rows: Sequence[int], loss: float) -> None:
         """Say where the first number that is not finite is."""

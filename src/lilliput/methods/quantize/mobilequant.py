@@ -66,8 +66,8 @@ class MobileQuant(IntegerMethod):
     are read off, as in `Observer`; apart: without the first position, which then saturates.
     let, lwc, ranges: train scales of pairs, clipping of rows, ranges of edges. rounding: of weights, trained with all else,
     swept behind it so that every column takes up what those before it got wrong, or to nearest.
-    scope: all blocks together; one after the other, each for `steps`; or both in the time of the former, where every block has a third
-    of the steps first and all together have the rest. loss: squared error of the states behind the last
+    scope: all blocks together; one after the other, each for `steps`; or both in the time of the former, where every
+    block has a third of the steps first and all together have the rest. loss: squared error of the states behind the last
     block, or divergence of the logits, for an encoder 1 - cosine of the vectors; one block alone always has the former.
     steps of `batch` rows; let_rate, clip_rate, range_rate, rounding_rate: peak changes a step, of logarithms, of logits, of
     logarithms and zeros (a tenth of it at 16 bits), and of roundings in steps. patience: checks, of which there are ten,
@@ -192,7 +192,7 @@ class _Run:
         return Activations(self.folder / f"{name}.f32", (rows or every, length, self.spec.hidden_size))
 
     def _write(self, name: str, batches: Iterator[Tensor]) -> None:
-        """Keep states of all rows, in the order of `groups`."""
+        """Keep states of rows, in the order of `groups`."""
         width = self.rows.shape[1]
         self._stream(name).write(F.pad(x, (0, 0, 0, width - x.shape[1])) for x in batches)
 

@@ -52,7 +52,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "no roundings": {"rounding": "nearest"},
     "roundings swept": {"rounding": "swept"},
     "block by block": {"scope": "block"},
-    "end to end alone": {"scope": "end_to_end"},
+    "blocks first": {"scope": "both"},
     "before training": {"steps": 0},
 }
 APART: dict[str, dict[str, Any]] = {"MobileQuant, keys of 16 bits": {"sites": {"*.attn.k_proj": 16, "*.attn.k": 16}}}

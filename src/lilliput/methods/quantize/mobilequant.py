@@ -84,7 +84,7 @@ class MobileQuant(IntegerMethod):
     lwc: bool = True
     ranges: bool = True
     rounding: Literal["trained", "swept", "nearest"] = "trained"
-    scope: Literal["both", "end_to_end", "block"] = "both"
+    scope: Literal["both", "end_to_end", "block"] = "end_to_end"
     loss: Literal["hidden", "logits"] = "logits"
     steps: int = 300
     batch: int = 4

@@ -121,15 +121,14 @@ def test_without_grids_and_codes_it_is_the_float_model_and_at_16_bits_close_to_i
 @pytest.mark.parametrize(("bits", "loss"), [(8, "hidden"), (4, "logits")])
 def test_training_helps_and_end_to_end_is_no_worse_than_block_by_block(bits: int, loss: str, tmp_path: Path) -> None:
     rows = Batches(np.tile(text(4).rows, (8, 1)), 4)  # what is held out is like what is trained on
-    options: dict[str, Any] = {"bits": bits, "rule": "minmax", "loss": loss}
+    options: dict[str, Any] = {"bits": bits, "rule": "minmax", "loss": loss, "patience": 10}
     start = made(decoder_of(tmp_path, **SMALL), tmp_path / "a", rows, steps=0, **options)
     whole = made(decoder_of(tmp_path), tmp_path / "b", rows, steps=40, scope="end_to_end", **options)
     block = made(decoder_of(tmp_path), tmp_path / "c", rows, steps=40, scope="block", **options)
     assert all(one["after"] < one["before"] for one in whole.record["training"])
     both = made(decoder_of(tmp_path), tmp_path / "d", rows, steps=40, scope="both", **options)
     assert [one["phase"] for one in whole.record["training"]] == ["all"]
-    phases = [(one["phase"], one["steps"]) for one in both.record["training"]]
-    assert phases == [("layers.0", 13), ("layers.1", 13), ("all", 27)]
+    assert [one["phase"] for one in both.record["training"]] == ["layers.0", "layers.1", "all"]
     assert [one["phase"] for one in block.record["training"]] == ["layers.0", "layers.1"]
     assert all(one["after"] <= one["before"] for one in block.record["training"])
     ends = [divergence(one, tmp_path, rows) for one in (start, whole, both, block)]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lilliput.methods.student import Student, local
-from lilliput.models.sites import read_by, run_block
+from lilliput.models.sites import run_block, source_of
 from lilliput.numerics.columns import Factor, sweep
 from lilliput.numerics.nested import Quantized
 from lilliput.numerics.straight import coded_rows
@@ -34,7 +34,7 @@ def feed_back(student: Student, layer: int, inputs: Callable[[], Iterator[Tensor
     """
     spec, readers = student.spec, dict[str, list[str]]()
     for name in spec.linears(layer):
-        readers.setdefault(read_by(spec, name), []).append(name)
+        readers.setdefault(source_of(spec, name), []).append(name)
     for edge, names in readers.items():
         factor = Factor.of(_gram(student, layer, edge, inputs()), _DAMPING)
         floats = student.floats(layer)

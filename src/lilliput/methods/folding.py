@@ -15,13 +15,13 @@ from lilliput.methods.ranges import Loudness
 from lilliput.models.decoder import Block, Decoder
 from lilliput.models.encoder import Encoder
 from lilliput.models.pairs import Pair, pairs, smoothing
-from lilliput.models.sites import compared, read_by
+from lilliput.models.sites import compared, source_of
 
 
 def watched_channels(spec: AnySpec) -> list[str]:
     """The edges whose channels have to be known, those that linear layers read and queries and keys, without repeats."""
     found = {name: None for i in range(spec.num_layers) for name in compared(spec, i)}
-    found |= {read_by(spec, name): None for i in range(spec.num_layers) for name in spec.linears(i)}
+    found |= {source_of(spec, name): None for i in range(spec.num_layers) for name in spec.linears(i)}
     return list(found)
 
 
@@ -39,7 +39,7 @@ def fold_scales(model: Decoder | Encoder, loud: Loudness, alpha: float, turned: 
                 if turned:
                     pair.fold(block, balance(spec, pair, loud, layer))
                 continue
-            edge = read_by(spec, f"layers.{layer}.{pair.multiplied[0]}")
+            edge = source_of(spec, f"layers.{layer}.{pair.multiplied[0]}")
             weights = [own[f"{name}.weight"].data for name in pair.multiplied]
             scale = smoothing(pair, loud.peak(edge), weights, alpha)
             pair.fold(block, scale)

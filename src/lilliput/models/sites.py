@@ -98,7 +98,7 @@ def has_sum(spec: EncoderSpec) -> bool:
     return spec.embed_norm or not spec.norm_first
 
 
-def read_by(spec: AnySpec, linear: str) -> str:
+def source_of(spec: AnySpec, linear: str) -> str:
     """The edge that a linear layer of a block reads. linear: its canonical name, "layers.0.attn.q_proj"."""
     at, part, name = linear.rsplit(".", 2)
     if name == "o_proj":

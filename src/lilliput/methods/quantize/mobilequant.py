@@ -47,7 +47,7 @@ from lilliput.methods.training import Loss, Phase, Regime, Saved, train
 from lilliput.models.decoder import Decoder
 from lilliput.models.encoder import Encoder
 from lilliput.models.simulate import Simulation
-from lilliput.models.sites import WIDE, Site, read_by, run_block, run_end, run_start, site_policy
+from lilliput.models.sites import WIDE, Site, run_block, run_end, run_start, site_policy, source_of
 from lilliput.numerics.observers import Rule
 from lilliput.numerics.straight import best_share
 
@@ -233,7 +233,7 @@ class _Run:
         shares = {}
         for layer, block in enumerate(self.model.blocks if m.lwc else ()):
             for name in spec.linears(layer):
-                edge = read_by(spec, name)
+                edge = source_of(spec, name)
                 energy = loud.energy(edge) / divided.get(edge, torch.ones(())).square()
                 shares[name] = best_share(block.get_parameter(local(name)).data, energy, m.bits)
         learns = {"scales": m.let, "ranges": m.ranges, "roundings": m.rounding != "nearest"}

@@ -38,19 +38,21 @@ from lilliput.pipeline import compress
 
 NAME = "mobilequant"
 TALES = Path(__file__).resolve().parents[1] / "assets" / "tales7m"
-NOTHING = {"let": False, "lwc": False, "ranges": False, "rounding": False}
+NOTHING = {"let": False, "lwc": False, "ranges": False, "rounding": "nearest"}
 MAIN: dict[str, dict[str, Any]] = {
     "RTN-static": {**NOTHING, "steps": 0, "alpha": None, "rule": "minmax"},
     "SmoothQuant-static": {**NOTHING, "steps": 0, "rule": "minmax"},
-    "OmniQuant-static": {"scope": "block", "ranges": False, "rounding": False},
+    "OmniQuant-static": {"scope": "block", "ranges": False, "rounding": "nearest"},
     "MobileQuant": {},
 }
 ABLATIONS: dict[str, dict[str, Any]] = {
     "no let": {"let": False},
     "no lwc": {"lwc": False},
     "no ranges": {"ranges": False},
-    "no roundings": {"rounding": False},
+    "no roundings": {"rounding": "nearest"},
+    "roundings swept": {"rounding": "swept"},
     "block by block": {"scope": "block"},
+    "blocks first": {"scope": "both"},
     "before training": {"steps": 0},
 }
 APART: dict[str, dict[str, Any]] = {"MobileQuant, keys of 16 bits": {"sites": {"*.attn.k_proj": 16, "*.attn.k": 16}}}

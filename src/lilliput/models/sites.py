@@ -105,6 +105,27 @@ def has_sum(spec: EncoderSpec) -> bool:
     return spec.embed_norm or not spec.norm_first
 
 
+def source_of(spec: AnySpec, linear: str) -> str:
+    """The edge that a linear layer of a block reads. linear: its canonical name, "layers.0.attn.q_proj"."""
+    at, part, name = linear.rsplit(".", 2)
+    if name == "o_proj":
+        return f"{at}.attn.mixed"
+    if name == "down_proj":
+        return f"{at}.mlp.inner" if spec.gated_mlp else f"{at}.mlp.act"
+    if not spec.norm_first:
+        return f"{at}.{part}_input"
+    return f"{at}.attn_norm" if spec.shared_block_norm else f"{at}.{part}_norm"
+
+
+def compared(spec: AnySpec, layer: int) -> tuple[str, str]:
+    """The edges of queries and keys that a block's scores are made of."""
+    at = f"layers.{layer}.attn."
+    if spec.rotary is not None:
+        return f"{at}q", f"{at}k"
+    end = "norm" if spec.qk_norm is not None else "proj"
+    return f"{at}q_{end}", f"{at}k_{end}"
+
+
 def refuse_pictures(spec: AnySpec) -> None:
     """Raise Unsupported for an encoder of pictures."""
     if isinstance(spec, EncoderSpec) and isinstance(spec.inputs, PatchInputs):

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from lilliput.artifact.integer import write_graph
+from lilliput.artifact.integer import Constants, write_graph
 from lilliput.core.errors import ConfigError
-from lilliput.core.graph import Grid
+from lilliput.core.graph import Graph, Grid
 from lilliput.core.progress import Progress
 from lilliput.core.spec import AnySpec, EncoderSpec
 from lilliput.data.streams import Batches
@@ -22,9 +22,11 @@ from lilliput.pipeline.tune import Given, Store
 
 @dataclass(frozen=True)
 class Made:
-    """What an IntegerMethod returned, read back from disk."""
+    """What an IntegerMethod returned, read back from disk, and the graph it was lowered into."""
 
     integers: Integers
+    graph: Graph
+    constants: Constants
 
     def methods(self) -> dict[str, list[Given]]:
         """For a last sweep, the codes of every matrix."""
@@ -32,10 +34,8 @@ class Made:
         return {name: [Given(bits=q.bits, group_size=q.group_size, sym=False, value=q)] for name, q in codes.items()}
 
     def write(self, folder: Path) -> None:
-        """Lower it and put the graph into the artifact. Raises as `lower` does."""
-        integers = self.integers
-        state = integers.model.state_dict()
-        write_graph(folder, *lower(integers.model.spec, integers.grids, state, integers.codes))
+        """Put the graph into the artifact."""
+        write_graph(folder, self.graph, self.constants)
 
 
 def run_integer(
@@ -43,16 +43,17 @@ def run_integer(
 ) -> Made:
     """Have `method` make its integer model, or take it from a run that got this far. folder: where work is kept.
 
-    Raises ConfigError when it made other codes than it announced, or a site is left without a range.
+    Raises ConfigError when it made other codes than it announced, and as `lower` does where no graph can be had of it.
     """
     kept, told = Store(folder / "integer"), folder / "integer" / "told.json"
     spec: AnySpec = model.spec
+    lowered = None
     if not kept.whole:
         torch.manual_seed(seed)
         progress.say(f"{method.name} on the whole model")
         made = method.make(model, data, folder / "integer-work", progress)
         _check(method, spec, made)
-        lower(spec, made.grids, made.model.state_dict(), made.codes)  # says what is wrong before anything is written
+        lowered = lower(spec, made.grids, made.model.state_dict(), made.codes)  # what is wrong shows before a write
         for name, codes in made.codes.items():
             kept.quantized(name, codes, None)
         for name, value in made.model.state_dict().items():
@@ -64,7 +65,8 @@ def run_integer(
     data_kept: dict[str, Any] = json.loads(told.read_text("utf-8"))
     grids_kept = {name: Grid.model_validate(grid) for name, grid in data_kept["grids"].items()}
     whole = Encoder.of(spec, kept.floats()) if isinstance(spec, EncoderSpec) else Decoder.of(spec, kept.floats())
-    return Made(Integers(whole, kept.coded(), grids_kept, data_kept["record"]))
+    integers = Integers(whole, kept.coded(), grids_kept, data_kept["record"])
+    return Made(integers, *(lowered or lower(spec, grids_kept, whole.state_dict(), integers.codes)))
 
 
 def _check(method: IntegerMethod, spec: AnySpec, made: Integers) -> None:

@@ -14,6 +14,7 @@ from lilliput.core.errors import ConfigError, QualityFailed
 from lilliput.core.progress import Silent
 from lilliput.data.streams import Batches
 from lilliput.engine.oracle import Oracle
+from lilliput.methods import folding, student, training
 from lilliput.methods.base import Integers
 from lilliput.methods.quantize import mobilequant
 from lilliput.methods.quantize.mobilequant import MobileQuant
@@ -85,7 +86,7 @@ def test_all_that_is_folded_leaves_the_float_model_as_it_was(
 def test_free_scales_across_a_rotation_would_not_be_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dataclasses import replace
 
-    tied = mobilequant.pairs
+    tied = student.pairs
 
     def free(block: Any) -> list[Pair]:
         spec, found = block.spec, []
@@ -98,7 +99,8 @@ def test_free_scales_across_a_rotation_would_not_be_exact(tmp_path: Path, monkey
             found.append(pair)
         return found
 
-    monkeypatch.setattr(mobilequant, "pairs", free)
+    monkeypatch.setattr(student, "pairs", free)
+    monkeypatch.setattr(folding, "pairs", free)
     decoder = decoder_of(tmp_path, **SMALL)
     with torch.no_grad():
         expected = decoder(tokens())
@@ -117,18 +119,34 @@ def test_without_grids_and_codes_it_is_the_float_model_and_at_16_bits_close_to_i
 
 
 @pytest.mark.parametrize(("bits", "loss"), [(8, "hidden"), (4, "logits")])
-def test_training_helps_and_end_to_end_is_no_worse_than_block_by_block(bits: int, loss: str, tmp_path: Path) -> None:
-    rows = text(32)
-    options: dict[str, Any] = {"bits": bits, "rule": "minmax", "loss": loss}
+def test_training_helps_end_to_end_block_by_block_and_both(bits: int, loss: str, tmp_path: Path) -> None:
+    rows = Batches(np.tile(text(4).rows, (8, 1)), 4)  # what is held out is like what is trained on
+    options: dict[str, Any] = {"bits": bits, "rule": "minmax", "loss": loss, "patience": 10}
     start = made(decoder_of(tmp_path, **SMALL), tmp_path / "a", rows, steps=0, **options)
-    whole = made(decoder_of(tmp_path), tmp_path / "b", rows, steps=40, **options)
+    whole = made(decoder_of(tmp_path), tmp_path / "b", rows, steps=40, scope="end_to_end", **options)
     block = made(decoder_of(tmp_path), tmp_path / "c", rows, steps=40, scope="block", **options)
     assert all(one["after"] < one["before"] for one in whole.record["training"])
+    both = made(decoder_of(tmp_path), tmp_path / "d", rows, steps=40, scope="both", **options)
+    assert [one["phase"] for one in whole.record["training"]] == ["all"]
+    assert [one["phase"] for one in both.record["training"]] == ["layers.0", "layers.1", "all"]
     assert [one["phase"] for one in block.record["training"]] == ["layers.0", "layers.1"]
     assert all(one["after"] <= one["before"] for one in block.record["training"])
-    ends = [divergence(one, tmp_path, rows) for one in (start, whole, block)]
-    assert ends[1] < ends[0]
-    assert ends[1] <= 1.1 * ends[2]
+    ends = [divergence(one, tmp_path, rows) for one in (start, whole, both, block)]
+    assert max(ends[1:]) < ends[0]
+
+
+@pytest.mark.parametrize("options", [{"steps": 0}, {"steps": 3}], ids=["nothing trained", "scales trained"])
+def test_swept_roundings_are_closer_than_the_nearest_and_leave_all_else_alone(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    nearest = made(decoder_of(tmp_path, **SMALL), tmp_path / "a", bits=4, rounding="nearest", **options)
+    swept = made(decoder_of(tmp_path), tmp_path / "b", bits=4, rounding="swept", **options)
+    assert divergence(swept, tmp_path) < 0.9 * divergence(nearest, tmp_path)
+    assert swept.grids == nearest.grids
+    for name, codes in nearest.codes.items():
+        assert torch.equal(codes.scale[codes.bits[0]], swept.codes[name].scale[codes.bits[0]])
+    same = {name: torch.equal(codes.codes, swept.codes[name].codes) for name, codes in nearest.codes.items()}
+    assert same == {name: not name.startswith("layers.") for name in same}
 
 
 def test_every_edge_of_the_simulation_is_within_a_step_of_the_oracle(tmp_path: Path) -> None:
@@ -177,14 +195,14 @@ def test_a_switch_leaves_alone_what_it_names(switch: str, tmp_path: Path) -> Non
     assert same == {name: name == switch for name in same}
 
 
-@pytest.mark.parametrize("scope", ["end_to_end", "block"])
+@pytest.mark.parametrize("scope", ["both", "end_to_end", "block"])
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     scope: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options: dict[str, Any] = {"steps": 8, "scope": scope, "patience": 8}
     whole = made(decoder_of(tmp_path, **SMALL), tmp_path / "a", **options)
-    monkeypatch.setattr(mobilequant, "EVERY", 0.0)
-    kept, count = mobilequant._Run.save, 0
+    monkeypatch.setattr(training, "EVERY", 0.0)
+    kept, count = training.Saved.save, 0
 
     def save(self: Any, *args: Any) -> None:
         nonlocal count
@@ -193,7 +211,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
         if count == 5 + 8 * (scope == "block"):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(mobilequant._Run, "save", save)
+    monkeypatch.setattr(training.Saved, "save", save)
     with pytest.raises(KeyboardInterrupt):
         made(decoder_of(tmp_path), tmp_path / "b", **options)
     again = made(decoder_of(tmp_path), tmp_path / "b", **options)
@@ -206,7 +224,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
 
 
 def test_a_state_of_other_options_is_not_gone_on_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mobilequant, "EVERY", 0.0)
+    monkeypatch.setattr(training, "EVERY", 0.0)
     made(decoder_of(tmp_path, **SMALL), tmp_path / "a", steps=2)
     other = made(decoder_of(tmp_path), tmp_path / "a", steps=3)
     fresh = made(decoder_of(tmp_path), tmp_path / "b", steps=3)
@@ -217,14 +235,13 @@ def test_a_loss_that_is_not_finite_names_step_and_edge_and_keeps_the_state_befor
     method = MobileQuant(steps=4, let_rate=0.9)
     run = mobilequant._Run(method, decoder_of(tmp_path, **SMALL), text(), tmp_path, Silent())
     with torch.no_grad():
-        run.student = run._begin()
-    run.original = run._originals()
+        run.student = run.begin()
     run.student.ends["embed_tokens.weight"][:, 0] = torch.nan
     with pytest.raises(
         QualityFailed, match=r"^mobilequant: the loss is nan in step 1, first at layers\.0\.input\. Lower"
     ):
-        run._train()
-    assert run.file.exists()
+        run.train()
+    assert run.saved.there
 
 
 def test_sixteen_bits_go_to_the_edges_that_lose_most(tmp_path: Path) -> None:

@@ -276,7 +276,7 @@ def _attend(spec: AnySpec, layer: int, heads: list[Tensor], site: Site) -> Tenso
         stop = min(start + step, length)
         first, last = max(0, start - window + 1) if window else 0, stop if spec.causal else length
         age = torch.arange(start, stop, device=q.device)[:, None] - torch.arange(first, last, device=q.device)
-        seen = (age >= 0) | (not spec.causal)
+        seen = age >= (0 if spec.causal else -length)
         seen = seen & (age < window) if window else seen
         scores = q[:, :, start:stop] @ k[:, :, first:last].transpose(2, 3) * spec.attn_scale
         scores = site(f"{at}attn.scores", scores, seen)

@@ -4,7 +4,8 @@
 
 Context: a prompt of that many tokens is read, then 16 tokens are decoded; speeds of both. Batch: tokens decoded a
 second by all sequences together, 32 each after a short prompt. All caches, float, int8 and int4; a context that the memory
-or the artifact does not allow is left out and said so.
+or the artifact does not allow is left out and said so, and so is one that by the last one's time would take longer to read
+than --patience.
 """
 
 import argparse
@@ -74,6 +75,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 2, 4, 8, 16])
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--patience", type=float, default=600.0, help="seconds a prompt may take")
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     folder = options.artifact or random_artifact("110m")
@@ -81,14 +83,18 @@ def main() -> None:
     for kv in ("float", "int8", "int4"):
         engine = Engine(folder, threads=options.threads, kv=kv)
         fields = {"artifact": folder.name, "bits": options.bits, "threads": engine.threads, "kv": kv}
-        rng = np.random.default_rng(0)
+        rng, last, took = np.random.default_rng(0), 1, 0.0
         for context in options.contexts:
+            if took * (context / last) ** 2 > options.patience:
+                print(f"{context} tokens with a {kv} cache left out: beyond --patience", file=sys.stderr)
+                continue
             prompt = rng.integers(0, engine.spec.vocab_size, context - 17)
             try:
                 done = engine.generate(prompt, max_new_tokens=17, bits=options.bits)
             except OutOfResource as error:
                 print(f"{context} tokens with a {kv} cache left out: {error}", file=sys.stderr)
                 continue
+            last, took = context, done.prefill_s
             speeds = (len(done.tokens) - 1) / done.decode_s, len(prompt) / done.prefill_s
             size = engine.kv_bytes(context)
             emit("growth", **fields, context=context, kv_bytes=size, decode_per_s=speeds[0], prefill_per_s=speeds[1])

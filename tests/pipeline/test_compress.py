@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -360,7 +361,7 @@ def test_a_damaged_artifact_is_caught_before_it_is_published(
         codes = value.codes.clone()  # type: ignore[attr-defined]
         if name == "layers.1.mlp.up_proj":
             codes[[0, 1]] = codes[[1, 0]]
-        put(self, name, type(value)(codes, value.bits, value.group_size, value.scale, value.zero), weight)  # type: ignore
+        put(self, name, replace(value, codes=codes), weight)  # type: ignore[type-var,arg-type]
 
     monkeypatch.setattr(Tensors, "quantized", swapped)
     with pytest.raises(RuntimeError, match=r"logits differ from the intended ones"):

@@ -3,9 +3,9 @@
     python benchmarks/bench_growth.py [ARTIFACT] [--contexts 128 ...] [--batches 1 ...] [--plot docs/growth.svg]
 
 Context: a prompt of that many tokens is read, then 16 tokens are decoded; speeds of both. Batch: tokens decoded a
-second by all sequences together, 32 each after a short prompt. All caches, float, int8 and int4; a context that the memory
-or the artifact does not allow is left out and said so, and so is one that by the last one's time would take longer to read
-than --patience.
+second by all sequences together, 32 each after a short prompt. All caches, float, int8 and int4, or those of --kv; a
+context that the memory or the artifact does not allow is left out and said so, and so is one that by the last one's
+time would take longer to read than --patience.
 """
 
 import argparse
@@ -73,6 +73,7 @@ def main() -> None:
     parser.add_argument("artifact", type=Path, nargs="?", help="by default random weights of 110M")
     parser.add_argument("--contexts", type=int, nargs="*", default=[128, 512, 2048, 8192, 16384, 32768])
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--kv", nargs="*", default=["float", "int8", "int4"], choices=("float", "int8", "int4"))
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--patience", type=float, default=600.0, help="seconds a prompt may take")
@@ -80,7 +81,7 @@ def main() -> None:
     options = parser.parse_args()
     folder = options.artifact or random_artifact("110m")
     decode, prefill, batch = Series(), Series(), Series()
-    for kv in ("float", "int8", "int4"):
+    for kv in options.kv:
         engine = Engine(folder, threads=options.threads, kv=kv)
         fields = {"artifact": folder.name, "bits": options.bits, "threads": engine.threads, "kv": kv}
         rng, last, took = np.random.default_rng(0), 1, 0.0

@@ -139,10 +139,11 @@ class Quantizer(LayerMethod):
 
     bits: widths the result serves, ascending within 2..8. group_size: inputs that share a scale, -1 for a whole row.
     sym: no zero point. shared: one scale and zero a group for all widths, and a ratio a row for each, in place of a
-    scale and zero for each; nothing where there is one width. ragged: let the last group of a row be shorter; without it
-    a group size that does not divide is refused. end_bits: the widths of the embedding and the head, which lose more than the blocks do; empty for the
-    same as `bits`. layer_bits: ladders of single layers by a pattern of their name, the first that matches counts; the
-    artifact still serves `bits`, each layer at its narrowest width of at least that, or else its widest.
+    scale and zero for each; nothing where there is one width. ragged: let the last group of a row be shorter;
+    without it a group size that does not divide is refused. end_bits: the widths of the embedding and the head,
+    which lose more than the blocks do; empty for the same as `bits`. layer_bits: ladders of single layers by a
+    pattern of their name, the first that matches counts; the artifact still serves `bits`, each layer at its
+    narrowest width of at least that, or else its widest.
     """
 
     bits: tuple[int, ...] = (2, 3, 4, 8)
@@ -309,7 +310,9 @@ class Integers:
 
 @dataclass(frozen=True, kw_only=True)
 class IntegerMethod(Method, ABC):
-    """Makes an integer model of a whole decoder, or encoder of texts; the last stage of a recipe, and the only one that makes codes.
+    """Makes an integer model of a whole decoder, or encoder of texts.
+
+    The last stage of a recipe, and the only one that makes codes.
 
     bits: of the codes of the blocks' matrices, 4 or 8. end_bits: of the embedding and the head.
     """

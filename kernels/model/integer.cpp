@@ -364,7 +364,7 @@ void IntegerModel::attend(const Step& step, const std::vector<Slice>& slices, bo
   room(node.y, tokens);
 
   // An item is a run of rows, rows being the queries of one slice that share a key-value head.
-  int64_t most = kQueryRows;
+  int64_t most = kShareRows;
   const auto runs = [&] {
     int64_t sum = 0;
     for (const Part& part : parts_) sum += (part.slice->count * group + most - 1) / most;

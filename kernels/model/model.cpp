@@ -10,6 +10,7 @@ namespace {
 constexpr int64_t kElements = 4096;  // elements of a pointwise step that are worth a thread's while
 constexpr int64_t kActivated = 512;  // elements of an activation that are
 constexpr int64_t kWeights = 49152;  // products of a matrix that are; times tokens
+constexpr int64_t kFewRows = 16;  // queries of one head that are not parted for balance alone
 
 std::string shape_text(int64_t out, int64_t columns) {
   return "(" + std::to_string(out) + ", " + std::to_string(columns) + ")";
@@ -293,7 +294,9 @@ void Model::attend(const std::vector<Part>& parts, int64_t layer) {
     for (const Part& part : parts) sum += (part.count * group + most - 1) / most;
     return sum;
   };
-  while (most > 1 && runs() * kv_heads < pool_.threads()) most /= 2;  // reading keys twice is better than idling
+  // Of many rows enough runs that threads end together; of few, reading keys twice is better than idling.
+  while (most > kFewRows && runs() * kv_heads < 4 * pool_.threads()) most /= 2;
+  while (most > 1 && runs() * kv_heads < pool_.threads()) most /= 2;
   shares_.clear();
   for (const Part& part : parts)
     for (int64_t row = 0; row < part.count * group; row += most)

@@ -89,7 +89,7 @@ def test_variants_shares_and_chunks_agree_bit_for_bit(window: int, kv: native.KV
     k, v = rng.standard_normal((2, 400, 40), dtype=np.float32)
     whole = native.attention(q, k, v, position=90, window=window, scale=0.2, kv=kv, share=1, variant="reference")
     for variant in native.variants("attention"):
-        for share in (1, 3, 16):
+        for share in (1, 3, 16, 128):
             y = native.attention(q, k, v, position=90, window=window, scale=0.2, kv=kv, share=share, variant=variant)
             assert np.array_equal(y, whole)
         for n in (0, 37, 149):  # alone, one head alone

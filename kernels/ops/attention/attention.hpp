@@ -2,11 +2,11 @@
 //
 // For a query that sees positions first .. last, pages in ascending order, only those that hold one of them:
 //
-//     s[j]  = cap(((q . k[j]) * kscale[j]) * scale)      q . k sums over channels, ascending
+//     s[j]  = cap(((q . k[j]) * kscale[j]) * scale)      q . k sums over channels, ascending, every step rounded once
 //     m'    = max(m, max s),  c = exp(m - m')            m begins at minus infinity
 //     p[j]  = exp(s[j] - m')
 //     z[l]  = z[l] * c, then + p[j] for j = l, l + 16, .. of the page's positions
-//     y     = y * c, then + (p[j] * vscale[j]) * v[j], j ascending over first .. last
+//     y     = y * c, then + (p[j] * vscale[j]) * v[j], j ascending over first .. last, every step rounded once
 //
 // and at the end y / total(z), the tree of vec.hpp. cap(s) = c tanh(s / c) where there is a soft cap c; in a float
 // cache there is no multiplication by kscale and vscale. The order hangs on absolute positions alone, so chunked
@@ -36,7 +36,7 @@
 namespace lilliput {
 
 constexpr int64_t kPage = 64;
-constexpr int64_t kQueryRows = 16;  // queries that one call takes at most
+constexpr int64_t kQueryRows = 128;  // queries that one call takes at most
 
 constexpr int64_t kGroup = 32;      // positions, and channels of values, that an int4 cache rounds together
 
@@ -48,10 +48,12 @@ constexpr int64_t head_blocks(int64_t head_dim) { return (head_dim + kGroup - 1)
 // Bytes of one group of an int4 page.
 constexpr int64_t key_group_bytes(int64_t head_dim) { return 16 * head_dim + 4 * head_stride(head_dim); }
 constexpr int64_t value_group_bytes(int64_t head_dim) { return head_blocks(head_dim) * kGroup * (16 + 4); }
-// Of one query: its page of weights, its lanes of z, its maximum (padded), its sums; and itself times scales.
-constexpr int64_t query_floats(int64_t head_dim) { return kPage + 16 + 16 + head_blocks(head_dim) * kGroup; }
+// Of one query: its sums, itself, its lanes of z and its page of weights. Behind all of them a page made floats.
+constexpr int64_t query_floats(int64_t head_dim) {
+  return head_blocks(head_dim) * kGroup + head_stride(head_dim) + 16 + kPage;
+}
 constexpr int64_t attention_scratch(int64_t head_dim) {
-  return kQueryRows * (query_floats(head_dim) + head_stride(head_dim));
+  return kQueryRows * query_floats(head_dim) + kPage * (head_dim + head_stride(head_dim));
 }
 
 struct AttentionView {

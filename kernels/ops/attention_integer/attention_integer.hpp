@@ -20,6 +20,7 @@
 namespace lilliput {
 
 constexpr int64_t kCodeRows = 4;  // queries that the variants take at once
+constexpr int64_t kShareRows = 16;  // that a thread claims at a time
 
 constexpr int64_t channel_pairs(int64_t head_dim) { return (head_dim + 1) / 2; }
 // Where a code is, counted in codes from the keys or values of a page; position within the page.

@@ -351,6 +351,7 @@ template <int Rows, int Tiles, class Cell>
 LILLIPUT_INLINE void attend_pages(const AttentionView& kv, const QueryRows& queries, int64_t begin, int64_t end,
                                   float* scratch) {
   const int64_t dim = kv.head_dim, sums = head_blocks(dim) * kGroup, count = end - begin;
+  if (count < 1) return;
   float* wide = scratch + kQueryRows * query_floats(dim);
   Row rows[kQueryRows];
   for (int64_t n = 0; n < count; ++n) {

@@ -38,7 +38,8 @@ def test_every_vnni_variant_is_the_reference_bit_for_bit(tmp_path: Path) -> None
         emulated = ["-include", str(KERNELS / "tests/vnni.hpp")] if flags else []
         command = [COMPILER, *common, *flags, *emulated, "-c", str(source), "-o", str(objects[-1])]
         built = subprocess.run(command, capture_output=True, text=True)
-        assert built.returncode == 0 and not built.stderr, built.stderr
+        assert built.returncode == 0, built.stderr
+        assert not built.stderr
     program = tmp_path / "variants"
     subprocess.run([COMPILER, *map(str, objects), "-o", str(program)], check=True)
     assert "vpdpbusd" not in subprocess.run(["objdump", "-d", str(program)], capture_output=True, text=True).stdout

@@ -13,8 +13,9 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
+from lilliput.artifact.publish import partial_of, publish
 from lilliput.artifact.schema import FloatEntry, Manifest, QuantEntry, SourceInfo
-from lilliput.artifact.write import ArtifactWriter, Plan, partial_of, publish
+from lilliput.artifact.write import ArtifactWriter, Plan
 from lilliput.core.spec import ModelSpec, Norm, Rotary
 
 HERE = Path(__file__).parent

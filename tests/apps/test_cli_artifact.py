@@ -12,7 +12,7 @@ import pytest
 
 from lilliput.apps.cli import main
 from lilliput.apps.cli.run import Shown
-from lilliput.artifact.write import set_schedule
+from lilliput.artifact.amend import set_schedule
 from lilliput.core.errors import ConfigError
 from lilliput.engine import Engine, Sampling
 from lilliput.engine.schedules.text import parse

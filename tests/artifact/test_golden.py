@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from lilliput.artifact import write
+from lilliput.artifact.publish import publish
 from lilliput.artifact.read import Artifact
-from lilliput.artifact.write import ArtifactWriter, publish
+from lilliput.artifact.write import ArtifactWriter
 from support.small_artifact import llama_spec, provenance, small_plan
 
 GOLDEN = {

@@ -5,20 +5,18 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from lilliput.artifact import container, write
-from lilliput.artifact.read import Artifact
-from lilliput.artifact.schema import QualityEntry, ScheduleEntry, fingerprint
+from lilliput.artifact.publish import publish
 from lilliput.artifact.verify import verify
-from lilliput.artifact.write import ArtifactWriter, Plan, amend, check_output, partial_of, publish, set_schedule
-from lilliput.core.errors import ConfigError, InputMissing, OutOfResource, QualityFailed
+from lilliput.artifact.write import ArtifactWriter, Plan
+from lilliput.core.errors import ConfigError, OutOfResource, QualityFailed
 from support.small_artifact import (
+    contents,
     fill,
     llama_spec,
     provenance,
@@ -31,10 +29,6 @@ from support.small_artifact import (
 
 PLAN = small_plan(llama_spec(layers=1))
 NAME = "layers.0.mlp.down_proj"
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 def finish(writer: ArtifactWriter) -> None:
@@ -227,164 +221,7 @@ def test_bits_a_weight_count_padding_scales_and_zeros() -> None:
     assert [one.bits_per_weight(b) for b in (2, 4, 8)] == [b + 32 / 32 + 8 / 64 for b in (2, 4, 8)]
 
 
-# --- publishing ---
-
-
-def finished(folder: Path, seed: int = 0) -> Path:
-    write_small_artifact(folder, plan=PLAN, seed=seed)
-    return folder
-
-
-@pytest.mark.parametrize("exchange", [True, False])
-def test_publishing_replaces_an_artifact_and_leaves_nothing_behind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool
-) -> None:
-    if not exchange:
-        monkeypatch.setattr(write, "_exchange", lambda *_: False)
-    old, new = finished(tmp_path / "out"), finished(tmp_path / "new", seed=1)
-    expected = contents(new)
-    opened = Artifact.open(old)
-    before = opened.dequantize(NAME, 2)
-    with pytest.raises(ConfigError, match=r"out: already exists\. Give --overwrite or another folder\.$"):
-        publish(new, old)
-    assert contents(new) == expected
-    publish(new, old, overwrite=True)
-    assert contents(old) == expected
-    assert os.listdir(tmp_path) == ["out"]
-    assert np.array_equal(opened.dequantize(NAME, 2), before)  # a reader of the old one goes on
-    assert not np.array_equal(Artifact.open(old).dequantize(NAME, 2), before)
-
-
-def test_an_empty_folder_may_be_published_on(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    publish(finished(tmp_path / "new"), tmp_path / "out")
-    assert verify(tmp_path / "out").ok
-
-
-def test_a_folder_that_is_not_only_an_artifact_is_never_replaced(tmp_path: Path) -> None:
-    new = finished(tmp_path / "new")
-    for name in ("photos", "fake", "notes"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "photos" / "cat.jpg").write_bytes(b"cat")
-    (tmp_path / "fake" / "manifest.json").write_text('{"name": "a browser extension"}')
-    shutil.copytree(finished(tmp_path / "other"), tmp_path / "notes", dirs_exist_ok=True)
-    (tmp_path / "notes" / "notes.txt").write_text("mine")
-    (tmp_path / "file").write_text("a file")
-    (tmp_path / "link").symlink_to(tmp_path / "other")
-    for name, message in {
-        "photos": r"photos: holds cat\.jpg, which is not part of an artifact",
-        "fake": "holds manifest.json, which is not part",
-        "notes": "holds notes.txt, which is not part",
-        "file": "exists and is not a folder",
-        "link": "exists and is not a folder",
-    }.items():
-        with pytest.raises(ConfigError, match=message):
-            publish(new, tmp_path / name, overwrite=True)
-        with pytest.raises(ConfigError, match=message):
-            check_output(tmp_path / name, overwrite=True)
-    assert (tmp_path / "photos" / "cat.jpg").read_bytes() == b"cat"
-    assert (tmp_path / "notes" / "notes.txt").read_text() == "mine"
-
-
-def test_an_unfinished_folder_is_not_published(tmp_path: Path) -> None:
-    ArtifactWriter.start(partial_of(tmp_path / "out"), PLAN).close()
-    with pytest.raises(InputMissing, match=r"manifest\.json: the file is not there"):
-        publish(partial_of(tmp_path / "out"), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_amending_takes_in_quality_and_a_new_readme(tmp_path: Path) -> None:
-    folder = finished(tmp_path / "a")
-    (folder / "README.md").write_text("# Now with numbers\n")
-    assert not verify(folder).ok
-    row = QualityEntry(bits=2, tokens=10, kl=0.1, top1_agreement=0.9, text="wiki")
-    assert amend(folder, quality=[row]).quality == (row,)
-    assert verify(folder).ok
-
-
 # --- full disks ---
-
-
-FALLS = ScheduleEntry(name="static", prefill_bits=8, ladder=(4, 2), steps=((0, 4), (9, 2)))
-LEARNED = ScheduleEntry(name="learned", prefill_bits=4, ladder=(4, 2), horizon=64)
-
-
-def test_a_schedule_comes_and_goes_and_leaves_the_bytes_as_they_were(tmp_path: Path) -> None:
-    write_small_artifact(tmp_path / "a")
-    before = contents(tmp_path / "a")
-    manifest = set_schedule(tmp_path / "a", FALLS)
-    assert (manifest.schema_version, manifest.schedule) == ("1.3", FALLS)
-    assert contents(tmp_path / "a").keys() == before.keys()
-    assert verify(tmp_path / "a").ok
-    tensors = {"q": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(2, dtype=np.float32)}
-    learned = set_schedule(tmp_path / "a", LEARNED, tensors)
-    assert learned.schedule is not None
-    assert learned.schedule.model == fingerprint(manifest) == fingerprint(learned)
-    assert learned.schedule.file in learned.files
-    assert verify(tmp_path / "a").ok
-    with Artifact.open(tmp_path / "a") as artifact:
-        found, said = artifact.schedule_tensors()
-        assert said == {"format": "lilliput", "horizon": "64", "model": learned.schedule.model}
-        assert all(np.array_equal(found[name], tensors[name]) for name in tensors)
-    assert set_schedule(tmp_path / "a", LEARNED, tensors) == learned  # the same file, not deleted
-    other = set_schedule(tmp_path / "a", LEARNED, {"q": tensors["q"] + 1})
-    assert len(list((tmp_path / "a").glob("schedule-*"))) == 1
-    assert other.schedule is not None
-    assert other.schedule.file != learned.schedule.file
-    assert amend(tmp_path / "a").schedule == other.schedule
-    set_schedule(tmp_path / "a", None)
-    assert contents(tmp_path / "a") == before
-
-
-def test_a_schedule_that_does_not_fit_is_refused_and_nothing_changes(tmp_path: Path) -> None:
-    write_small_artifact(tmp_path / "a", bits=(2, 4))
-    before = contents(tmp_path / "a")
-    with pytest.raises(
-        ConfigError, match=r"a: schedule: the schedule has a width of 8 bits, which is not in \[2, 4\]\. "
-    ):
-        set_schedule(tmp_path / "a", FALLS)
-    with pytest.raises(ConfigError, match=r"^schedule: q is float32, or not finite\. "):
-        set_schedule(tmp_path / "a", LEARNED, {"q": np.full(2, np.nan, dtype=np.float32)})
-    with pytest.raises(ConfigError, match=r"what it learned lacks the model or the horizon"):
-        set_schedule(tmp_path / "a", LEARNED.model_copy(update={"horizon": None}), {"q": np.ones(2, dtype=np.float32)})
-    with pytest.raises(InputMissing):
-        set_schedule(tmp_path / "nowhere", FALLS)
-    assert contents(tmp_path / "a") == before
-
-
-def failing(real: Callable[..., object], calls: int) -> Callable[..., object]:
-    """A stand-in that dies at the call after `calls` good ones."""
-
-    def fail(*args: object, **options: object) -> object:
-        nonlocal calls
-        calls -= 1
-        if calls < 0:
-            raise KeyboardInterrupt
-        return real(*args, **options)
-
-    return fail
-
-
-@pytest.mark.parametrize("call", ["replace", "fsync", "open", "unlink"])
-def test_a_crash_while_a_schedule_is_set_leaves_one_or_the_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
-) -> None:
-    """At every system call that changes the folder."""
-    tensors = {"q": np.ones((2, 3), dtype=np.float32)}
-    for at in range(9):
-        folder = tmp_path / str(at)
-        write_small_artifact(folder)
-        first = set_schedule(folder, LEARNED, tensors)
-        with monkeypatch.context() as broken, suppress(KeyboardInterrupt):
-            broken.setattr(os, call, failing(getattr(os, call), at))
-            set_schedule(folder, LEARNED, {"q": tensors["q"] * 2})
-        with Artifact.open(folder) as artifact:
-            found, _ = artifact.schedule_tensors()
-            wanted = 1 if artifact.manifest == first else 2
-            assert (found["q"] == wanted).all()
-        set_schedule(folder, LEARNED, {"q": tensors["q"] * 3})
-        assert verify(folder).ok
-        assert len(list(folder.glob("schedule-*"))) == 1
 
 
 def test_a_full_disk_is_told_before_the_work_and_leaves_no_file(

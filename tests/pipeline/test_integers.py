@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from lilliput.apps.cli import main
+from lilliput.artifact.amend import amend
 from lilliput.artifact.read import Artifact
 from lilliput.artifact.schema import EmbeddingQuality, QualityEntry
 from lilliput.artifact.verify import verify
-from lilliput.artifact.write import amend
 from lilliput.core.errors import ConfigError, InputCorrupt, QualityFailed, Unsupported
 from lilliput.core.progress import Silent
 from lilliput.data.streams import batches

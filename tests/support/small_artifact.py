@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
+from lilliput.artifact.publish import partial_of, publish
 from lilliput.artifact.schema import FloatEntry, Manifest, QuantEntry, SourceInfo
-from lilliput.artifact.write import ArtifactWriter, Plan, partial_of, publish
+from lilliput.artifact.write import ArtifactWriter, Plan
 from lilliput.core.spec import ModelSpec, Norm, Rotary
 
 BYTES = pre_tokenizers.ByteLevel.alphabet()
@@ -151,6 +152,11 @@ def provenance() -> SourceInfo:
     return SourceInfo(
         name="random", sha256="0" * 64, architecture="LlamaForCausalLM", parameters=1, dtype="float32", size_bytes=4
     )
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Bytes of every file, by name."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 def write_small_artifact(

@@ -1,14 +1,8 @@
-"""Writes an artifact into a partial folder, layer by layer and resumable, and publishes it in one step."""
+"""Writes an artifact into a partial folder, layer by layer and resumable."""
 
-import ctypes
-import errno
 import fcntl
-import hashlib
 import os
-import re
-import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from pkgutil import resolve_name
 from types import TracebackType
@@ -16,48 +10,31 @@ from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import JsonValue, ValidationError
+from pydantic import JsonValue
 
-from lilliput.artifact import strict_json
-from lilliput.artifact.container import Layout, Planned, PlannedFile, check_free_space
-from lilliput.artifact.folder import Folder
+from lilliput.artifact.container import PlannedFile, check_free_space
+from lilliput.artifact.disk import JOURNAL_FILE, hash_all, read_manifest, sync_folder, write_whole
 from lilliput.artifact.plan import Plan as Plan
 from lilliput.artifact.schema import (
     INDEX_FILE,
     MANIFEST_FILE,
-    MANIFEST_LIMIT,
     DataInfo,
     EmbeddingQuality,
-    FileEntry,
     IntegerInfo,
     LayerRecord,
     Manifest,
     QualityEntry,
     QuantEntry,
-    ScheduleEntry,
     SourceInfo,
-    fingerprint,
-    load_manifest,
-    plain_name,
     seal,
     version_of,
 )
-from lilliput.core.errors import ConfigError, LilliputError, OutOfResource, QualityFailed
+from lilliput.core.errors import ConfigError, OutOfResource, QualityFailed
 from lilliput.numerics.packing import LEVEL_BITS, ROWS, pack_fields, tile_groups, tile_rows, tile_table
 
 _VERSION: str = resolve_name("lilliput:__version__")  # by name: the package itself is above this room
-JOURNAL_FILE = ".written"
-"""In a partial folder until it is published: the run's key, then the name of each tensor that is on disk for good."""
-
 _CHUNK = 1 << 23  # codes packed at once: bounds memory for an embedding of a hundred thousand rows
-_SCHEDULE_FILE = re.compile(r"schedule-[0-9a-f]{16}\.safetensors")
-_SCHEDULE_TEMPORARY = ".schedule.tmp"
 F16 = npt.NDArray[np.float16]
-
-
-def partial_of(out: Path) -> Path:
-    """Folder in which the artifact `out` is made: a sibling, so that publishing is a rename."""
-    return out.absolute().with_name(out.name + ".partial")
 
 
 class ArtifactWriter:
@@ -188,7 +165,7 @@ class ArtifactWriter:
             raise ValueError(f"{len(absent)} tensors were never put, the first is {absent[0]}")
         for file in self._files.values():
             file.close()
-        _write_whole(self.folder / INDEX_FILE, self.plan.index_json())
+        write_whole(self.folder / INDEX_FILE, self.plan.index_json())
         manifest = Manifest(
             schema_version=version_of(self.plan.spec, self.plan.entries, integer=integer is not None),
             lilliput_version=_VERSION,
@@ -204,12 +181,12 @@ class ArtifactWriter:
             integer=integer,
             entries=dict(self.plan.entries),
             floats=dict(self.plan.floats),
-            files=_hash_all(self.folder),
+            files=hash_all(self.folder),
         )
-        _write_whole(self.folder / MANIFEST_FILE, seal(manifest))
-        _sync_folder(self.folder)
+        write_whole(self.folder / MANIFEST_FILE, seal(manifest))
+        sync_folder(self.folder)
         self.close()
-        return _read_manifest(self.folder)
+        return read_manifest(self.folder)
 
     def close(self) -> None:
         """Let go of the files; what was put since the last `sync` may be lost."""
@@ -237,199 +214,6 @@ class ArtifactWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
-
-
-def amend(
-    folder: Path,
-    *,
-    quality: Sequence[QualityEntry | EmbeddingQuality] | None = None,
-    layers: Sequence[LayerRecord] | None = None,
-    graph_quality: QualityEntry | EmbeddingQuality | None = None,
-) -> Manifest:
-    """Replace the measurements in a finished folder's manifest, and take in side files changed or added since.
-
-    For what can only be known once the artifact runs: its quality, and a README.md that cites it.
-    """
-    manifest = _read_manifest(folder)
-    tensors = {name: entry for name, entry in manifest.files.items() if name.endswith(".safetensors")}
-    changes: dict[str, Any] = {"files": _hash_all(folder, tensors)}
-    if quality is not None:
-        changes["quality"] = tuple(quality)
-    if layers is not None:
-        changes["layers"] = tuple(layers)
-    if graph_quality is not None and manifest.integer is not None:
-        changes["integer"] = manifest.integer.model_copy(update={"quality": graph_quality})
-    _write_whole(folder / MANIFEST_FILE, seal(manifest.model_copy(update=changes)))
-    _sync_folder(folder)
-    return _read_manifest(folder)
-
-
-def set_schedule(
-    path: str | Path, schedule: ScheduleEntry | None, tensors: Mapping[str, npt.NDArray[np.float32]] | None = None
-) -> Manifest:
-    """Give a finished artifact the schedule it follows by default, in place of the one it has; None takes that away.
-
-    tensors: what it learned, by name, float32; with them goes a file named by its digest, and `schedule.file` and
-    `schedule.model` are filled in. The new manifest takes the place of the old one in a single step: whoever opens the
-    artifact meanwhile, or after a crash, has one schedule or the other, whole. (A crash can leave a file of a schedule
-    that no manifest names; the next call removes it.)
-    Raises ConfigError for a schedule that does not fit the artifact, InputMissing or InputCorrupt when there is no
-    artifact at `path`.
-    """
-    folder = Path(path)
-    _read_manifest(folder)
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)  # of two writers the second takes over what the first wrote
-        return _exchange_schedule(folder, handle, schedule, tensors or {})
-    finally:
-        os.close(handle)
-
-
-def _exchange_schedule(
-    folder: Path, handle: int, schedule: ScheduleEntry | None, tensors: Mapping[str, npt.NDArray[np.float32]]
-) -> Manifest:
-    manifest, temporary = _read_manifest(folder), folder / _SCHEDULE_TEMPORARY
-    files = {name: entry for name, entry in manifest.files.items() if not _SCHEDULE_FILE.fullmatch(name)}
-    try:
-        if schedule is not None and tensors:
-            schedule = schedule.model_copy(update={"model": fingerprint(manifest)})
-            size, digest = _write_tensors(temporary, tensors, schedule)
-            schedule = schedule.model_copy(update={"file": f"schedule-{digest[:16]}.safetensors"})
-            files[str(schedule.file)] = FileEntry(sha256=digest, size=size)
-        changes: dict[str, Any] = {
-            "schema_version": version_of(
-                manifest.spec, manifest.entries, schedule=schedule, integer=manifest.integer is not None
-            ),
-            "schedule": None if schedule is None else schedule.model_dump(),
-            "files": dict(sorted(files.items())),
-        }
-        try:
-            changed = Manifest.model_validate(dict(manifest) | changes)
-        except ValidationError as error:
-            what = error.errors(include_url=False, include_context=False, include_input=False)[0]["msg"]
-            fix = f"Use widths of {list(manifest.bits)}, falling, and steps that ascend from 0"
-            raise ConfigError(what.removeprefix("Value error, "), f"{folder}: schedule", fix) from None
-        if changed.schedule is not None and changed.schedule.file is not None:
-            os.replace(temporary, folder / changed.schedule.file)
-            os.fsync(handle)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _write_whole(folder / MANIFEST_FILE, seal(changed))
-    for left in sorted(entry.name for entry in folder.iterdir() if _SCHEDULE_FILE.fullmatch(entry.name)):
-        if left not in files:
-            (folder / left).unlink()
-    os.fsync(handle)
-    return _read_manifest(folder)
-
-
-def _write_tensors(
-    path: Path, tensors: Mapping[str, npt.NDArray[np.float32]], schedule: ScheduleEntry
-) -> tuple[int, str]:
-    """Write a safetensors file that says what it was learned for, and return its size and SHA-256."""
-    path.unlink(missing_ok=True)
-    metadata = {"format": "lilliput", "horizon": str(schedule.horizon), "model": str(schedule.model)}
-    plan = [Planned(name, "F32", array.shape) for name, array in tensors.items()]
-    file = PlannedFile.create(path, Layout.of(plan, metadata))
-    try:
-        for name, array in tensors.items():
-            if array.dtype != np.float32 or not np.isfinite(array).all():
-                what = f"{name} is {array.dtype}, or not finite"
-                raise ConfigError(what, "schedule", "Give finite float32 numbers")
-            file.write(name, np.ascontiguousarray(array), 0)
-        file.sync()
-    finally:
-        file.close()
-    with path.open("rb") as written:
-        return os.fstat(written.fileno()).st_size, hashlib.file_digest(written, "sha256").hexdigest()
-
-
-def check_output(out: Path, *, overwrite: bool) -> None:
-    """Raise ConfigError unless `publish` may put an artifact at `out`; call it before the work starts.
-
-    It may where nothing is, on an empty folder, and, with `overwrite`, on an artifact that holds nothing else.
-    """
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise ConfigError("exists and is not a folder", str(out), "Give another folder")
-    if not out.exists() or not any(out.iterdir()):
-        return
-    if not overwrite:
-        raise ConfigError("already exists", str(out), "Give --overwrite or another folder")
-    strangers = _strangers(out)
-    if strangers:
-        what = f"holds {strangers[0]}, which is not part of an artifact"
-        raise ConfigError(what, str(out), "Give another folder; we only ever replace an artifact")
-
-
-def publish(partial: Path, out: Path, *, overwrite: bool = False) -> None:
-    """Move a finished partial folder to `out` in one step: a reader sees the old artifact or the new, never a part.
-
-    Raises ConfigError as `check_output` does, or when the two are on different disks; InputMissing or InputCorrupt
-    when `partial` is not finished.
-    """
-    check_output(out, overwrite=overwrite)
-    _read_manifest(partial)
-    partial, out = partial.absolute(), out.absolute()
-    try:
-        if not out.exists() or not any(out.iterdir()):
-            os.rename(partial, out)  # of a folder: fails, changing nothing, if someone filled `out` meanwhile
-        elif _exchange(partial, out):
-            _remove_artifact(partial)  # which is the old one now
-        else:
-            aside = out.with_name(f".{out.name}.{os.getpid()}")  # not one step, but nothing is lost if we die here
-            os.rename(out, aside)
-            os.rename(partial, out)
-            _remove_artifact(aside)
-        (out / JOURNAL_FILE).unlink(missing_ok=True)  # last: until now it says whose work this is
-    except OSError as error:
-        if error.errno == errno.EXDEV:
-            raise ConfigError(f"is on another disk than {partial}", str(out), "Keep both on one disk") from None
-        raise
-    _sync_folder(out.parent)
-
-
-def _exchange(first: Path, second: Path) -> bool:
-    """Swap two folders in one step; False where the system cannot."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if sys.platform == "darwin":
-        call, tail = getattr(libc, "renamex_np", None), (ctypes.c_uint(2),)  # RENAME_SWAP
-        arguments: tuple[Any, ...] = (os.fsencode(first), os.fsencode(second))
-    else:
-        call, tail = getattr(libc, "renameat2", None), (ctypes.c_uint(2),)  # RENAME_EXCHANGE
-        here = ctypes.c_int(-100)  # AT_FDCWD
-        arguments = (here, os.fsencode(first), here, os.fsencode(second))
-    if call is None:
-        return False
-    if call(*arguments, *tail) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP):
-        return False
-    raise OSError(code, os.strerror(code), str(first), None, str(second))
-
-
-def _strangers(folder: Path) -> list[str]:
-    """Names in `folder` that its own manifest does not account for."""
-    names = sorted(path.name for path in folder.iterdir())
-    try:
-        with Folder(folder) as opened:
-            data = strict_json.parse(opened.read(MANIFEST_FILE, MANIFEST_LIMIT), str(folder), "")
-    except LilliputError:
-        return names
-    files = data.get("files")
-    if "lilliput_version" not in data or not isinstance(files, dict):
-        return names
-    return [name for name in names if name not in files and name not in (MANIFEST_FILE, JOURNAL_FILE)]
-
-
-def _remove_artifact(folder: Path) -> None:
-    """Delete an artifact's own files, the manifest last, and its folder; anything else in it stays."""
-    names = [path.name for path in folder.iterdir()]
-    own = set(names) - set(_strangers(folder)) - {MANIFEST_FILE}
-    for name in (*sorted(own), MANIFEST_FILE):
-        (folder / name).unlink()
-    with suppress(OSError):
-        folder.rmdir()
 
 
 def _begin(folder: Path, journal: int, key: str, plan: Plan) -> set[str]:
@@ -504,55 +288,3 @@ def _check_table(name: str, bits: int, entry: QuantEntry, table: npt.NDArray[np.
         raise ValueError(f"{name}: the table is {table.dtype} {table.shape}, not uint8 {(entry.out, 1 << bits)}")
     if int(table.max()) >= 1 << LEVEL_BITS or (table[:, 1:] < table[:, :-1]).any():
         raise ValueError(f"{name}: the table for {bits} bits goes beyond {LEVEL_BITS} bits, or down along a row")
-
-
-def _hash_all(folder: Path, known: Mapping[str, FileEntry] | None = None) -> dict[str, FileEntry]:
-    """Sizes and digests of every file but the manifest, by name; `known` ones are taken over."""
-    found: dict[str, FileEntry] = {}
-    for path in sorted(folder.iterdir()):
-        if path.name in (MANIFEST_FILE, JOURNAL_FILE):
-            continue
-        if path.name in _TEMPORARIES:  # of a run that died while it wrote one
-            path.unlink()
-            continue
-        plain_name(path.name)
-        if path.is_symlink() or not path.is_file():
-            raise ValueError(f"{path} is not a regular file")
-        if known and path.name in known:
-            found[path.name] = known[path.name]
-            continue
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            found[path.name] = FileEntry(sha256=digest, size=os.fstat(file.fileno()).st_size)
-    return found
-
-
-def _read_manifest(folder: Path) -> Manifest:
-    with Folder(folder) as opened:
-        return load_manifest(opened.read(MANIFEST_FILE, MANIFEST_LIMIT), opened.where(MANIFEST_FILE))
-
-
-def _temporary(name: str) -> str:
-    return f".{name}.tmp"
-
-
-_TEMPORARIES = {_SCHEDULE_TEMPORARY, *(_temporary(name) for name in (MANIFEST_FILE, INDEX_FILE))}
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    """Put a small file in place in one step, on the disk when this returns."""
-    temporary = path.with_name(_temporary(path.name))
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lilliput.artifact.write import check_output, partial_of
+from lilliput.artifact.publish import check_output, partial_of
 from lilliput.core.errors import ConfigError, Interrupted, OutOfResource, Unsupported
 from lilliput.core.progress import Progress, Silent
 from lilliput.core.recipe import Recipe, load_recipe

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from lilliput import __version__
+from lilliput.artifact.amend import amend
+from lilliput.artifact.publish import publish
 from lilliput.artifact.schema import (
     SCHEMA_VERSION,
     DataInfo,
@@ -24,7 +26,7 @@ from lilliput.artifact.schema import (
     SourceInfo,
     version_of,
 )
-from lilliput.artifact.write import ArtifactWriter, amend, publish
+from lilliput.artifact.write import ArtifactWriter
 from lilliput.core.errors import QualityFailed
 from lilliput.core.progress import Progress
 from lilliput.core.recipe import Recipe

@@ -17,7 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from lilliput.artifact.write import JOURNAL_FILE, partial_of
+from lilliput.artifact.disk import JOURNAL_FILE
+from lilliput.artifact.publish import partial_of
 from lilliput.core.errors import ConfigError
 from lilliput.methods.journal import Journal, sync
 

@@ -109,7 +109,7 @@ def command(
     JSON: {"schedule": {the manifest's entry}, "frontier": [{"schedule", "average_bits", "score", "within", "best",
            "chosen"}], "metric", "tolerance", "task", "written": bool}
     """
-    from lilliput.artifact.write import set_schedule
+    from lilliput.artifact.amend import set_schedule
     from lilliput.core.errors import ConfigError
     from lilliput.data.documents import read_documents
     from lilliput.engine import Engine

@@ -1,24 +1,30 @@
-"""An independent opinion on static whole numbers: ONNX Runtime's quantizer on the same float model, text and windows.
+"""Independent opinions on static whole numbers: quantizers of others on the same float model, text and windows.
 
     python benchmarks/static_opinion.py --model stories260K/hf --calibration stories.jsonl --split 0.33
 
-Needs onnx and onnxruntime beside torch. Options, texts and the file of results are those of mobilequant.py, into whose table the
-lines go. The float model is written as ONNX of a fixed length; the quantizer, `quantize_static` in the QDQ format, gives
-weights and activations 8 bits, one scale a tensor, ranges by its own calibrators. The graph is run as it is written, no
-operators fused, so that no kernel for want of an instruction saturates. What the contenders hold in 8 bits:
+Needs onnx and onnxruntime beside torch; without nncf its lines are left out. Options, texts and the file of results are
+those of mobilequant.py, into whose table the lines go; `--resume` leaves out what is recorded. The float model is written
+as ONNX of a fixed length; weights and activations get 8 bits, one scale a tensor, ranges by the quantizers' own
+calibrators. The graph is run as it is written, no operators fused, so that no kernel for want of an instruction
+saturates. What the contenders hold in 8 bits:
 
-    all operators      whatever the quantizer knows, which is its default: sums, products and the softmax too
+    all operators      whatever ONNX Runtime's `quantize_static` knows, its default: sums, products and the softmax too
     matrix products    inputs and outputs of these alone; norms, sums and the softmax stay float, where ours are whole numbers
+    NNCF               inputs of matrix products, which is what `nncf.quantize` chooses; as a transformer, behind
+                       SmoothQuant's scales
 """
 
+import importlib.util
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import onnxruntime as ort
 import torch
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
@@ -42,6 +48,9 @@ CONTENDERS: dict[str, dict[str, Any]] = {
         "calibrate_method": CalibrationMethod.Percentile,
     },
 }
+NNCF: dict[str, dict[str, Any]] = {"NNCF": {}, "NNCF, as a transformer": {"model_type": "transformer"}}
+if importlib.util.find_spec("nncf"):
+    CONTENDERS |= NNCF
 
 
 class Plain(torch.nn.Module):
@@ -102,6 +111,7 @@ def main() -> int:
     if same.kl > 1e-6:
         raise SystemExit(f"the exported float model is another one: {same.kl:.2g} nats")
     name = a.model.resolve().name if a.model.name != "hf" else a.model.resolve().parent.name
+    finished = {(line["contender"], line["seed"]) for line in mobilequant.recorded(setup)}
     for seed in a.seeds:
         # as many tokens as ours, in rows of the length the graph has
         drawn = batches(
@@ -109,8 +119,10 @@ def main() -> int:
             samples=max(1, a.samples * a.length // a.window), bos=True, seed=seed,
         )  # fmt: skip
         for contender, options in CONTENDERS.items():
+            if a.resume and (contender, seed) in finished:
+                continue
             busy, out = time.process_time(), a.work / "static.onnx"
-            quantize(exported, out, drawn.rows, options)
+            quantizer(contender)(exported, out, drawn.rows, options)
             busy = time.process_time() - busy
             (row,) = evaluate(Session(out, a.window, a.threads), given.cut, bits=[0], against=original)
             told = {"contender": contender, "bits": 8, "seed": seed, "options": {"steps": 0}}
@@ -143,6 +155,28 @@ def quantize(exported: Path, out: Path, rows: npt.NDArray[np.int32], options: di
         str(exported), str(out), Rows(rows), quant_format=QuantFormat.QDQ, per_channel=False,
         activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, **options,
     )  # fmt: skip
+
+
+def quantize_nncf(exported: Path, out: Path, rows: npt.NDArray[np.int32], options: dict[str, Any]) -> None:
+    """The same by NNCF."""
+    import nncf
+    from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, QuantizationParameters
+
+    kind = nncf.ModelType(options["model_type"]) if "model_type" in options else None
+    a_tensor = QuantizationParameters(num_bits=8, per_channel=False)
+    made = nncf.quantize(
+        onnx.load(str(exported)), nncf.Dataset([{"tokens": row[None].astype(np.int64)} for row in rows]),
+        subset_size=len(rows), model_type=kind,
+        advanced_parameters=AdvancedQuantizationParameters(
+            weights_quantization_params=a_tensor, activations_quantization_params=a_tensor
+        ),
+    )  # fmt: skip
+    onnx.save(made, str(out))
+
+
+def quantizer(contender: str) -> Callable[..., None]:
+    """Who makes a contender's graph."""
+    return quantize_nncf if contender in NNCF else quantize
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def test_the_float_graph_is_the_model_and_the_quantized_one_is_close(program: An
     assert np.abs(found - expected).max() <= 1e-4 * size
     for contender, options in program.CONTENDERS.items():
         out = tmp_path / f"{contender}.onnx"
-        program.quantize(exported, out, rows, options)
+        program.quantizer(contender)(exported, out, rows, options)
         away = np.abs(program.Session(out, 16, 1).logits(rows[0][:12]) - expected).max()
         assert away > 1e-4 * size, contender
         assert away < size or contender == "ONNX Runtime, all operators"  # which breaks models, as the log has it

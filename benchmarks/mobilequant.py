@@ -55,7 +55,10 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "blocks first": {"scope": "both"},
     "before training": {"steps": 0},
 }
-APART: dict[str, dict[str, Any]] = {"MobileQuant, keys of 16 bits": {"sites": {"*.attn.k_proj": 16, "*.attn.k": 16}}}
+APART: dict[str, dict[str, Any]] = {
+    "MobileQuant, keys of 16 bits": {"sites": {"*.attn.k_proj": 16, "*.attn.k": 16}},
+    "MobileQuant, 5 more edges of 16 bits": {"budget16": 5, "usual16": True},
+}
 """Not held to the constraint of the others, so never in a group."""
 CONTENDERS = MAIN | ABLATIONS | APART
 GROUPS = {"main": list(MAIN), "ablations": list(ABLATIONS), "all": [*MAIN, *ABLATIONS]}

@@ -26,8 +26,8 @@ import numpy.typing as npt
 
 from harness import emit
 from lilliput.apps.cli.output import table
-from lilliput.data.documents import read_documents
 from lilliput.artifact.schema import fingerprint
+from lilliput.data.documents import read_documents
 from lilliput.engine import Engine
 from lilliput.engine.schedules.base import Schedule
 from lilliput.engine.schedules.fixed import Constant, Static

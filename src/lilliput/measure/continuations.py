@@ -210,9 +210,7 @@ def _decided(engine: Engine, case: Case, schedule: Schedule, looks: int) -> Step
     def unasked() -> Any:
         raise AssertionError(f"{schedule} looks again after {looks} forwards")
 
-    asking = Callback(
-        function=ask, ladder=schedule.ladder, prefill=schedule.prefill, allow_raise=schedule.allow_raise
-    )
+    asking = Callback(function=ask, ladder=schedule.ladder, prefill=schedule.prefill, allow_raise=schedule.allow_raise)
     text = case.prompt + case.answer[: min(looks, case.forwards)]
     widths = list(engine.follow(text, len(case.prompt), asking)[1])
     blind = Signals(unasked, unasked, unasked)

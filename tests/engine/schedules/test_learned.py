@@ -18,6 +18,7 @@ from lilliput.engine.schedules.text import parse
 from support.schedules import GRID, features, learned
 from support.small_artifact import write_small_artifact
 
+
 def signals(tokens: int = 9, seed: int = 1) -> Signals:
     draw = np.random.default_rng(seed)
     cache = tuple(draw.normal(0, 1, (2, tokens, 16)).astype(np.float32) for _ in range(2))

@@ -79,7 +79,10 @@ def _artifact(out: Output, path: str) -> None:
 
 def _schedule(entry: "ScheduleEntry") -> str:
     """What the artifact follows by default: steps, or a name, and on what it was found."""
-    steps = ",".join(f"{bits}@{start}" for start, bits in entry.steps) or f"{entry.name} over {'/'.join(map(str, entry.ladder))} bits"
+    steps = (
+        ",".join(f"{bits}@{start}" for start, bits in entry.steps)
+        or f"{entry.name} over {'/'.join(map(str, entry.ladder))} bits"
+    )
     return f"prompt at {entry.prefill_bits} bits, {steps}" + (f" ({entry.note})" if entry.note else "")
 
 

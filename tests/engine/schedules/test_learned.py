@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lilliput.artifact import write
+from lilliput.artifact import amend
 from lilliput.artifact.verify import verify
 from lilliput.core.errors import ConfigError, UnknownName
 from lilliput.engine import load
@@ -30,7 +30,7 @@ def signals(tokens: int = 9, seed: int = 1) -> Signals:
 def test_what_an_artifact_keeps_decides_the_same(tmp_path: Path, schedule: Prompted) -> None:
     folder = tmp_path / "small.lilliput"
     write_small_artifact(folder)
-    write.set_schedule(folder, schedule.entry(), schedule.tensors())
+    amend.set_schedule(folder, schedule.entry(), schedule.tensors())
     engine = load(folder, threads=1)
     kept = engine.schedule
     assert isinstance(kept, Prompted)
@@ -103,7 +103,7 @@ def test_one_learned_for_another_model_or_horizon_is_refused(tmp_path: Path) -> 
 
     folder = tmp_path / "small.lilliput"
     write_small_artifact(folder)
-    manifest = write.set_schedule(folder, learned().entry(), learned().tensors())
+    manifest = amend.set_schedule(folder, learned().entry(), learned().tensors())
     assert manifest.schedule is not None
     for change, match in (({"model": "0" * 64}, "another model"), ({"horizon": 60}, "answers of 30 tokens, not of 60")):
         entry = manifest.schedule.model_copy(update=change)

@@ -5,9 +5,11 @@
 
 Quality is taken along the float model's greedy continuation of prompts cut out of held-out documents; the schedules are
 fitted on prompts of other documents of the same files. Figures are means over prompts with 95 % intervals by bootstrap
-over prompts, paired where two schedules are compared. The tail is the last third of each answer. The artifact and the
-references are made once and kept in --work. --mixed adds a population of several kinds of text, --text among them,
-where `kinds` has the steps searched for each kind by itself: what knowing the kind is worth.
+over prompts, paired where two schedules are compared. The tail is the last third of each answer. The artifact, the
+references and every figure of an answer are made once and kept in --work, so a stopped run goes on. --mixed adds a
+population of several kinds of text, --text among them, where `kinds` has the steps searched for each kind by itself, what
+knowing the kind is worth, and `knows` takes for each prompt the best choice of steps at thirds, having seen what all of
+them lose on it: the most that choosing by prompt can gain.
 Writes benchmarks/results/pmpd.jsonl.
 """
 
@@ -24,6 +26,7 @@ import numpy.typing as npt
 
 from harness import emit
 from lilliput.apps.cli.output import table
+from lilliput.artifact.schema import fingerprint
 from lilliput.data.documents import read_documents
 from lilliput.engine import Engine
 from lilliput.engine.schedules.base import Schedule
@@ -32,11 +35,11 @@ from lilliput.engine.schedules.learned import Learned
 from lilliput.engine.schedules.sure import Entropy
 from lilliput.engine.schedules.text import parse
 from lilliput.measure import along as follow
-from lilliput.measure.continuations import Author, Case, Notebook, write_answers
+from lilliput.measure.continuations import Author, Case, Notebook, settled, write_answers
 from lilliput.measure.rouge import rouge_l
 from lilliput.scheduling import Found, ScheduleJob, find_schedule
-from lilliput.scheduling.learn import look
-from lilliput.scheduling.search import static
+from lilliput.scheduling.learn import PARTS, look
+from lilliput.scheduling.search import choices_of, grid_of, static
 
 F64 = npt.NDArray[np.float64]
 ROOT = Path(__file__).parents[1]
@@ -208,19 +211,44 @@ def swapped(chooser: Learned, engine: Engine, cases: Sequence[Case], size: Size,
 
 
 def along(
-    engine: Engine, author: Author, cases: Sequence[Case], runs: dict[str, Schedule | list[Schedule]]
+    engine: Engine,
+    author: Author,
+    cases: Sequence[Case],
+    runs: dict[str, Schedule | list[Schedule]],
+    notebook: Notebook,
 ) -> dict[str, Rows]:
-    """Follow every schedule along every answer; the float model meets each answer once."""
+    """Follow every schedule along every answer, those that come to the same widths there once; the float model meets
+    each answer once. What is in the notebook is not measured again."""
     told: dict[str, list[tuple[float, ...]]] = {name: [] for name in runs}
     for i, case in enumerate(cases):
-        chosen = [run[i] if isinstance(run, list) else run for run in runs.values()]
-        from_ = len(case.answer) * 2 // 3
-        for name, one in zip(runs, follow.along(engine, author, case, chosen), strict=True):
-            tail = one.surprise[from_:]
-            told[name].append((float(one.kl.mean()), float(tail.sum()), len(tail), sum(one.widths), len(one.widths)))
+        chosen = [settled(engine, case, run[i] if isinstance(run, list) else run) for run in runs.values()]
+        keys, from_ = [f"{case.key} {one}" for one in chosen], len(case.answer) * 2 // 3
+        absent = {key: one for key, one in zip(keys, chosen, strict=True) if key not in notebook}
+        found = follow.along(engine, author, case, list(absent.values())) if absent else []
+        for key, one in zip(absent, found, strict=True):
+            tail, bits = one.surprise[from_:], one.widths
+            notebook.note(key, [float(one.kl.mean()), float(tail.sum()), len(tail), sum(bits), len(bits)])
+        for name, key in zip(runs, keys, strict=True):
+            told[name].append(tuple(notebook[key]))
         if i % 10 == 9:
             print(f"{i + 1} of {len(cases)} answers", flush=True)
     return {name: Rows(*np.array(rows, dtype=np.float64).T) for name, rows in told.items()}
+
+
+def knowing(choices: Sequence[Rows], widest: Rows, tolerance: float) -> Rows:
+    """For each case the choice of the least loss plus price times bits, at the price of the fewest bits at which all
+    together lose `tolerance` of the perplexity at most: choosing by prompt as well as can be."""
+    kl = np.stack([row.kl for row in choices], axis=1)
+    bits, of = np.stack([row.bits for row in choices], axis=1), np.arange(len(kl))
+    mean_bits = bits / widest.forwards[:, None]
+    allowed = widest.kl.mean() + np.log1p(tolerance)
+    picks = [(kl + price * mean_bits).argmin(1) for price in [0.0, *np.logspace(-5, 1, 601)]]
+    best = min((pick for pick in picks if kl[of, pick].mean() <= allowed), key=lambda pick: bits[of, pick].sum())
+
+    def chosen(name: str) -> F64:
+        return np.stack([getattr(row, name) for row in choices], axis=1)[of, best]
+
+    return Rows(*(chosen(name) for name in ("kl", "tail", "tail_tokens", "bits", "forwards")))
 
 
 def written(
@@ -267,12 +295,15 @@ def report(
     line: Sequence[str],
     size: Size,
     kinds: Sequence[str] = (),
+    more: Sequence[Rows] = (),
 ) -> list[Any]:
     """One line a schedule: its figures, and its KL beside constants and searched steps of the same average bits.
 
-    kinds: of the cases; where they differ a line also has the bits and the KL of each.
+    kinds: of the cases; where they differ a line also has the bits and the KL of each. more: steps the same for all
+    prompts that have no line of their own, and stand among the searched ones.
     """
     count, told = len(next(iter(rows.values())).kl), []
+    others = {f"choice {i}": row for i, row in enumerate(more)}
     for name, row in rows.items():
         kl, kl_ci = interval(lambda of, row=row: float(row.kl[of].mean()), count)
         fields: dict[str, Any] = {
@@ -287,11 +318,11 @@ def report(
             "tail_perplexity": float(np.exp(row.tail.sum() / row.tail_tokens.sum())),
             "new_tokens": size.tokens,
         }
-        for beside, names in (("constant", ["4", "3", "2"]), ("static", list(line))):
+        for beside, names in (("constant", ["4", "3", "2"]), ("static", [*line, *others])):
             if name not in names:
 
                 def less(of: Any, row: Rows = row, names: Sequence[str] = names) -> float:
-                    return interpolated(rows, names, row.average_bits(of), of) - float(row.kl[of].mean())
+                    return interpolated(rows | others, names, row.average_bits(of), of) - float(row.kl[of].mean())
 
                 fields[f"beside_{beside}"], fields[f"beside_{beside}_ci95"] = interval(less, count)
         twins = {"3": "prompt 4, then 3", "2": "prompt 4, then 2", "random": "thirds", "swapped": "learned 1%"}
@@ -335,12 +366,24 @@ def quality(
     best = [row.schedule for row in find(engine, fit.all(), every, author, work).frontier if row.best]
     line = [f"frontier {text}" for text in best[:: max(1, len(best) // 6)] if "@" in text]
     runs |= {name: parse(name.removeprefix("frontier ")) for name in line}
-    rows = along(engine, author, cases, runs)
+    choices: dict[str, Schedule | list[Schedule]] = {}
+    if population != "tales":
+        every_third = choices_of(grid_of(size.tokens, PARTS), len(LADDER) - 1)
+        choices = {f"choice {one}": one for one in (static(LADDER, choice, size.tokens) for choice in every_third)}
+    about = {"model": fingerprint(engine.artifact.manifest), "engine": [engine.kv, engine.activations]}
+    notebook = Notebook(work / "along.jsonl", about | {"author": "float"})
+    rows = along(engine, author, cases, runs | choices, notebook)
+    notebook.close()
+    thirds_of = {name: rows.pop(name) for name in choices}
+    if thirds_of:
+        rows |= {f"knows {t:.0%}": knowing(list(thirds_of.values()), rows["4"], t) for t in (0.01, 0.05)}
     writing = {"4", "3", "2", "thirds", "search 1%", "search 5%", "learned 1%", "features 1%", "entropy"}
     if population == "tales":  # the table of the mixed one is about KL
         written(engine, cases, {name: run for name, run in runs.items() if name in writing}, rows, size)
-    texts = {name: "one a prompt" if isinstance(run, list) else str(run) for name, run in runs.items()}
-    told = report(population, rows, texts, ["4", *line, "search 1%", "search 5%", "3", "2"], size, kinds)
+    fixed = {name: str(run) for name, run in runs.items() if not isinstance(run, list)}
+    texts = {name: fixed.get(name, "one a prompt") for name in rows}
+    same_for_all = ["4", *line, "search 1%", "search 5%", "3", "2"]
+    told = report(population, rows, texts, same_for_all, size, kinds, list(thirds_of.values()))
     for fields in told:
         kept = {"fit_prompts": len(fit.all()), "sources": [source.partition("=")[0] for source in sources]}
         fields["answer_tokens"] = float(np.mean([len(case.answer) for case in cases]))

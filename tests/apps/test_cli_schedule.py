@@ -1,6 +1,7 @@
 """`lilliput schedule`: what it finds is kept, and followed by `run`."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,10 @@ def test_found_kept_and_run(artifact: Path, task: Path, capsys: pytest.CaptureFi
     engine = load(artifact, threads=1)
     assert tuple(ran["tokens"]) == engine.generate("Once", max_new_tokens=16, schedule=kept).tokens
     assert told(capsys, "verify", artifact)["ok"]
+    assert main(["inspect", str(artifact)]) == 0
+    shown = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("schedule "))
+    assert made["schedule"]["note"] in shown
+    assert ",".join(f"{bits}@{start}" for start, bits in made["schedule"]["steps"]) in shown
 
 
 def test_a_plain_text_is_cut_into_prompts(artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -58,6 +63,34 @@ def test_a_plain_text_is_cut_into_prompts(artifact: Path, tmp_path: Path, capsys
     assert made["schedule"]["note"].endswith("over 5 answers of the widest width")  # 120 bytes, 24 beside each BOS
     made = told(capsys, "schedule", artifact, "--task", text, *args, "--limit", 2)
     assert made["schedule"]["note"].endswith("over 2 answers of the widest width")
+
+
+def test_a_text_too_long_for_a_prompt_is_cut_and_that_is_said(
+    artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The context is 128: with 8 new tokens a prompt has room for 120."""
+    text = tmp_path / "text.txt"
+    text.write_text("and so on " * 60)
+    args = ("--ladder", "4/2", "-n", "8", "--grid", "2", "--threads", "1", "--dry-run", "--tolerance", "0")
+    assert main(["schedule", str(artifact), "--task", str(text), *args]) == 0
+    said = capsys.readouterr().err
+    assert "text.txt: one text, cut into 6 prompts of 120 tokens at most" in said
+    assert "nothing that falls below 4 bits keeps within the tolerance" in said
+    assert "small.lilliput.schedule.jsonl" in said
+
+
+def test_an_artifact_that_cannot_be_written_is_refused_before_anything_is_scored(
+    artifact: Path, task: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A superuser may write wherever the disk lets him, so what the system answers is stated."""
+    monkeypatch.setattr("os.access", lambda path, mode: not (Path(path) == artifact and mode == os.W_OK))
+    assert main(["schedule", str(artifact), "--task", str(task), *map(str, SMALL)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert "cannot be written to" in said
+    assert len(said.splitlines()) == 1
+    assert not list(artifact.parent.glob("*.schedule.jsonl"))
+    assert told(capsys, "schedule", artifact, "--task", task, "--dry-run", *SMALL)["written"] is False
 
 
 def test_a_dry_run_changes_nothing_and_keeps_its_notes(

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lilliput.engine import load
+from lilliput.engine import Engine, load
 from lilliput.engine.schedules.fixed import Constant
+from lilliput.engine.schedules.sure import Entropy
+from lilliput.engine.schedules.text import parse
 from lilliput.measure.continuations import Case, Notebook, Widest, write_answers
 from lilliput.scheduling.search import static
 from support.small_artifact import llama_spec, write_small_artifact
@@ -104,12 +106,52 @@ def test_figures_along_answers_and_of_what_is_written(pmpd: ModuleType, engine: 
     size, author = pmpd.Size(4, 4, 24, 1), Widest(engine)
     cases = write_answers(prompts, author, size.tokens, Notebook(None, {}))
     runs = {"8": Constant(bits=8), "2": Constant(bits=2), "each": [Constant(bits=4)] * len(cases)}
-    rows = pmpd.along(engine, author, cases, runs)
+    rows = pmpd.along(engine, author, cases, runs, Notebook(None, {}))
     pmpd.written(engine, cases, runs, rows, size)
     assert [round(rows[name].average_bits(), 6) for name in runs] == [8, 2, 4]
     assert rows["8"].kl.max() < 1e-5 < rows["2"].kl.min()
     assert (rows["8"].rouge == 1).all()
     assert rows["2"].tail_tokens.tolist() == [len(case.answer) - len(case.answer) * 2 // 3 for case in cases]
+
+
+def test_a_stopped_run_goes_on_and_asks_for_nothing_twice(
+    pmpd: ModuleType, engine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cases = [Case((257, 4, 5), (7, 9, 11, 13, 15)), Case((257, 6), (8, 10, 12))]
+    runs = {"8": Constant(bits=8), "falls": parse("8@0,4@2"), "late": parse("8@0,4@4"), "entropy": Entropy()}
+    whole = pmpd.along(engine, Widest(engine), cases, runs, Notebook(None, {}))
+    left, real = [5], Engine.follow
+
+    def counted(*args: Any) -> Any:
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(Engine, "follow", counted)
+    notebook = Notebook(tmp_path / "along.jsonl", {})
+    with pytest.raises(KeyboardInterrupt):
+        pmpd.along(engine, Widest(engine), cases, runs, notebook)
+    notebook.close()
+    left[0] = 100
+    notebook = Notebook(tmp_path / "along.jsonl", {})
+    again = pmpd.along(engine, Widest(engine), cases, runs, notebook)
+    notebook.close()
+    assert left[0] == 100 - 2  # of the second answer 8 bits, to which both steps come, and entropy
+    for name in runs:
+        assert (again[name].kl == whole[name].kl).all()
+        assert (again[name].bits == whole[name].bits).all()
+
+
+def test_knowing_every_loss_spends_bits_where_they_help(pmpd: ModuleType) -> None:
+    """Half of the cases lose nothing at 2 bits; what 1 % allows is spent on none of the others."""
+    ones = np.ones(10)
+    lost = np.where(np.arange(10) < 5, 0.0, 0.5)
+    four, two = (pmpd.Rows(kl, ones, ones, ones * bits * 9, ones * 9) for kl, bits in ((ones * 0, 4), (lost, 2)))
+    told = pmpd.knowing([two, four], four, 0.01)
+    assert told.average_bits() == 3
+    assert told.kl.max() == 0
+    assert pmpd.knowing([two, four], four, 0.6).average_bits() == 2
 
 
 def test_speed_tells_whether_drafts_changed_a_token(pmpd: ModuleType, engine: Any, monkeypatch: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lilliput.artifact import write
+from lilliput.artifact import amend
 from lilliput.artifact.read import Artifact
 from lilliput.artifact.schema import ScheduleEntry
 from lilliput.core.errors import ConfigError, InputCorrupt
@@ -496,7 +496,7 @@ def copy(folder: Path, tmp_path: Path) -> Path:
 
 
 def test_the_stored_schedule_is_followed_unless_something_else_is_said(copy: Path) -> None:
-    write.set_schedule(copy, parse("8@prompt,4@0,2@5").entry())
+    amend.set_schedule(copy, parse("8@prompt,4@0,2@5").entry())
     engine = load(copy, threads=1)
     assert str(engine.schedule) == "8@prompt,4@0,2@5"
     done = engine.generate("Once", max_new_tokens=10)
@@ -508,7 +508,7 @@ def test_the_stored_schedule_is_followed_unless_something_else_is_said(copy: Pat
 
 
 def test_a_copy_without_the_schedules_widths_does_without(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
-    write.set_schedule(copy, parse("8@0,2@5").entry())
+    amend.set_schedule(copy, parse("8@0,2@5").entry())
     (copy / "bits-8.safetensors").unlink()
     engine = load(copy, threads=1)
     assert set(engine.generate("Once", max_new_tokens=10).widths) == {4}
@@ -520,7 +520,7 @@ def test_what_was_learned_for_another_model_or_horizon_is_one_line(
 ) -> None:
     learned = {"query": np.ones((2, 3), dtype=np.float32)}
     entry = ScheduleEntry(name="confidence", prefill_bits=4, ladder=(4, 2), horizon=64)
-    manifest = write.set_schedule(copy, entry, learned)
+    manifest = amend.set_schedule(copy, entry, learned)
     assert load(copy).schedule == Confidence(ladder=(4, 2))
     other = tmp_path / "other"
     write_small_artifact(other, SPEC, seed=5)
@@ -546,7 +546,7 @@ def test_what_was_learned_for_another_model_or_horizon_is_one_line(
 
 def test_a_damaged_file_and_a_schedule_nobody_knows_are_one_line(copy: Path) -> None:
     entry = ScheduleEntry(name="confidence", prefill_bits=4, ladder=(4, 2), horizon=64)
-    manifest = write.set_schedule(copy, entry, {"query": np.ones((2, 3), dtype=np.float32)})
+    manifest = amend.set_schedule(copy, entry, {"query": np.ones((2, 3), dtype=np.float32)})
     assert manifest.schedule is not None
     file = copy / str(manifest.schedule.file)
     raw = bytearray(file.read_bytes())
@@ -554,7 +554,7 @@ def test_a_damaged_file_and_a_schedule_nobody_knows_are_one_line(copy: Path) -> 
     file.write_bytes(raw)
     with pytest.raises(InputCorrupt, match=r"the contents do not match their SHA-256"):
         load(copy).generate("Once")
-    write.set_schedule(copy, entry.model_copy(update={"options": {"measured": 5}}))
+    amend.set_schedule(copy, entry.model_copy(update={"options": {"measured": 5}}))
     with pytest.raises(ConfigError, match=r": schedule: confidence cannot be made of what is stored \(.*measured"):
         load(copy).generate("Once")
     assert load(copy).generate("Once", max_new_tokens=2, bits=4).tokens  # a width needs no schedule

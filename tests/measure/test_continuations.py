@@ -7,10 +7,14 @@ import pytest
 
 from lilliput.core.errors import ConfigError
 from lilliput.engine import Engine, load
+from lilliput.engine.schedules.base import Schedule
 from lilliput.engine.schedules.fixed import Constant, Static
-from lilliput.measure.continuations import Case, Judge, Notebook, Widest, write_answers
+from lilliput.engine.schedules.sure import Entropy
+from lilliput.engine.schedules.text import parse
+from lilliput.measure.continuations import Case, Judge, Notebook, Widest, settled, write_answers
 from lilliput.measure.metrics import KL, NLL, Agreement, Original, RougeL, divergences
 from lilliput.numerics.divergence import divergence, log_softmax
+from support.schedules import features, learned
 from support.small_artifact import write_small_artifact
 
 PROMPTS = [[257, 5, 6, 7], [257, 90, 12], [257, 258, 40, 41, 42]]  # the third has an end of sequence inside
@@ -75,6 +79,56 @@ def test_what_is_written_is_not_cut_where_the_reference_ends(small: Engine, case
     assert scored.scores.tolist() == [2 * 4 / (len(case.answer) + 4) for case in cases]
     forwards = [len(small.generate(case.prompt, bits=8, max_new_tokens=20).widths) for case in cases]
     assert scored.forwards.tolist() == forwards
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("watch", [None, 0, 5, 60])
+def test_steps_that_a_schedule_comes_to_are_those_it_would_follow(
+    small: Engine, cases: list[Case], seed: int, watch: int | None
+) -> None:
+    """To the bit, though what looks at signals goes token by token and known steps go in stretches."""
+    shape = small.spec.num_kv_heads, small.spec.head_dim
+    schedule = (learned(*shape, seed=seed) if watch is None else features(watch, slope=0.05 * seed)).fitted(small.bits)
+    for case in cases:
+        known = settled(small, case, schedule)
+        assert known.steps() is not None
+        assert all(start < case.forwards for start, _ in known.steps() or ())
+        text = case.prompt + case.answer[:-1]
+        (rows, widths), (plain, used) = (small.follow(text, len(case.prompt), one) for one in (known, schedule))
+        assert widths == used
+        np.testing.assert_array_equal(rows, plain)
+
+
+def test_what_no_forward_meets_is_left_out_and_what_looks_everywhere_stays() -> None:
+    case, engine = Case((1, 2), tuple(range(11))), None  # an engine is not asked
+
+    def known(schedule: Schedule) -> str:
+        return str(settled(engine, case, schedule))  # type: ignore[arg-type]
+
+    assert known(parse("4@0,3@9,2@10")) == "4@0,3@9"
+    assert known(parse("4@0,3@10")) == known(Constant(bits=4)) == "4"
+    assert known(parse("8@prompt,4@0,3@10")) == known(parse("8@prompt,4@0")) == "8@prompt,4@0"
+    rising = settled(engine, case, Static(at=((0, 2), (3, 4), (12, 2)), allow_raise=True, prefill=4))  # type: ignore[arg-type]
+    assert (rising.steps(), rising.prefill_bits) == (((0, 2), (3, 4)), 4)
+    asking = Entropy(ladder=(4, 2))
+    assert settled(engine, case, asking) is asking  # type: ignore[arg-type]
+
+
+def test_schedules_that_come_to_the_same_are_scored_once(
+    small: Engine, cases: list[Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    real = Engine.follow
+
+    def counted(self, tokens, prompt_tokens, schedule):  # type: ignore[no-untyped-def]
+        asked.append(str(schedule))
+        return real(self, tokens, prompt_tokens, schedule)
+
+    monkeypatch.setattr(Engine, "follow", counted)
+    judge = Judge(small, [Case(case.prompt, case.answer[:8]) for case in cases], KL(), Widest(small), 20)
+    first, second = judge.score(parse("8@0,4@4")), judge.score(parse("8@0,4@4,2@7"))  # of 8 tokens, 7 are forwarded
+    assert (first.scores == second.scores).all()
+    assert asked == ["8@0,4@4"] * 3
 
 
 def test_tolerances() -> None:

@@ -18,7 +18,7 @@ from lilliput.core.progress import Progress, Silent
 from lilliput.data.documents import read_documents
 from lilliput.engine.engine import Engine
 from lilliput.engine.schedules.base import Schedule
-from lilliput.measure.continuations import Author, Case, Notebook, Widest, cut_prompts, write_answers
+from lilliput.measure.continuations import Author, Case, Notebook, Widest, cut_prompts, settled, write_answers
 from lilliput.measure.metrics import F64, Original, divergences, surprises
 from lilliput.measure.reference import open_writer
 
@@ -73,15 +73,22 @@ class AlongRow(BaseModel):
 
 
 def along(engine: Engine, author: Author, case: Case, schedules: Sequence[Schedule]) -> list[Along]:
-    """Follow every schedule along the answer of one case. Raises what `Engine.follow` raises."""
+    """Follow every schedule along the answer of one case; those that come to the same widths there share a pass.
+
+    Raises what `Engine.follow` raises.
+    """
     ids, start = case.prompt + case.answer[:-1], len(case.prompt)
     original = Original.of(author.logits(np.array(ids, dtype=np.int32))[start - 1 :])
-    told = []
-    for schedule in schedules:
-        rows, widths = engine.follow(ids, start, schedule)
-        same = rows.argmax(-1) == original.top
-        told.append(Along(divergences(rows, original), surprises(rows, case.answer), same, widths))
-    return told
+    found: dict[str | int, Along] = {}
+    keys: list[str | int] = []
+    for index, schedule in enumerate(schedules):
+        one = settled(engine, case, schedule.fitted(engine.bits))
+        keys.append(index if one.steps() is None else str(one))
+        if keys[-1] not in found:
+            rows, widths = engine.follow(ids, start, one)
+            same = rows.argmax(-1) == original.top
+            found[keys[-1]] = Along(divergences(rows, original), surprises(rows, case.answer), same, widths)
+    return [found[key] for key in keys]
 
 
 def measure_along(

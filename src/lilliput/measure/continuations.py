@@ -1,15 +1,16 @@
 """Prompts, what a reference model wrote after them, and how well a schedule of widths keeps to that.
 
 Along a given answer a schedule costs about one pass over the text: the prompt at its width, then every stretch of
-answer at the width it would have been written at, over one cache. Everything found goes into a notebook on disk as it is
-found, so a killed run goes on.
+answer at the width it would have been written at, over one cache. Schedules that come to the same widths along an answer
+cost one pass together. Everything found goes into a notebook on disk as it is found, so a killed run goes on.
 """
 
 import fcntl
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import IO, Any, Final, Protocol
 
@@ -20,7 +21,9 @@ from lilliput.core.errors import ConfigError
 from lilliput.core.progress import Progress, Silent
 from lilliput.data.streams import Encoder, windows
 from lilliput.engine.engine import Engine
-from lilliput.engine.schedules.base import Schedule
+from lilliput.engine.schedules.base import Follower, Schedule, Signals, Steps
+from lilliput.engine.schedules.callback import Callback
+from lilliput.engine.schedules.fixed import Constant, Static
 from lilliput.measure.metrics import F32, F64, Forced, Metric, Original, Written
 
 _BATCH: Final = 8
@@ -39,6 +42,11 @@ class Case:
     def forwards(self) -> int:
         """Decode forwards that writing the answer takes; the first token comes of the prompt."""
         return len(self.answer) - 1
+
+    @property
+    def key(self) -> str:
+        """A name that tells it from other cases."""
+        return f"{_digest(self.prompt)}{_digest(self.answer)}"
 
 
 class Author(Protocol):
@@ -176,6 +184,44 @@ def usable(cases: Sequence[Case]) -> list[Case]:
     return left
 
 
+def settled(engine: Engine, case: Case, schedule: Schedule) -> Schedule:
+    """Return the steps that a schedule comes to along the answer of one case, without those the answer never meets.
+
+    One that decides once is asked along as much of the answer as it looks at. One that may look at every forward comes
+    back as it is. Raises what `Engine.follow` raises.
+    """
+    steps = schedule.steps()
+    if steps is None:
+        if schedule.looks is None:
+            return schedule
+        steps = _decided(engine, case, schedule, schedule.looks)
+    met = tuple(step for step in steps if step[0] == 0 or step[0] < case.forwards)
+    made = Constant(bits=met[0][1]) if len(met) == 1 else Static(at=met, allow_raise=schedule.allow_raise)
+    prefill = None if schedule.prefill_bits == made.ladder[0] else schedule.prefill_bits
+    return replace(made, prefill=prefill)
+
+
+def _decided(engine: Engine, case: Case, schedule: Schedule, looks: int) -> Steps:
+    follower = Follower(schedule, len(case.prompt), case.forwards + 1)
+
+    def ask(step: int, cur_bits: int, signals: Signals) -> int:
+        return follower.next_bits(step, signals)
+
+    def unasked() -> Any:
+        raise AssertionError(f"{schedule} looks again after {looks} forwards")
+
+    asking = Callback(function=ask, ladder=schedule.ladder, prefill=schedule.prefill, allow_raise=schedule.allow_raise)
+    text = case.prompt + case.answer[: min(looks, case.forwards)]
+    widths = list(engine.follow(text, len(case.prompt), asking)[1])
+    blind = Signals(unasked, unasked, unasked)
+    widths += [follower.next_bits(step, blind) for step in range(len(widths), case.forwards)]
+    steps, start = list[tuple[int, int]](), 0
+    for bits, run in groupby(widths):
+        steps.append((start, bits))
+        start += len(list(run))
+    return tuple(steps)
+
+
 @dataclass(frozen=True)
 class Scored:
     """A schedule on all cases. scores: (cases,). bits, forwards: (cases,) sums over the decode forwards."""
@@ -197,7 +243,11 @@ class Scored:
 
 
 class Judge:
-    """Scores schedules by one metric on fixed cases, and remembers those whose text says all of them."""
+    """Scores schedules by one metric on fixed cases, and remembers those whose text says all of them.
+
+    For a metric along given answers, what counts are the steps that an answer meets: schedules which come to the same
+    there are scored once.
+    """
 
     def __init__(
         self,
@@ -214,7 +264,6 @@ class Judge:
         self._max_new_tokens = max_new_tokens
         self._author, self._notebook = author, notebook or Notebook(None, {})
         self._progress = progress or Silent()
-        self._keys = [f"{_digest(case.prompt)}{_digest(case.answer)}" for case in cases]
         self._originals: dict[int, Original] = {}
         rows = sum(len(case.answer) for case in cases)
         self._keeps = 4 * rows * engine.spec.vocab_size <= _KEPT_BYTES
@@ -222,21 +271,26 @@ class Judge:
     def score(self, schedule: Schedule) -> Scored:
         """Score one schedule on every case."""
         schedule = schedule.fitted(self.engine.bits)
-        told = None if schedule.steps() is None else str(schedule)
+        forced = isinstance(self.metric, Forced)
         found: dict[int, tuple[float, int, int]] = {}
-        for i, key in enumerate(self._keys):
-            if told is not None and f"{key} {told}" in self._notebook:
-                found[i] = tuple(self._notebook[f"{key} {told}"])
-        absent = [i for i in range(len(self.cases)) if i not in found]
+        absent: list[tuple[int, Schedule, str | None]] = []
+        for i, case in enumerate(self.cases):
+            one = settled(self.engine, case, schedule) if forced else schedule
+            key = None if one.steps() is None else f"{case.key} {one}"
+            if key is not None and key in self._notebook:
+                found[i] = tuple(self._notebook[key])
+            else:
+                absent.append((i, one, key))
         if absent:
             self._progress.begin(f"scoring {schedule}", len(self.cases), len(found))
-        step = 1 if isinstance(self.metric, Forced) else _BATCH
+        step = 1 if forced else _BATCH
         for start in range(0, len(absent), step):
             batch = absent[start : start + step]
-            for i, value in zip(batch, self._scores(schedule, batch), strict=True):
+            values = self._scores(batch[0][1], [i for i, _, _ in batch])
+            for (i, _, key), value in zip(batch, values, strict=True):
                 found[i] = value
-                if told is not None:
-                    self._notebook.note(f"{self._keys[i]} {told}", list(value))
+                if key is not None:
+                    self._notebook.note(key, list(value))
             self._progress.advance(len(batch))
         told_of = np.array([found[i] for i in range(len(self.cases))], dtype=np.float64)
         return Scored(schedule, told_of[:, 0], told_of[:, 1], told_of[:, 2])

@@ -126,6 +126,7 @@ def find_schedule(
     progress = progress or Silent()
     ladder = job.rungs(engine.bits)
     prompts, references = _fitting(prompts, references, engine.context - job.max_new_tokens)
+    _enough(len(prompts), job)
     about = {
         "model": fingerprint(engine.artifact.manifest),
         "metric": job.metric,
@@ -165,6 +166,15 @@ def _fitting(
         what = f"none of {len(prompts)} prompts leaves room for the answer in the context"
         raise ConfigError(what, where="task", fix="Cut them with --prompt-tokens, or ask for fewer new tokens")
     return [prompts[i] for i in kept], None if references is None else [references[i] for i in kept]
+
+
+def _enough(prompts: int, job: ScheduleJob) -> None:
+    """Raise ConfigError where so few prompts teach nothing."""
+    from lilliput.scheduling import learn
+
+    if job.method != "search" and prompts < learn.LEAST:
+        fix = f"Give {learn.LEAST} or more, or use --method search"
+        raise ConfigError(f"{prompts} prompts teach no chooser", where="task", fix=fix)
 
 
 def _search(judge: Judge, job: ScheduleJob, ladder: tuple[int, ...]) -> tuple[Schedule, tuple[Frontier, ...]]:
@@ -219,9 +229,7 @@ def _learn(judge: Judge, job: ScheduleJob, ladder: tuple[int, ...]) -> tuple[Sch
     """Steps by prompt: score every choice on every prompt, teach a chooser, and check it on prompts it did not see."""
     from lilliput.scheduling import learn
 
-    if len(judge.cases) < learn.LEAST:
-        what = f"{len(judge.cases)} prompts teach no chooser"
-        raise ConfigError(what, where="task", fix=f"Give {learn.LEAST} or more, or use --method search")
+    _enough(len(judge.cases), job)
     order = list(range(len(judge.cases)))
     random.Random(job.seed).shuffle(order)
     parts = learn.PARTS if job.method == "learned" else job.grid

@@ -7,44 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lilliput.artifact import write
+from lilliput.artifact import amend
 from lilliput.artifact.verify import verify
 from lilliput.core.errors import ConfigError, UnknownName
 from lilliput.engine import load
 from lilliput.engine.schedules.base import Follower, Signals
-from lilliput.engine.schedules.features import Features, all_choices, features_of
-from lilliput.engine.schedules.learned import Learned, upright
+from lilliput.engine.schedules.learned import upright
 from lilliput.engine.schedules.prompted import Prompted
 from lilliput.engine.schedules.text import parse
+from support.schedules import GRID, features, learned
 from support.small_artifact import write_small_artifact
-
-GRID = (0, 10, 20, 30)
-
-
-def learned(heads: int = 2, dim: int = 16, seed: int = 0, **options: Any) -> Learned:
-    draw = np.random.default_rng(seed)
-    shapes = {"query": (heads, dim), "inv_freq": (dim // 2,), "mean": (heads * dim,), "spread": (heads * dim,)}
-    shapes |= {"hidden": (8, heads * dim), "hidden_bias": (8,), "out": (8, 8), "out_bias": (8,)}
-    weights = {name: draw.normal(0, 1, shape).astype(np.float32) for name, shape in shapes.items()}
-    weights["spread"] = np.abs(weights["spread"]) + 1
-    return Learned(**{"ladder": (4, 3, 2), "horizon": 30, "grid": GRID, "weights": weights, **options})
-
-
-def features(watch: int, slope: float = 0.0) -> Features:
-    """Losses fall with the entropy of the first forward; a step is worth its price in bits."""
-    choices, count = all_choices(GRID, 2), len(features_of(1, [(0.0, 1.0)] * (watch + 1)))
-    bits = np.array([2 + (a + b) / 30 for a, b in choices])
-    weights = {"mean": np.zeros(count), "spread": np.ones(count), "slope": np.zeros((len(choices), count))}
-    weights["slope"][:, 1] = slope * (30 - bits)
-    weights |= {"intercept": np.zeros(len(choices)), "bits": bits}
-    return Features(
-        ladder=(4, 3, 2),
-        horizon=30,
-        grid=GRID,
-        watch=watch,
-        price=1.0,
-        weights={name: array.astype(np.float32) for name, array in weights.items()},
-    )
 
 
 def signals(tokens: int = 9, seed: int = 1) -> Signals:
@@ -58,7 +30,7 @@ def signals(tokens: int = 9, seed: int = 1) -> Signals:
 def test_what_an_artifact_keeps_decides_the_same(tmp_path: Path, schedule: Prompted) -> None:
     folder = tmp_path / "small.lilliput"
     write_small_artifact(folder)
-    write.set_schedule(folder, schedule.entry(), schedule.tensors())
+    amend.set_schedule(folder, schedule.entry(), schedule.tensors())
     engine = load(folder, threads=1)
     kept = engine.schedule
     assert isinstance(kept, Prompted)
@@ -131,7 +103,7 @@ def test_one_learned_for_another_model_or_horizon_is_refused(tmp_path: Path) -> 
 
     folder = tmp_path / "small.lilliput"
     write_small_artifact(folder)
-    manifest = write.set_schedule(folder, learned().entry(), learned().tensors())
+    manifest = amend.set_schedule(folder, learned().entry(), learned().tensors())
     assert manifest.schedule is not None
     for change, match in (({"model": "0" * 64}, "another model"), ({"horizon": 60}, "answers of 30 tokens, not of 60")):
         entry = manifest.schedule.model_copy(update=change)

@@ -11,6 +11,7 @@ from lilliput.measure.memory import format_bytes
 
 if TYPE_CHECKING:
     from lilliput.artifact.read import Artifact
+    from lilliput.artifact.schema import ScheduleEntry
     from lilliput.core.spec import AnySpec
 
 
@@ -62,6 +63,8 @@ def _artifact(out: Output, path: str) -> None:
         "made from": f"{manifest.source.name}, {manifest.source.parameters:,} parameters",
         "by": f"lilliput {manifest.lilliput_version}",
     }
+    if manifest.schedule is not None:
+        facts["schedule"] = _schedule(manifest.schedule)
     if integer is not None:
         edges = ", ".join(f"{count} of {bits} bits" for bits, count in integer["edges"].items())
         kl = "" if integer["kl"] is None else f", KL {integer['kl']:.4g}"
@@ -72,6 +75,15 @@ def _artifact(out: Output, path: str) -> None:
     if any(row["cosine"] is not None for row in rows):
         columns = {"bits": "bits", "size": "weights", "cosine": "cosine", "error": "relative error"}
     out.result(document, lambda: f"{pairs(facts | _shape(manifest.spec))}\n\n{table(shown, columns)}")
+
+
+def _schedule(entry: "ScheduleEntry") -> str:
+    """What the artifact follows by default: steps, or a name, and on what it was found."""
+    steps = (
+        ",".join(f"{bits}@{start}" for start, bits in entry.steps)
+        or f"{entry.name} over {'/'.join(map(str, entry.ladder))} bits"
+    )
+    return f"prompt at {entry.prefill_bits} bits, {steps}" + (f" ({entry.note})" if entry.note else "")
 
 
 def _integer(artifact: "Artifact") -> dict[str, Any] | None:

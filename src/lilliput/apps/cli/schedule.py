@@ -1,5 +1,6 @@
 """`lilliput schedule`: find the widths an artifact should decode a task at, and keep them in it."""
 
+import os
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -9,6 +10,8 @@ import click
 from lilliput.apps.cli.options import activations, artifact_argument, common, threads
 from lilliput.apps.cli.output import Output, table
 
+CUT = 128
+"""Tokens of a prompt that a text too long for one is cut into."""
 COLUMNS = {
     "mark": "",
     "schedule": "schedule",
@@ -43,7 +46,8 @@ def _ladder(ctx: click.Context, param: click.Parameter, value: str | None) -> tu
 @click.option(
     "--prompt-tokens",
     type=click.IntRange(1),
-    help="Keep the first N tokens of every prompt; cut a single text into as many of N.",
+    help=f"Keep the first N tokens of every prompt; cut a single text into as many of N. By default only a text too long "
+    f"for one prompt is cut, at {CUT}.",
 )
 @click.option("--limit", type=click.IntRange(1), help="Prompts at most, the first ones; by default all.")
 @click.option("--tolerance", default="1%", show_default=True, callback=_share, metavar="SHARE", help="How much worse.")
@@ -134,9 +138,15 @@ def command(
     )
     engine = Engine(artifact, threads=threads, activations=activations)
     job.rungs(engine.bits)
+    if not dry_run and not os.access(artifact, os.W_OK):
+        raise ConfigError("it cannot be written to", where=artifact, fix="Copy it to where it can, or give --dry-run")
     texts, references = read_documents(task, field=field), None
     if reference_field is None:
         prompts = cut_prompts(texts, engine.tokenizer, tokens=prompt_tokens, limit=limit)
+        room = engine.context - max_new_tokens
+        if prompt_tokens is None and len(texts) == 1 and len(prompts[0]) > room > 1:
+            prompts = cut_prompts(texts, engine.tokenizer, tokens=min(CUT, room), limit=limit)
+            out.note(f"{task}: one text, cut into {len(prompts)} prompts of {len(prompts[0])} tokens at most")
     else:
         prompts = [engine.tokenizer.encode(text)[:prompt_tokens] for text in texts[:limit]]
         answers = read_documents(task, field=reference_field)
@@ -172,3 +182,8 @@ def command(
     rows = [row.model_dump() | {"mark": "*" if row.chosen else ""} for row in found.frontier]
     out.result(document, lambda: table(rows, COLUMNS))
     out.note(f"{'found' if dry_run else 'now the default'}: {found.schedule}; {found.note}")
+    first = job.rungs(engine.bits)[0]
+    if found.schedule.ladder == (first,):
+        out.note(f"nothing that falls below {first} bits keeps within the tolerance")
+    if dry_run and notebook.exists():
+        out.note(f"what was scored is kept in {notebook}")

@@ -157,6 +157,12 @@ class Schedule(ABC):
         """The widths, where they are known beforehand: then nothing is asked while decoding. None: ask `start()`."""
         return None
 
+    @property
+    def looks(self) -> int | None:
+        """Forwards at which it asks for signals before all widths are decided, 1 being the prompt's alone; None where it
+        may ask at every one."""
+        return None
+
     def entry(self) -> ScheduleEntry:
         """Return what a manifest says of this schedule, once it is `fitted`; `tensors` go beside it."""
         return ScheduleEntry(

@@ -43,6 +43,11 @@ class Features(Prompted):
         wrong = [name for name, shape in shapes.items() if self.weights[name].shape != shape]
         return f"{wrong[0]} is {self.weights[wrong[0]].shape}, which does not fit ladder and steps" if wrong else None
 
+    @property
+    def looks(self) -> int:
+        """After the prompt, and after each forward it watches."""
+        return self.watch + 1
+
     def __post_init__(self) -> None:
         if not 0 <= self.watch <= 4096 or not 0 <= self.price < float("inf"):
             what = f"a watch of {self.watch} forwards at a price of {self.price} makes no sense"

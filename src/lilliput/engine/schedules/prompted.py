@@ -50,6 +50,11 @@ class Prompted(Schedule):
         """Steps to choose: one for every width but the first."""
         return len(self.ladder) - 1
 
+    @property
+    def looks(self) -> int:
+        """Once, after the prompt."""
+        return 1
+
     @abstractmethod
     def misfit(self) -> str | None:
         """Say in which way the weights do not fit ladder and grid, None where they do."""

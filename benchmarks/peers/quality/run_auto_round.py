@@ -39,7 +39,8 @@ def dump(job: dict[str, Any], state: tuple[Any, Any]) -> tuple[Mapping[str, Any]
     tuner, model = state
     weights = tensors(model)  # quantized and dequantized where they stand, before they are packed
     out = Path(job["out"]) / "auto_round"
-    tuner.save_quantized(str(out), format="auto_round", inplace=True)
+    # its default packs 4 bits with zeros by a class of its own that this version calls wrongly
+    tuner.save_quantized(str(out), format="auto_round:auto_gptq", inplace=True)
     packed = next(path.parent for path in sorted(out.rglob("*.safetensors")))
     names = {name for name in weights if name.endswith(".weight")}
     return {name: weights[name] for name in names}, stored(packed)

@@ -1,7 +1,7 @@
 """Worker of auto-round: SignRound, with its defaults but the grid. options: {"sym": no zero point}.
 
-In float32 without mixed precision: half precision has no arithmetic of its own on most processors and takes many times as
-long there; it would not make the result better.
+In float32 without mixed precision: in half precision, its default, it did not come to an end on our processors, which have
+no arithmetic of that kind.
 """
 
 from collections.abc import Mapping

@@ -1,8 +1,8 @@
 // The portable body of attention; each variant compiles it for its instruction set and block of sums.
 //
-// Queries that share a head's keys go through a page together: all of them against two tiles of its keys, then against
-// the next two, so that keys come from memory once a call and from the first cache once a block of queries. Values
-// likewise, two tiles of channels at a time.
+// Queries that share a head's keys go through a page together: all of them against a few tiles of its keys, then against
+// the next, so that keys come from memory once a call and from the first cache once a block of queries. Values likewise,
+// a few tiles of channels at a time.
 #pragma once
 
 #include "ops/attention/attention.hpp"

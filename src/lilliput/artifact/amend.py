@@ -13,7 +13,7 @@ import numpy.typing as npt
 from pydantic import ValidationError
 
 from lilliput.artifact.container import Layout, Planned, PlannedFile
-from lilliput.artifact.disk import SCHEDULE_TEMPORARY, hash_all, read_manifest, sync_folder, write_whole
+from lilliput.artifact.disk import SCHEDULE_TEMPORARY, hash_all, read_manifest, sync, write_whole
 from lilliput.artifact.schema import (
     MANIFEST_FILE,
     EmbeddingQuality,
@@ -52,7 +52,7 @@ def amend(
     if graph_quality is not None and manifest.integer is not None:
         changes["integer"] = manifest.integer.model_copy(update={"quality": graph_quality})
     write_whole(folder / MANIFEST_FILE, seal(manifest.model_copy(update=changes)))
-    sync_folder(folder)
+    sync(folder)
     return read_manifest(folder)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lilliput.artifact import strict_json
-from lilliput.artifact.disk import JOURNAL_FILE, read_manifest, sync_folder
+from lilliput.artifact.disk import JOURNAL_FILE, read_manifest, sync
 from lilliput.artifact.folder import Folder
 from lilliput.artifact.schema import MANIFEST_FILE, MANIFEST_LIMIT
 from lilliput.core.errors import ConfigError, LilliputError
@@ -61,7 +61,7 @@ def publish(partial: Path, out: Path, *, overwrite: bool = False) -> None:
         if error.errno == errno.EXDEV:
             raise ConfigError(f"is on another disk than {partial}", str(out), "Keep both on one disk") from None
         raise
-    sync_folder(out.parent)
+    sync(out.parent)
 
 
 def _exchange(first: Path, second: Path) -> bool:

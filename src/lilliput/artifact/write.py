@@ -13,7 +13,7 @@ import numpy.typing as npt
 from pydantic import JsonValue
 
 from lilliput.artifact.container import PlannedFile, check_free_space
-from lilliput.artifact.disk import JOURNAL_FILE, hash_all, read_manifest, sync_folder, write_whole
+from lilliput.artifact.disk import JOURNAL_FILE, hash_all, read_manifest, sync, write_whole
 from lilliput.artifact.plan import Plan as Plan
 from lilliput.artifact.schema import (
     INDEX_FILE,
@@ -184,7 +184,7 @@ class ArtifactWriter:
             files=hash_all(self.folder),
         )
         write_whole(self.folder / MANIFEST_FILE, seal(manifest))
-        sync_folder(self.folder)
+        sync(self.folder)
         self.close()
         return read_manifest(self.folder)
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lilliput.artifact.disk import sync
 from lilliput.artifact.integer import IntegerModel
 from lilliput.artifact.read import Artifact
 from lilliput.core.errors import ConfigError, Unsupported
@@ -94,8 +95,8 @@ def _partial(out: Path) -> Iterator[Path]:
 def _publish(folder: Path, out: Path, *, force: bool) -> None:
     check_output(out, force=force)
     for path in folder.iterdir():
-        _sync(path)
-    _sync(folder)
+        sync(path)
+    sync(folder)
     aside = folder.with_suffix(".old")
     if os.path.lexists(out) and any(out.iterdir()):
         os.rename(out, aside)
@@ -108,15 +109,7 @@ def _publish(folder: Path, out: Path, *, force: bool) -> None:
             check_output(out, force=False)
         raise
     shutil.rmtree(aside, ignore_errors=True)
-    _sync(out.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(out.parent)
 
 
 def _umask() -> int:

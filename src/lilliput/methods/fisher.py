@@ -18,11 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lilliput.artifact.disk import sync
 from lilliput.core.errors import InputCorrupt
 from lilliput.core.progress import Progress
 from lilliput.data.streams import I32, Batches
 from lilliput.methods.base import LayerMethod, Statistic
-from lilliput.methods.journal import sync
 from lilliput.methods.sources import Source
 from lilliput.models import Decoder
 

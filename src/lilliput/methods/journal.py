@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lilliput.artifact.disk import sync
 from lilliput.core.errors import InputCorrupt
 
 
@@ -116,12 +117,3 @@ def steps_done(folder: Path) -> int:
         return Journal(folder).load().step if folder.is_dir() else 0
     except InputCorrupt:
         return 0
-
-
-def sync(path: Path) -> None:
-    """Have a file or a folder on disk before going on."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -20,9 +20,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lilliput.artifact.disk import sync
 from lilliput.core.errors import QualityFailed
 from lilliput.core.progress import Progress
-from lilliput.methods.journal import sync
 from lilliput.methods.student import Student
 from lilliput.models.sites import Site
 from lilliput.numerics.learned import cosine

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from lilliput.artifact.disk import sync
 from lilliput.artifact.integer import Constants, write_graph
 from lilliput.core.errors import ConfigError
 from lilliput.core.graph import Graph, Grid
@@ -14,7 +15,6 @@ from lilliput.core.progress import Progress
 from lilliput.core.spec import AnySpec, EncoderSpec
 from lilliput.data.streams import Batches
 from lilliput.methods.base import IntegerMethod, Integers
-from lilliput.methods.journal import sync
 from lilliput.models import Decoder, Encoder
 from lilliput.models.lowering import lower
 from lilliput.pipeline.tune import Given, Store

@@ -17,13 +17,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lilliput.artifact.disk import sync
 from lilliput.core.errors import InputCorrupt
 from lilliput.core.progress import Progress
 from lilliput.data.streams import I32
 from lilliput.methods.base import LayerMethod, Quantizer, Statistic
 from lilliput.methods.calibration import watching
 from lilliput.methods.fisher import Fisher
-from lilliput.methods.journal import Activations, sync
+from lilliput.methods.journal import Activations
 from lilliput.methods.sources import Source
 from lilliput.models import Block
 from lilliput.numerics.nested import Quantized

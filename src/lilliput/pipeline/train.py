@@ -11,12 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lilliput.artifact.disk import sync
 from lilliput.core.errors import ConfigError
 from lilliput.core.progress import Progress
 from lilliput.data.streams import Batches
 from lilliput.methods.base import Method, ModelMethod
 from lilliput.methods.fisher import gather_for
-from lilliput.methods.journal import Journal, sync
+from lilliput.methods.journal import Journal
 from lilliput.methods.sources import DecoderSource
 from lilliput.methods.sweep import Job, Sweep, at_width
 from lilliput.models import Checkpoint, Decoder, TensorInfo, load_decoder

@@ -16,11 +16,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lilliput.artifact.disk import sync
 from lilliput.core.progress import Progress
 from lilliput.core.spec import ModelSpec
 from lilliput.data.streams import Batches
 from lilliput.methods.base import LayerMethod, Quantizer, Tuner
-from lilliput.methods.journal import Journal, sync
+from lilliput.methods.journal import Journal
 from lilliput.methods.sources import DecoderSource, Source
 from lilliput.methods.sweep import FLOAT, Job, Sweep
 from lilliput.models import Checkpoint, Decoder, load_decoder

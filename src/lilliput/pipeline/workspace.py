@@ -17,10 +17,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from lilliput.artifact.disk import JOURNAL_FILE
+from lilliput.artifact.disk import JOURNAL_FILE, sync
 from lilliput.artifact.publish import partial_of
 from lilliput.core.errors import ConfigError
-from lilliput.methods.journal import Journal, sync
+from lilliput.methods.journal import Journal
 
 _PARTS = {"owner", "artifact", "work"}
 _OWNER = b"lilliput compress works here; delete the folder only when no run does\n"

@@ -25,11 +25,11 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from lilliput.artifact.disk import sync
 from lilliput.core.errors import ConfigError, QualityFailed
 from lilliput.core.progress import Progress
 from lilliput.data.streams import Batches
 from lilliput.methods.base import Tuner
-from lilliput.methods.journal import sync
 from lilliput.models.decoder import Decoder
 from lilliput.numerics.learned import cosine
 from lilliput.numerics.nested import Quantized

@@ -42,7 +42,9 @@ def panel(title: str, axis: str, series: Series, left: int) -> list[str]:
         value = most * step / 4
         _, y = at(2**low, value)
         out.append(f'<path d="M{left + 60} {y:.1f}h{width}" stroke="#8884"/>')
-        out.append(f'<text x="{left + 54}" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>')
+        out.append(
+            f'<text x="{left + 54}" y="{y + 4:.1f}" text-anchor="end">{value:{".0f" if value >= 100 else ".3g"}}</text>'
+        )
     for x in sorted({x for line in series.values() for x, _ in line}):
         out.append(f'<text x="{at(x, 0)[0]:.1f}" y="{top + height + 16}" text-anchor="middle">{_short(x)}</text>')
     out.append(f'<text x="{left + 60 + width / 2}" y="{top + height + 34}" text-anchor="middle">{axis}</text>')

@@ -1,6 +1,7 @@
 // Arrays and matrices over them, and the names that Python has for kinds of things.
 #include "bind/bind.hpp"
 
+#include <algorithm>
 #include <chrono>
 #include <stdexcept>
 
@@ -70,8 +71,8 @@ HeldMatrix float_matrix(const std::string& name, const Bytes& data, const std::s
 }
 
 HeldMatrix nested_matrix(const std::string& name, const std::vector<Bytes>& planes, const std::vector<int>& widths,
-                         const Grids& scales, const Grids& zeros, const Grids& tables, const Grids& factors, int64_t out,
-                         int64_t columns, int64_t group) {
+                         int grid_bytes, const Grids& scales, const Grids& zeros, const Grids& tables,
+                         const Grids& factors, int64_t out, int64_t columns, int64_t group) {
   require(out > 0 && columns > 0 && group > 0, name + " has an empty shape");
   require(!planes.empty() && planes.size() == widths.size() && planes.size() <= 8, name + ": fields do not match");
   HeldMatrix h;
@@ -91,17 +92,23 @@ HeldMatrix nested_matrix(const std::string& name, const std::vector<Bytes>& plan
   }
   require(view.bits <= 8, name + ": codes of more than 8 bits");
   view.fields = static_cast<int>(planes.size());
-  const int64_t bytes = row_tiles * ((columns + group - 1) / group) * kTileRows * 2;
-  const auto keep = [&](const Grids& from, const uint16_t** to, const char* kind) {
+  require(grid_bytes == 1 || grid_bytes == 2, name + ": scales are not of 1 or 2 bytes");
+  view.grid_bytes = grid_bytes;
+  const int64_t bytes = row_tiles * ((columns + group - 1) / group) * kTileRows * grid_bytes;
+  const auto keep = [&](const Grids& from, const uint8_t** to, const char* kind) {
     for (const auto& [bits, data] : from) {
       require(bits >= 1 && bits <= 8, name + kind + " for a width outside 1..8");
       require_size(data, bytes, name + kind);
-      to[bits] = reinterpret_cast<const uint16_t*>(data.data());
+      to[bits] = data.data();
       h.held.push_back(data);
     }
   };
   keep(scales, h.matrix.scale, ".scale");
   keep(zeros, h.matrix.zero, ".zero");
+  for (int bits = 1; bits <= 8 && grid_bytes == 1; ++bits)
+    if (h.matrix.scale[bits])
+      require(std::any_of(factors.begin(), factors.end(), [bits](const auto& f) { return f.first == bits; }),
+              name + ": scales of a byte without a unit");
   for (const auto& [bits, data] : tables) {
     require(bits >= 1 && bits <= 4, name + ".table for a width outside 1..4");
     require_size(data, row_tiles * kTileRows << bits, name + ".table");
@@ -117,8 +124,8 @@ HeldMatrix nested_matrix(const std::string& name, const std::vector<Bytes>& plan
   return h;
 }
 
-HeldMatrix cut_matrix(const std::vector<Bytes>& planes, const std::vector<int>& widths, const Bytes& scale,
-                      const std::optional<Bytes>& zero, const std::optional<Bytes>& table,
+HeldMatrix cut_matrix(const std::vector<Bytes>& planes, const std::vector<int>& widths, int grid_bytes,
+                      const Bytes& scale, const std::optional<Bytes>& zero, const std::optional<Bytes>& table,
                       const std::optional<Bytes>& factor, int64_t out, int64_t columns, int64_t group) {
   int bits = 0;
   for (const int width : widths) bits += width;
@@ -126,7 +133,8 @@ HeldMatrix cut_matrix(const std::vector<Bytes>& planes, const std::vector<int>& 
   if (zero) zeros.emplace_back(bits, *zero);
   if (table) tables.emplace_back(bits, *table);
   if (factor) factors.emplace_back(bits, *factor);
-  return nested_matrix("matrix", planes, widths, {{bits, scale}}, zeros, tables, factors, out, columns, group);
+  return nested_matrix("matrix", planes, widths, grid_bytes, {{bits, scale}}, zeros, tables, factors, out, columns,
+                       group);
 }
 
 }  // namespace lilliput::bind

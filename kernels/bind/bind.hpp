@@ -53,11 +53,13 @@ struct HeldMatrix {
 HeldMatrix float_matrix(const std::string& name, const Bytes& data, const std::string& dtype, int64_t out,
                         int64_t columns);
 HeldMatrix nested_matrix(const std::string& name, const std::vector<Bytes>& planes, const std::vector<int>& widths,
+                         int grid_bytes,
                          const Grids& scales, const Grids& zeros, const Grids& tables, const Grids& factors, int64_t out,
                          int64_t columns, int64_t group);
 
 // A matrix of one width.
-HeldMatrix cut_matrix(const std::vector<Bytes>& planes, const std::vector<int>& widths, const Bytes& scale,
+HeldMatrix cut_matrix(const std::vector<Bytes>& planes, const std::vector<int>& widths,
+                      int grid_bytes, const Bytes& scale,
                       const std::optional<Bytes>& zero, const std::optional<Bytes>& table,
                       const std::optional<Bytes>& factor, int64_t out, int64_t columns, int64_t group);
 

@@ -105,9 +105,10 @@ class BoundInteger {
     add(name, float_matrix(name, data, dtype, out, columns));
   }
   void add_nested(const std::string& name, const std::vector<Bytes>& planes, const std::vector<int>& widths,
+                  int grid_bytes,
                   const Grids& scales, const Grids& zeros, const Grids& tables, const Grids& factors, int64_t out,
                   int64_t columns, int64_t group) {
-    add(name, nested_matrix(name, planes, widths, scales, zeros, tables, factors, out, columns, group));
+    add(name, nested_matrix(name, planes, widths, grid_bytes, scales, zeros, tables, factors, out, columns, group));
   }
   void finish() { model_.finish(); }
   int threads() const { return model_.threads(); }
@@ -167,7 +168,8 @@ void bind_integer_model(nb::module_& m) {
            "variant"_a)
       .def("add_constant", &BoundInteger::add_constant, "name"_a, "data"_a)
       .def("add_float", &BoundInteger::add_float, "name"_a, "data"_a, "dtype"_a, "out"_a, "columns"_a)
-      .def("add_nested", &BoundInteger::add_nested, "name"_a, "planes"_a, "widths"_a, "scales"_a, "zeros"_a, "tables"_a,
+      .def("add_nested", &BoundInteger::add_nested, "name"_a, "planes"_a, "widths"_a,
+            "grid_bytes"_a, "scales"_a, "zeros"_a, "tables"_a,
            "factors"_a, "out"_a, "columns"_a, "group"_a)
       .def("finish", &BoundInteger::finish)
       .def("cache_bytes", &BoundInteger::cache_bytes, "positions"_a)

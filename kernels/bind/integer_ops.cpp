@@ -39,13 +39,14 @@ nb::object codes_of_edge(const std::vector<uint8_t>& edge, std::vector<size_t> s
   return array;
 }
 
-nb::object op_matmul_integer(const std::vector<Bytes>& planes, const std::vector<int>& widths, const Bytes& scale,
+nb::object op_matmul_integer(const std::vector<Bytes>& planes, const std::vector<int>& widths,
+                             int grid_bytes, const Bytes& scale,
                              const std::optional<Bytes>& zero, const std::optional<Bytes>& table,
                              const std::optional<Bytes>& factor, int64_t out, int64_t columns, int64_t group,
                              const Codes& x, int bits, const Vector<int64_t>& bias,
                              const Vector<int32_t>& multiplier, const Vector<int8_t>& shift, const Grid& to,
                              const std::string& variant) {
-  const HeldMatrix h = cut_matrix(planes, widths, scale, zero, table, factor, out, columns, group);
+  const HeldMatrix h = cut_matrix(planes, widths, grid_bytes, scale, zero, table, factor, out, columns, group);
   const auto tokens = static_cast<int64_t>(x.shape(0)), stride = quantized_stride(columns);
   const auto rows = static_cast<size_t>(out), parts = static_cast<size_t>(bits / 8);
   require(static_cast<int64_t>(x.shape(1)) == columns && bias.size() == rows && multiplier.size() == rows &&
@@ -181,7 +182,8 @@ nb::object op_table_integer(const Vector<int16_t>& x, int bits, const Vector<int
 }  // namespace
 
 void bind_integer_ops(nb::module_& m) {
-  m.def("matmul_integer", &op_matmul_integer, "planes"_a, "widths"_a, "scale"_a, "zero"_a.none(), "table"_a.none(),
+  m.def("matmul_integer", &op_matmul_integer, "planes"_a, "widths"_a,
+      "grid_bytes"_a, "scale"_a, "zero"_a.none(), "table"_a.none(),
         "factor"_a.none(), "out"_a, "columns"_a, "group"_a, "x"_a,
         "bits"_a, "bias"_a, "multiplier"_a, "shift"_a, "to"_a, "variant"_a);
   m.def("attention_integer", &op_attention_integer, "q"_a, "keys"_a, "values"_a, "position"_a, "window"_a, "grids"_a,

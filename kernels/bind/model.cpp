@@ -57,9 +57,10 @@ class BoundModel {
   }
 
   void add_nested(const std::string& name, const std::vector<Bytes>& planes, const std::vector<int>& widths,
+                  int grid_bytes,
                   const Grids& scales, const Grids& zeros, const Grids& tables, const Grids& factors, int64_t out,
                   int64_t columns, int64_t group, const std::optional<Row>& bias) {
-    add(name, nested_matrix(name, planes, widths, scales, zeros, tables, factors, out, columns, group), bias);
+    add(name, nested_matrix(name, planes, widths, grid_bytes, scales, zeros, tables, factors, out, columns, group), bias);
   }
 
   void finish() { model_.finish(); }
@@ -160,7 +161,8 @@ void bind_model(nb::module_& m) {
       .def(nb::init<const nb::dict&, int, const std::string&, bool>(), "spec"_a, "threads"_a, "variant"_a, "int8"_a)
       .def("add_vector", &BoundModel::add_vector, "name"_a, "values"_a)
       .def("add_float", &BoundModel::add_float, "name"_a, "data"_a, "dtype"_a, "out"_a, "columns"_a, "bias"_a.none())
-      .def("add_nested", &BoundModel::add_nested, "name"_a, "planes"_a, "widths"_a, "scales"_a, "zeros"_a, "tables"_a,
+      .def("add_nested", &BoundModel::add_nested, "name"_a, "planes"_a, "widths"_a,
+            "grid_bytes"_a, "scales"_a, "zeros"_a, "tables"_a,
            "factors"_a, "out"_a, "columns"_a, "group"_a, "bias"_a.none())
       .def("finish", &BoundModel::finish)
       .def("cache_bytes", &BoundModel::cache_bytes, "positions"_a, "kv"_a)

@@ -8,11 +8,12 @@
 namespace lilliput::bind {
 namespace {
 
-nb::object op_matmul_nested(const std::vector<Bytes>& planes, const std::vector<int>& widths, const Bytes& scale,
+nb::object op_matmul_nested(const std::vector<Bytes>& planes, const std::vector<int>& widths,
+                            int grid_bytes, const Bytes& scale,
                             const std::optional<Bytes>& zero, const std::optional<Bytes>& table,
                             const std::optional<Bytes>& factor, int64_t out, int64_t columns, int64_t group,
                             const Table& x, const std::string& variant) {
-  const HeldMatrix h = cut_matrix(planes, widths, scale, zero, table, factor, out, columns, group);
+  const HeldMatrix h = cut_matrix(planes, widths, grid_bytes, scale, zero, table, factor, out, columns, group);
   require(static_cast<int64_t>(x.shape(1)) == columns, "x has not as many columns as the matrix");
   float* y = nullptr;
   nb::object array = new_array({x.shape(0), static_cast<size_t>(out)}, &y);
@@ -58,11 +59,12 @@ nb::tuple op_quantize_i8(const Table& x, int64_t group, const std::string& varia
   return nb::make_tuple(arrays[0], arrays[1], arrays[2]);
 }
 
-nb::object op_matmul_nested_i8(const std::vector<Bytes>& planes, const std::vector<int>& widths, const Bytes& scale,
+nb::object op_matmul_nested_i8(const std::vector<Bytes>& planes, const std::vector<int>& widths,
+                               int grid_bytes, const Bytes& scale,
                                const std::optional<Bytes>& zero, const std::optional<Bytes>& table,
                                const std::optional<Bytes>& factor, int64_t out, int64_t columns, int64_t group,
                                const Table& x, const std::string& variant) {
-  const HeldMatrix h = cut_matrix(planes, widths, scale, zero, table, factor, out, columns, group);
+  const HeldMatrix h = cut_matrix(planes, widths, grid_bytes, scale, zero, table, factor, out, columns, group);
   require(static_cast<int64_t>(x.shape(1)) == columns, "x has not as many columns as the matrix");
   require(std::min(group, columns) <= kWidestI8Group, "a group is too wide for sums of int32");
   const HeldInputs inputs = quantize_rows(x, group, "");
@@ -74,10 +76,11 @@ nb::object op_matmul_nested_i8(const std::vector<Bytes>& planes, const std::vect
   return array;
 }
 
-nb::object op_nested_rows(const std::vector<Bytes>& planes, const std::vector<int>& widths, const Bytes& scale,
+nb::object op_nested_rows(const std::vector<Bytes>& planes, const std::vector<int>& widths,
+                          int grid_bytes, const Bytes& scale,
                           const std::optional<Bytes>& zero, const std::optional<Bytes>& table,
                           const std::optional<Bytes>& factor, int64_t out, int64_t columns, int64_t group) {
-  const HeldMatrix h = cut_matrix(planes, widths, scale, zero, table, factor, out, columns, group);
+  const HeldMatrix h = cut_matrix(planes, widths, grid_bytes, scale, zero, table, factor, out, columns, group);
   float* y = nullptr;
   nb::object array = new_array({static_cast<size_t>(out), static_cast<size_t>(columns)}, &y);
   for (int64_t row = 0; row < out; ++row) nested_row(h.matrix.at(h.matrix.fields.bits), row, y + row * columns);
@@ -194,12 +197,14 @@ std::vector<int32_t> op_sample(const Row& row, const nb::dict& sampling, const s
 
 void bind_ops(nb::module_& m) {
   m.def("variants", &variants, "op"_a);
-  m.def("matmul_nested", &op_matmul_nested, "planes"_a, "widths"_a, "scale"_a, "zero"_a.none(), "table"_a.none(),
+  m.def("matmul_nested", &op_matmul_nested, "planes"_a, "widths"_a,
+      "grid_bytes"_a, "scale"_a, "zero"_a.none(), "table"_a.none(),
         "factor"_a.none(), "out"_a, "columns"_a, "group"_a, "x"_a, "variant"_a);
-  m.def("matmul_nested_i8", &op_matmul_nested_i8, "planes"_a, "widths"_a, "scale"_a, "zero"_a.none(),
+  m.def("matmul_nested_i8", &op_matmul_nested_i8, "planes"_a, "widths"_a, "grid_bytes"_a, "scale"_a, "zero"_a.none(),
         "table"_a.none(), "factor"_a.none(), "out"_a, "columns"_a, "group"_a, "x"_a, "variant"_a);
   m.def("quantize_i8", &op_quantize_i8, "x"_a, "group"_a, "variant"_a);
-  m.def("nested_rows", &op_nested_rows, "planes"_a, "widths"_a, "scale"_a, "zero"_a.none(), "table"_a.none(),
+  m.def("nested_rows", &op_nested_rows, "planes"_a, "widths"_a,
+      "grid_bytes"_a, "scale"_a, "zero"_a.none(), "table"_a.none(),
         "factor"_a.none(), "out"_a, "columns"_a, "group"_a);
   m.def("matmul_float", &op_matmul_float, "data"_a, "dtype"_a, "out"_a, "x"_a, "variant"_a);
   m.def("attention", &op_attention, "q"_a, "keys"_a, "values"_a, "position"_a, "window"_a, "scale"_a, "softcap"_a,

@@ -44,8 +44,8 @@ struct Matrix {
   bool nested = false;
   FloatView plain{};
   NestedView fields{};  // all fields stored; `at` cuts it to a width
-  const uint16_t* scale[9] = {};
-  const uint16_t* zero[9] = {};
+  const uint8_t* scale[9] = {};
+  const uint8_t* zero[9] = {};
   const uint8_t* table[9] = {};
   const float* factor[9] = {};
   std::vector<float> bias;

@@ -241,6 +241,11 @@ LILLIPUT_INLINE Floats widen_half(const uint16_t* from) {
   return as_floats(value | top | ((h & 0x8000u) << 16));
 }
 
+// Bytes times 16 as the bits of float16: none is negative, infinite or no number.
+LILLIPUT_INLINE Floats widen_small(const uint8_t* from) {
+  return as_floats(as_words(load_wide_bytes(from)) << 17) * 0x1p112f;
+}
+
 LILLIPUT_INLINE Floats widen_bfloat(const uint16_t* from) { return as_floats(load_wide(from) << 16); }
 
 LILLIPUT_INLINE float widen_half_1(uint16_t h) {

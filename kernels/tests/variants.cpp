@@ -19,6 +19,7 @@ struct Case {
   std::vector<int> widths;
   int64_t out, columns, group, tokens;
   bool zeros, table, factors;
+  int grid_bytes;
 };
 
 int compare(const Case& c) {
@@ -36,8 +37,13 @@ int compare(const Case& c) {
   std::vector<uint16_t> scale(static_cast<size_t>(row_tiles * groups * 16)), zero(scale.size());
   for (auto& s : scale) s = static_cast<uint16_t>(below(0x3c00));  // 0 .. 1, subnormals included
   for (auto& z : zero) z = static_cast<uint16_t>(below(0x3c00) | below(2) << 15);
-  w.scale = scale.data();
-  w.zero = c.zeros ? zero.data() : nullptr;
+  if (c.grid_bytes == 1) {  // any byte is one
+    for (auto& s : scale) s = static_cast<uint16_t>(below(0x10000));
+    for (auto& z : zero) z = static_cast<uint16_t>(below(0x10000));
+  }
+  w.grid_bytes = c.grid_bytes;
+  w.scale = reinterpret_cast<const uint8_t*>(scale.data());
+  w.zero = c.zeros ? reinterpret_cast<const uint8_t*>(zero.data()) : nullptr;
   w.out = c.out;
   w.columns = c.columns;
   std::vector<uint8_t> table(static_cast<size_t>(row_tiles * 16) << w.bits);
@@ -79,7 +85,7 @@ int compare(const Case& c) {
     if (&y == &found && std::memcmp(wanted.data(), found.data(), wanted.size() * sizeof(float)) != 0) {
       std::printf("matmul_nested_i8 %s differs: %d bits in %d fields%s, (%d, %d), groups of %d%s, %d tokens\n", name.c_str(),
                   w.bits, w.fields, c.table ? " with a table" : "", static_cast<int>(c.out), static_cast<int>(c.columns), static_cast<int>(c.group),
-                  c.factors ? " with factors" : "", static_cast<int>(c.tokens));
+                  c.factors ? " with factors" : c.grid_bytes == 1 ? " in bytes" : "", static_cast<int>(c.tokens));
       ++failures;
     }
   }
@@ -196,11 +202,13 @@ int main() {
             int bits = 0;
             for (const int width : widths) bits += width;
             if (table && bits > 4) continue;
-            for (const bool factors : {false, true}) {
-              if (compare({widths, tokens == 1 ? 16 : 53, group == 1000 ? 97 : 200, group, tokens, zeros, table, factors}))
-                return 1;
-              ++cases;
-            }
+            for (const bool factors : {false, true})
+              for (const int grid_bytes : {1, 2}) {
+                if (compare({widths, tokens == 1 ? 16 : 53, group == 1000 ? 97 : 200, group, tokens, zeros, table, factors,
+                             grid_bytes}))
+                  return 1;
+                ++cases;
+              }
           }
   for (const auto& widths : {std::vector<int>{4}, {4, 4}, {2, 1, 1}, {2, 1, 1, 4}, {2, 2}, {1, 4, 2, 1}})
     for (const int64_t columns : {97, 200})

@@ -45,8 +45,15 @@ struct Grid {
 };
 
 LILLIPUT_INLINE Grid grid_of(const NestedView& w, int64_t row_tile, int64_t groups, int64_t g) {
-  const int64_t at = (row_tile * groups + g) * kTileRows;
-  Grid grid{widen_half(w.scale + at), w.zero ? widen_half(w.zero + at) : Floats{}};
+  const int64_t at = (row_tile * groups + g) * kTileRows * w.grid_bytes;
+  Grid grid{};
+  if (w.grid_bytes == 1) {
+    grid.scale = widen_small(w.scale + at);
+    if (w.zero) grid.zero = to_floats(load_wide_bytes(reinterpret_cast<const int8_t*>(w.zero + at)));
+  } else {
+    grid.scale = widen_half(reinterpret_cast<const uint16_t*>(w.scale + at));
+    if (w.zero) grid.zero = widen_half(reinterpret_cast<const uint16_t*>(w.zero + at));
+  }
   if (w.factor) {
     grid.scale = grid.scale * load(w.factor + row_tile * kTileRows);
     grid.zero = grid.zero * load(w.inverse() + row_tile * kTileRows);

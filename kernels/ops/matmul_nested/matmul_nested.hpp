@@ -3,8 +3,9 @@
 //     w[n, k] = scale[n, g] * ((c[n, k] - (2^bits - 1) / 2) - zero[n, g]),  g = k / group, in float32
 //               scale[n, g] * ((table[n, c[n, k]] - 63.5) - zero[n, g]) with a table
 //
-// Where the width has a factor for every row, scale[n, g] factor[n] and zero[n, g] inverse[n] take the places of scale and
-// zero, both in float32.
+// Scales and zeros are float16. Or they are a byte each: a scale's, times 16, is the bits of a float16, and a zero's a whole
+// number. Where the width has a factor for every row, as bytes always have, scale[n, g] factor[n] and zero[n, g] inverse[n]
+// take the places of scale and zero, both in float32.
 //
 //     y[t, n] = ((0 + x[t, 0] w[n, 0]) + x[t, 1] w[n, 1]) + ..,             k ascending, in float32
 //
@@ -25,8 +26,9 @@ struct NestedView {
   int widths[8];
   int fields;
   int bits;               // sum of widths
-  const uint16_t* scale;  // float16, (row tiles, groups, 16)
-  const uint16_t* zero;   // the same, or null
+  int grid_bytes;        // of a scale and of a zero: 2 or 1
+  const uint8_t* scale;  // (row tiles, groups, 16)
+  const uint8_t* zero;   // the same, or null
   int64_t out, columns;
   int64_t group;  // inputs a group; `columns` for one group a row
   const uint8_t* table;  // (row tiles, 16, 2^bits) of 0..127, or null; then bits <= 4
@@ -46,6 +48,10 @@ int nested_code(const NestedView& w, int64_t row, int64_t k);
 
 // The same, or the entry it has in the row's table.
 int nested_level(const NestedView& w, int64_t row, int64_t k);
+
+// The scale and zero of one row and group, with the row's factors where it has them; 0 without zeros.
+float nested_scale(const NestedView& w, int64_t row, int64_t groups, int64_t g);
+float nested_zero(const NestedView& w, int64_t row, int64_t groups, int64_t g);
 
 // One row of W into `to`, (columns,) float32: the formula above, weight by weight.
 void nested_row(const NestedView& w, int64_t row, float* to);

@@ -34,6 +34,30 @@ int nested_level(const NestedView& w, int64_t row, int64_t k) {
   return w.table ? w.table[(row << w.bits) + code] : code;
 }
 
+static int64_t grid_place(int64_t row, int64_t groups, int64_t g) {
+  return ((row / kTileRows) * groups + g) * kTileRows + row % kTileRows;
+}
+
+static float half_at(const uint8_t* grid, int64_t at) {
+  uint16_t half;
+  std::memcpy(&half, grid + 2 * at, sizeof half);
+  return widen_half_1(half);
+}
+
+float nested_scale(const NestedView& w, int64_t row, int64_t groups, int64_t g) {
+  const int64_t at = grid_place(row, groups, g);
+  const float scale =
+      w.grid_bytes == 1 ? widen_half_1(static_cast<uint16_t>(w.scale[at] << 4)) : half_at(w.scale, at);
+  return w.factor ? scale * w.factor[row] : scale;
+}
+
+float nested_zero(const NestedView& w, int64_t row, int64_t groups, int64_t g) {
+  if (!w.zero) return 0;
+  const int64_t at = grid_place(row, groups, g);
+  const float zero = w.grid_bytes == 1 ? static_cast<float>(static_cast<int8_t>(w.zero[at])) : half_at(w.zero, at);
+  return w.factor ? zero * w.inverse()[row] : zero;
+}
+
 void nested_row(const NestedView& w, int64_t row, float* to) {
   const int64_t groups = (w.columns + w.group - 1) / w.group, row_tile = row / kTileRows, r = row % kTileRows;
   const int64_t input_tiles = (w.columns + kTileInputs - 1) / kTileInputs;
@@ -48,13 +72,8 @@ void nested_row(const NestedView& w, int64_t row, float* to) {
   uint32_t codes[8];
   for (int64_t k = 0, g = 0; k < w.columns; ++k) {
     if (k == g * w.group) {
-      const int64_t at = (row_tile * groups + g++) * kTileRows + r;
-      scale = widen_half_1(w.scale[at]);
-      zero = w.zero ? widen_half_1(w.zero[at]) : 0.0f;
-      if (w.factor) {
-        scale = scale * w.factor[row];
-        zero = zero * w.inverse()[row];
-      }
+      scale = nested_scale(w, row, groups, g);
+      zero = nested_zero(w, row, groups, g++);
     }
     const int64_t place = k % kTileInputs;
     if (place == 0) unpack_tile(w, row_tile * input_tiles + k / kTileInputs, word_of, codes);

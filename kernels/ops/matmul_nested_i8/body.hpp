@@ -11,6 +11,7 @@
 //     I::widen<F>(sums, p)            sums + F * p; F is 1 unless I splits
 //     I::kAbreast                     rows of tiles that a block of tokens takes at once from a panel; where it is not 1:
 //     I::more(p, codes, four)         p + the products of one step and `four`, I::inputs of a token
+//     I::halves(p), I::smalls(p), I::wholes(p)  kRows float16, bytes that times 16 are float16, int8, as floats
 //     I::hold(p)                      keeps the compiler from adding in another order than it is told
 //     I::interleave(rows, count, to)  kBlock rows of `count` times 4 bytes as (count, kBlock)
 //
@@ -302,10 +303,35 @@ LILLIPUT_INLINE void add_tiles(const Source& source, int64_t tile, int part, con
   }
 }
 
+// Scales and zeros of one group and I::kRows rows.
+template <class I>
+struct GroupGrid {
+  typename I::Floats scale, zero;
+};
+
+template <class I>
+LILLIPUT_INLINE GroupGrid<I> grid_at(const NestedView& w, int64_t row_tile, int64_t groups, int64_t g, int part) {
+  const int64_t at = (row_tile * groups + g) * kTileRows + part * I::kRows;
+  GroupGrid<I> grid;
+  if (w.grid_bytes == 1) {
+    grid.scale = I::smalls(w.scale + at);
+    grid.zero = w.zero ? I::wholes(reinterpret_cast<const int8_t*>(w.zero) + at) : I::zero();
+  } else {
+    grid.scale = I::halves(reinterpret_cast<const uint16_t*>(w.scale) + at);
+    grid.zero = w.zero ? I::halves(reinterpret_cast<const uint16_t*>(w.zero) + at) : I::zero();
+  }
+  if (w.factor) {
+    grid.scale = grid.scale * I::load_floats(w.factor + row_tile * kTileRows + part * I::kRows);
+    grid.zero = grid.zero * I::load_floats(w.inverse() + row_tile * kTileRows + part * I::kRows);
+  }
+  return grid;
+}
+
 // Scales and zeros come too slowly for the processor to foresee: those of a group are asked for a row of tiles ahead.
-LILLIPUT_INLINE void fetch_grid(const uint16_t* scale, const uint16_t* zero, int64_t group) {
-  __builtin_prefetch(scale + group * kTileRows);
-  if (zero) __builtin_prefetch(zero + group * kTileRows);
+LILLIPUT_INLINE void fetch_grid(const NestedView& w, int64_t row_tile, int64_t groups, int64_t g) {
+  const int64_t at = ((row_tile + 1) * groups + g) * kTileRows * w.grid_bytes;
+  __builtin_prefetch(w.scale + at);
+  if (w.zero) __builtin_prefetch(w.zero + at);
 }
 
 // One row of tiles against `count` of `T` tokens; the places beyond `count` compute the first token once more. `terms`
@@ -326,8 +352,6 @@ LILLIPUT_INLINE void multiply_tokens(const NestedView& w, int64_t row_tile, cons
     place[t] = token * x.groups;
   }
   alignas(64) float result[T * kTileRows] = {};
-  const uint16_t* wscale = w.scale + row_tile * x.groups * kTileRows;
-  const uint16_t* wzero = w.zero ? w.zero + row_tile * x.groups * kTileRows : nullptr;
   for (int64_t g = 0, tile = 0; g < x.groups; ++g) {
     const int64_t end = input_tiles - tile < group_tiles ? input_tiles : tile + group_tiles;
     typename I::Sums dots[kParts][T];
@@ -343,20 +367,15 @@ LILLIPUT_INLINE void multiply_tokens(const NestedView& w, int64_t row_tile, cons
       }
     }
     tile = end;
-    if constexpr (Source::kPacked) fetch_grid(wscale, wzero, g + x.groups);
+    if constexpr (Source::kPacked) fetch_grid(w, row_tile, x.groups, g);
     for (int part = 0; part < kParts; ++part) {
-      F ws = I::halves(wscale + g * kTileRows + part * I::kRows);
-      F wz = wzero ? I::halves(wzero + g * kTileRows + part * I::kRows) : I::zero();
-      if (w.factor) {
-        ws = ws * I::load_floats(w.factor + row_tile * kTileRows + part * I::kRows);
-        wz = wz * I::load_floats(w.inverse() + row_tile * kTileRows + part * I::kRows);
-      }
+      const auto grid = grid_at<I>(w, row_tile, x.groups, g, part);
       for (int t = 0; t < T; ++t) {
         const auto d = sums_doubled<I, C, Source::kPacked> ? dots[part][t] : dots[part][t] + dots[part][t];
         F e = I::to_floats(d + I::spread_sum(terms.middle[place[t] + g]));
-        if (wzero) e = e - wz * I::spread(terms.twice[place[t] + g]);
+        if (w.zero) e = e - grid.zero * I::spread(terms.twice[place[t] + g]);
         float* to = result + t * kTileRows + part * I::kRows;
-        I::store(to, I::load_floats(to) + (ws * I::spread(terms.half[place[t] + g])) * e);
+        I::store(to, I::load_floats(to) + (grid.scale * I::spread(terms.half[place[t] + g])) * e);
       }
     }
     if (T > 1) asm volatile("" : : "r"(result) : "memory");  // kept in memory: registers are for the partial sums
@@ -473,8 +492,6 @@ static __attribute__((noinline)) void multiply_abreast(const NestedView& w, int6
   const int8_t* codes = block.codes;
   const int32_t* middle = block.terms.middle;
   const float *twice_sum = block.terms.twice, *half = block.terms.half;
-  const uint16_t* wscale = w.scale + row_tile * groups * kTileRows;
-  const uint16_t* wzero = w.zero ? w.zero + row_tile * groups * kTileRows : nullptr;
   alignas(64) float result[R][T][kTileRows] = {};
   for (int64_t g = 0, left = input_tiles; g < groups; ++g, middle += T, twice_sum += T, half += T) {
     alignas(64) typename I::Sums sums[R][T];
@@ -495,18 +512,13 @@ static __attribute__((noinline)) void multiply_abreast(const NestedView& w, int6
       left -= run;
     }
     for (int r = 0; r < R; ++r) {
-      F ws = I::halves(wscale + (r * groups + g) * kTileRows);
-      F wz = wzero ? I::halves(wzero + (r * groups + g) * kTileRows) : I::zero();
-      if (w.factor) {
-        ws = ws * I::load_floats(w.factor + (row_tile + r) * kTileRows);
-        wz = wz * I::load_floats(w.inverse() + (row_tile + r) * kTileRows);
-      }
+      const auto grid = grid_at<I>(w, row_tile + r, groups, g, 0);
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) {
         const auto d = sums_doubled<I, C, false> ? sums[r][t] : sums[r][t] + sums[r][t] + I::spread_sum(middle[t]);
         F e = I::to_floats(d);
-        if (wzero) e = e - wz * I::spread(twice_sum[t]);
-        I::store(result[r][t], I::load_floats(result[r][t]) + (ws * I::spread(half[t])) * e);
+        if (w.zero) e = e - grid.zero * I::spread(twice_sum[t]);
+        I::store(result[r][t], I::load_floats(result[r][t]) + (grid.scale * I::spread(half[t])) * e);
       }
     }
     asm volatile("" : "+m"(result));

@@ -135,17 +135,12 @@ static __attribute__((noinline)) void multiply_entries(const NestedView& w, int6
       }
     }
     for (int part = 0; part < kParts; ++part) {
-      const int64_t at = (row_tile * x.groups + g) * kTileRows + part * I::kRows;
-      F scale = I::halves(w.scale + at), zero = w.zero ? I::halves(w.zero + at) : I::zero();
-      if (w.factor) {
-        scale = scale * I::load_floats(w.factor + row_tile * kTileRows + part * I::kRows);
-        zero = zero * I::load_floats(w.inverse() + row_tile * kTileRows + part * I::kRows);
-      }
+      const auto grid = grid_at<I>(w, row_tile, x.groups, g, part);
       for (int t = 0; t < T; ++t) {
         const int64_t n = token[t] * x.groups + g;
         F e = I::to_floats(dots[part][t] + dots[part][t] - I::spread_sum(127 * x.sum[n]));
-        if (w.zero) e = e - zero * I::spread(static_cast<float>(2 * x.sum[n]));
-        result[part][t] = result[part][t] + (scale * I::spread(x.scale[n] * 0.5f)) * e;
+        if (w.zero) e = e - grid.zero * I::spread(static_cast<float>(2 * x.sum[n]));
+        result[part][t] = result[part][t] + (grid.scale * I::spread(x.scale[n] * 0.5f)) * e;
       }
     }
   }

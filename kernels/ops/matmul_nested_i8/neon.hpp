@@ -42,6 +42,16 @@ struct Neon {
   LILLIPUT_INLINE Floats spread(float v) { return vdupq_n_f32(v); }
   LILLIPUT_INLINE Floats to_floats(Sums v) { return vcvtq_f32_s32(v); }
   LILLIPUT_INLINE Floats halves(const uint16_t* from) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from))); }
+  LILLIPUT_INLINE Floats smalls(const uint8_t* from) {
+    uint32_t four;
+    std::memcpy(&four, from, sizeof four);
+    return vcvt_f32_f16(vreinterpret_f16_u16(vget_low_u16(vshll_n_u8(vcreate_u8(four), 4))));
+  }
+  LILLIPUT_INLINE Floats wholes(const int8_t* from) {
+    uint32_t four;
+    std::memcpy(&four, from, sizeof four);
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8(four)))));
+  }
   LILLIPUT_INLINE Floats load_floats(const float* from) { return vld1q_f32(from); }
   LILLIPUT_INLINE void store(float* to, Floats v) { vst1q_f32(to, v); }
 

@@ -12,9 +12,7 @@ void matmul_nested_i8_reference(const NestedView& w, const QuantizedView& x, int
     for (int64_t t = 0; t < tokens; ++t) y[t * ldy + n] = 0;
     for (int64_t g = 0; g < x.groups; ++g) {
       const int64_t begin = g * w.group, end = w.columns - begin < w.group ? w.columns : begin + w.group;
-      const int64_t at = ((n / kTileRows) * x.groups + g) * kTileRows + n % kTileRows;
-      const float scale = w.factor ? widen_half_1(w.scale[at]) * w.factor[n] : widen_half_1(w.scale[at]);
-      const float zero = !w.zero ? 0 : w.factor ? widen_half_1(w.zero[at]) * w.inverse()[n] : widen_half_1(w.zero[at]);
+      const float scale = nested_scale(w, n, x.groups, g), zero = nested_zero(w, n, x.groups, g);
       for (int64_t t = 0; t < tokens; ++t) {
         int32_t dot = 0;
         for (int64_t k = begin; k < end; ++k) dot += nested_level(w, n, k) * x.codes[t * x.stride + k];

@@ -69,6 +69,14 @@ struct Ymm {
   LILLIPUT_INLINE Floats halves(const uint16_t* from) {
     return (Floats)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
   }
+  LILLIPUT_INLINE Floats smalls(const uint8_t* from) {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+    return (Floats)_mm256_cvtph_ps(_mm_slli_epi16(_mm_cvtepu8_epi16(bytes), 4));
+  }
+  LILLIPUT_INLINE Floats wholes(const int8_t* from) {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+    return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+  }
   LILLIPUT_INLINE Floats load_floats(const float* from) {
     Floats v;
     std::memcpy(&v, from, sizeof v);

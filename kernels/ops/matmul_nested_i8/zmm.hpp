@@ -92,6 +92,14 @@ struct Zmm {
   LILLIPUT_INLINE Floats halves(const uint16_t* from) {
     return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
   }
+  LILLIPUT_INLINE Floats smalls(const uint8_t* from) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    return (Floats)_mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(bytes), 4));
+  }
+  LILLIPUT_INLINE Floats wholes(const int8_t* from) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+  }
   LILLIPUT_INLINE Floats load_floats(const float* from) {
     Floats v;
     std::memcpy(&v, from, sizeof v);

@@ -73,7 +73,7 @@ class IntegerModel:
     def scales(self, name: str) -> npt.NDArray[np.float32]:
         """What those numbers are multiplied by, (out,)."""
         linear = self.linears[name]
-        return untile_groups(linear.scale[linear.bits[-1]], linear.out)[:, 0].astype(np.float32)
+        return linear.scales(linear.bits[-1])[:, 0]
 
     def rows(self, name: str, index: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.float32]:
         """Rows of an embedding in float32, (len(index), width): what `Artifact.dequantize` gives at its widest."""
@@ -91,6 +91,7 @@ class IntegerModel:
             zero={b: zero[tiles] for b, zero in linear.zero.items()},
             table={b: table[tiles] for b, table in linear.table.items()},
             ratio={b: ratio[tiles] for b, ratio in linear.ratio.items()},
+            unit={b: unit[tiles] for b, unit in linear.unit.items()},
         )
         found: npt.NDArray[np.float32] = few.dequantize(linear.bits[-1])[place * ROWS + np.asarray(index) % ROWS]
         return found

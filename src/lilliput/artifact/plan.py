@@ -48,8 +48,8 @@ class Plan:
             rung = {own: next(b for b in self.bits if entry.width_at(b) >= own) for own in entry.bits}
             for own, tensor in pieces(name, entry):
                 files[rung_file(rung[own])].append(tensor)
-        if any(entry.shared for entry in self.entries.values()):
-            # A ratio between two fields would cost the rest of its page.
+        if any(entry.shared or entry.grid_bits == 8 for entry in self.entries.values()):
+            # Ratios and units between two fields would cost the rest of a page.
             for bits in self.bits:
                 files[rung_file(bits)].sort(key=lambda tensor: -tensor.align)
         return files
@@ -79,7 +79,7 @@ class Plan:
         return [FLOAT_FILE, *(rung_file(b) for b in self.bits if bits is None or b <= bits)]
 
     def bits_per_weight(self, bits: int) -> float:
-        """Bits read for one quantized weight at width `bits`: fields with their padding, scales, zeros, ratios and tables."""
+        """Bits read for one quantized weight at width `bits`: fields with their padding and all that grids and tables take."""
         self.files_at(bits)
         read = weights = 0
         for name, entry in self.entries.items():
@@ -112,17 +112,18 @@ def pieces(name: str, entry: QuantEntry) -> Iterator[tuple[int, Planned]]:
         yield needed, Planned(f"{name}.plane.{index}", "U8", shape, PAGE)
         if below in entry.bits:
             for kind in entry.grids(below):
-                grid = Planned(f"{name}.{kind}.{below}", "F16", (tiles, entry.groups, ROWS))
+                small = {"scale": "U8", "zero": "I8"}.get(kind) if entry.grid_bits == 8 else None
+                grid = Planned(f"{name}.{kind}.{below}", small or "F16", (tiles, entry.groups, ROWS))
                 if kind == "table":
                     grid = Planned(f"{name}.{kind}.{below}", "U8", (tiles, ROWS, 1 << below))
-                elif kind == "ratio":
+                elif kind in ("ratio", "unit"):
                     grid = Planned(f"{name}.{kind}.{below}", "U8", (tiles, ROWS))
                 yield below, grid
 
 
 def stored_bytes(entry: QuantEntry) -> int:
-    """Bytes of the tensors of one quantized matrix: fields with their padding, scales, zeros, ratios and tables."""
-    size = {"U8": 1, "F16": 2}
+    """Bytes of the tensors of one quantized matrix: fields with their padding and all that grids and tables take."""
+    size = {"U8": 1, "I8": 1, "F16": 2}
     return sum(size[tensor.dtype] * prod(tensor.shape) for _, tensor in pieces("", entry))
 
 

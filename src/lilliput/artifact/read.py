@@ -130,12 +130,13 @@ class Artifact:
             bias=bias,
             table=stored("table"),
             ratio=stored("ratio"),
+            unit=stored("unit"),
         )
 
     def read_ahead(self, bits: int | None = None) -> None:
         """Ask the system to have in memory soon what a runner reads at `bits` (None: the widest here).
 
-        That is every field, scale, zero, ratio and table of that width and the float tensors, in the order they are used, and
+        That is every field, all of the grid and the table of that width and the float tensors, in the order they are used, and
         no byte of a wider width. Raises as `linear` does.
         """
         names = list(self.manifest.floats)

@@ -31,7 +31,7 @@ from lilliput.core.errors import InputCorrupt, Unsupported
 from lilliput.core.spec import AnySpec, EncoderSpec, ModelSpec, PatchInputs
 from lilliput.numerics.packing import TABLE_BITS, fields_of, serving_width
 
-SCHEMA_VERSION = "1.4"
+SCHEMA_VERSION = "1.5"
 MANIFEST_FILE = "manifest.json"
 INDEX_FILE = "model.safetensors.index.json"
 FLOAT_FILE = "float.safetensors"
@@ -79,7 +79,8 @@ class QuantEntry(_Frozen):
     """How one linear layer is stored: (out, columns) codes of max(bits) bits, groups of `group_size` inputs.
 
     group_size -1 is one group a row. sym: the grids have no zeros. tables: widths whose levels stand in a table (1.1).
-    shared: the grid of the narrowest width serves all, each with a ratio for every row (1.4).
+    shared: the grid of the narrowest width serves all, each with a ratio for every row (1.4). grid_bits: of a scale and
+    of a zero; scales of 8 bits have a unit for every row, and there are several groups (1.5).
     """
 
     out: Size
@@ -89,6 +90,7 @@ class QuantEntry(_Frozen):
     sym: bool
     tables: Annotated[tuple[int, ...], Field(max_length=TABLE_BITS)] = ()
     shared: bool = False
+    grid_bits: Literal[8, 16] = 16
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
@@ -98,11 +100,14 @@ class QuantEntry(_Frozen):
             raise ValueError(f"tables {list(self.tables)} are not widths of {list(self.bits)} up to {TABLE_BITS} bits")
         if self.shared and (self.tables or len(self.bits) == 1):
             raise ValueError("a shared grid is one of several widths, none of them with a table")
+        if self.grid_bits == 8 and self.groups == 1:
+            raise ValueError("a scale of 8 bits is one of several in its row")
         return self
 
     def grids(self, width: int) -> tuple[str, ...]:
         """Kinds of tensors, besides fields, that one width of the ladder adds to the narrower ones."""
         own = ("scale",) if self.sym else ("scale", "zero")
+        own = (*own, "unit") if self.grid_bits == 8 else own
         if self.shared:
             return (*(own if width == self.bits[0] else ()), "ratio")
         return (*own, "table") if width in self.tables else own
@@ -393,6 +398,8 @@ def version_of(
     integer: bool = False,
 ) -> str:
     """Return the oldest schema version that has all these say; `integer`: with a graph."""
+    if any(entry.grid_bits != 16 for entry in entries.values()):
+        return "1.5"
     if any(entry.shared for entry in entries.values()):
         return "1.4"
     if schedule is not None or integer:

@@ -7,7 +7,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lilliput.numerics.packing import LEVEL_MIDDLE, RATIO_ONE, serving_width, unpack_fields, untile_groups, untile_table
+from lilliput.numerics.packing import (
+    LEVEL_BITS,
+    LEVEL_MIDDLE,
+    RATIO_ONE,
+    UNIT_LEAST,
+    serving_width,
+    unpack_fields,
+    unpack_scales,
+    unpack_zeros,
+    untile_groups,
+    untile_table,
+    zero_step,
+)
+
+_HALF_UNIT = -20
+"""A scale's byte times 16 is a float16 of its number times 2 to this; see `scale_numbers`."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +45,9 @@ class StoredLinear:
     """One quantized matrix as stored, as far as its widest width in `bits` needs it. All arrays are read-only views.
 
     bits: widths of the matrix itself, ascending. fields: width of each plane, most significant first; planes[f]:
-    uint8 (row tiles, input tiles, 64 * fields[f]). scale[b], zero[b]: float16 (row tiles, groups, 16), zero empty
-    when symmetric. group_size: -1 is one group a row. bias: (out,) or None. table[b]: uint8 (row tiles, 16, 2**b) for
+    uint8 (row tiles, input tiles, 64 * fields[f]). scale[b], zero[b]: (row tiles, groups, 16), zero empty when
+    symmetric; float16, or where there are units uint8 and int8, as numerics/packing.py has them. unit[b]: uint8 (row
+    tiles, 16) beside each scale, or none. group_size: -1 is one group a row. bias: (out,) or None. table[b]: uint8 (row tiles, 16, 2**b) for
     the widths that have one. ratio[b]: uint8 (row tiles, 16) for all widths, where the scale and zero of the narrowest
     serve all; else empty.
     """
@@ -44,28 +60,58 @@ class StoredLinear:
     bits: tuple[int, ...]
     fields: tuple[int, ...]
     planes: tuple[npt.NDArray[np.uint8], ...]
-    scale: Mapping[int, npt.NDArray[np.float16]]
-    zero: Mapping[int, npt.NDArray[np.float16]]
+    scale: Mapping[int, npt.NDArray[Any]]
+    zero: Mapping[int, npt.NDArray[Any]]
     bias: StoredTensor | None
     table: Mapping[int, npt.NDArray[np.uint8]] = field(default_factory=dict)
     ratio: Mapping[int, npt.NDArray[np.uint8]] = field(default_factory=dict)
+    unit: Mapping[int, npt.NDArray[np.uint8]] = field(default_factory=dict)
 
     def grids(self, width: int) -> list[npt.NDArray[Any]]:
-        """What is read at one width of the ladder besides fields: the scale, zero and table, and the ratio of a shared grid."""
+        """What is read at one width of the ladder besides fields: scales, zeros, units, tables and ratios."""
         own = self.grid_at(width)
-        found = [grid[own] for grid in (self.scale, self.zero) if own in grid]
+        found = [grid[own] for grid in (self.scale, self.zero, self.unit) if own in grid]
         return found + [grid[width] for grid in (self.table, self.ratio) if width in grid]
 
     def grid_at(self, width: int) -> int:
         """The width whose scale and zero serve `width`: the narrowest, where the grid is shared."""
         return self.bits[0] if self.ratio else width
 
+    def scales(self, own: int) -> npt.NDArray[np.float32]:
+        """Scales stored for one width of the ladder: (out, groups) float32."""
+        scale = untile_groups(self.scale[own], self.out)
+        if own in self.unit:
+            scale = unpack_scales(scale, self.unit[own].reshape(-1)[: self.out])
+        return scale.astype(np.float32)
+
+    def zeros(self, own: int) -> npt.NDArray[np.float32] | None:
+        """Zeros stored for one width of the ladder, from the middle of its codes: (out, groups) float32."""
+        if own not in self.zero:
+            return None
+        zero = untile_groups(self.zero[own], self.out)
+        return (unpack_zeros(zero, self._counted(own)) if own in self.unit else zero).astype(np.float32)
+
     def factors(self, width: int) -> npt.NDArray[np.float32] | None:
-        """What a row's scales are multiplied by at one width, and its zeros: (2, row tiles, 16) float32; None for nothing."""
+        """What a row's scales are multiplied by at one width, and its zeros: (2, row tiles, 16) float32; None for nothing.
+
+        Scales as the engine reads them: of bytes times 16 as the bits of float16.
+        """
+        own, ratios = self.grid_at(width), self._ratios(width)
+        if own not in self.unit:
+            return ratios
+        power = np.exp2(self.unit[own].astype(np.float32) + np.float32(UNIT_LEAST - _HALF_UNIT))
+        found = np.stack([power, np.full_like(power, zero_step(self._counted(own)))])
+        return found if ratios is None else found * ratios
+
+    def _ratios(self, width: int) -> npt.NDArray[np.float32] | None:
         if width not in self.ratio:
             return None
         factor = (self.ratio[width].astype(np.float32) + RATIO_ONE) * np.float32(2.0 ** (self.bits[0] - width - 8))
         return np.stack([factor, np.float32(1) / factor])
+
+    def _counted(self, own: int) -> int:
+        """Bits of the grid that the zeros of a width are counted on."""
+        return LEVEL_BITS if own in self.table else own
 
     def width_at(self, bits: int) -> int:
         """Width this matrix runs at when the artifact is asked for `bits`: the narrowest of at least that, or the widest."""
@@ -74,7 +120,7 @@ class StoredLinear:
     def dequantize(self, bits: int) -> npt.NDArray[np.float32]:
         """Return the (out, columns) float32 matrix at the artifact's width `bits`: scale * (c - (2**w - 1) / 2 - zero).
 
-        Where the width w has a table: scale * (table[c] - 63.5 - zero). Where it has a ratio: with `factors` applied.
+        Where the width w has a table: scale * (table[c] - 63.5 - zero). Where it has a ratio: with it applied.
         """
         width, count, total = self.width_at(bits), 0, 0
         while total < width:
@@ -85,17 +131,17 @@ class StoredLinear:
             values = np.take_along_axis(levels, codes, axis=1)
         else:
             values = codes.astype(np.float32) - np.float32((2**width - 1) / 2)
-        own, factors = self.grid_at(width), self.factors(width)
-        if own in self.zero:
-            values -= self._spread(self.zero[own], None if factors is None else factors[1])
-        values *= self._spread(self.scale[own], None if factors is None else factors[0])
+        own, ratios = self.grid_at(width), self._ratios(width)
+        zero = self.zeros(own)
+        if zero is not None:
+            values -= self._spread(zero, None if ratios is None else ratios[1])
+        values *= self._spread(self.scales(own), None if ratios is None else ratios[0])
         return values
 
     def _spread(
-        self, tiled: npt.NDArray[np.float16], factor: npt.NDArray[np.float32] | None
+        self, rows: npt.NDArray[np.float32], factor: npt.NDArray[np.float32] | None
     ) -> npt.NDArray[np.float32]:
         size = self.columns if self.group_size == -1 else self.group_size
-        rows = untile_groups(tiled, self.out).astype(np.float32)
         if factor is not None:
             rows *= factor.reshape(-1)[: self.out, None]
         if self.groups == 1:

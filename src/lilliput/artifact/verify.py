@@ -28,7 +28,7 @@ from lilliput.artifact.schema import (
     schedule_misfit,
 )
 from lilliput.core.errors import InputCorrupt, InputMissing
-from lilliput.numerics.packing import INPUTS, LEVEL_BITS, ROWS, unpack_fields
+from lilliput.numerics.packing import INPUTS, LEVEL_BITS, ROWS, UNIT_MOST, unpack_fields
 
 Progress = Callable[[int, int], None]
 """Called with the bytes read so far and the bytes there are."""
@@ -177,18 +177,25 @@ class _Check:
                     self._say("a code outside the matrix is not zero", f"{file.where}: {name}")
             elif entry and kind == "table":
                 self._table(entry, file, name)
-            elif entry and kind == "ratio":
-                if file.view(name).reshape(-1)[entry.out :].any():
-                    self._say("a value outside the matrix is not zero", f"{file.where}: {name}")
+            elif entry and kind in ("ratio", "unit"):
+                self._rows(entry, file, name)
             elif entry:
                 self._grid(entry, file, name)
+
+    def _rows(self, entry: QuantEntry, file: Container, name: str) -> None:
+        values = file.view(name).reshape(-1)
+        if values[entry.out :].any():
+            self._say("a value outside the matrix is not zero", f"{file.where}: {name}")
+        if ".unit." in name and int(values.max()) > UNIT_MOST:
+            self._say(f"a unit is {int(values.max())}, beyond {UNIT_MOST}", f"{file.where}: {name}")
 
     def _grid(self, entry: QuantEntry, file: Container, name: str) -> None:
         values = file.view(name)  # (row tiles, groups, 16)
         step = max(1, _CHUNK // (values[:1].nbytes or 1))
-        if not all(np.isfinite(values[at : at + step]).all() for at in range(0, len(values), step)):
+        halves = values.dtype == np.float16
+        if halves and not all(np.isfinite(values[at : at + step]).all() for at in range(0, len(values), step)):
             self._say("a value is not finite", f"{file.where}: {name}")
-        if entry.out % ROWS and values[-1, :, entry.out % ROWS :].view(np.uint16).any():
+        if entry.out % ROWS and np.ascontiguousarray(values[-1, :, entry.out % ROWS :]).view(np.uint8).any():
             self._say("a value outside the matrix is not zero", f"{file.where}: {name}")
 
     def _table(self, entry: QuantEntry, file: Container, name: str) -> None:

@@ -2,7 +2,7 @@
 
 import fcntl
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from pkgutil import resolve_name
 from types import TracebackType
@@ -30,7 +30,16 @@ from lilliput.artifact.schema import (
     version_of,
 )
 from lilliput.core.errors import ConfigError, OutOfResource, QualityFailed
-from lilliput.numerics.packing import LEVEL_BITS, ROWS, pack_fields, tile_groups, tile_rows, tile_table
+from lilliput.numerics.packing import (
+    LEVEL_BITS,
+    ROWS,
+    pack_fields,
+    pack_scales,
+    pack_zeros,
+    tile_groups,
+    tile_rows,
+    tile_table,
+)
 
 _VERSION: str = resolve_name("lilliput:__version__")  # by name: the package itself is above this room
 _CHUNK = 1 << 23  # codes packed at once: bounds memory for an embedding of a hundred thousand rows
@@ -93,7 +102,8 @@ class ArtifactWriter:
 
         codes: (out, columns) uint8 of max(bits) bits; scale[b], and zero[b] unless the entry is symmetric: (out,
         groups) float16 for each width of the entry's ladder, or, where the entry is shared, for the narrowest, and
-        ratio[b]: (out,) uint8 for each. table[b]: (out, 2**b) uint8 for each of its `tables`.
+        ratio[b]: (out,) uint8 for each. table[b]: (out, 2**b) uint8 for each of its `tables`. Where its `grid_bits` are
+        8, scales and zeros are such as bytes can say.
         Raises QualityFailed when a scale or zero is not finite, ValueError when something does not fit the entry,
         OutOfResource when the disk is full.
         """
@@ -105,8 +115,8 @@ class ArtifactWriter:
             if sorted(widths) != wanted:
                 raise ValueError(f"{name}: {kind}s for the widths {sorted(widths)}, not {wanted}")
         for kind, by_width in grids.items():
-            for bits, values in by_width.items():
-                _check_grid(name, kind, bits, entry, values)
+            for bits, grid in by_width.items():
+                _check_grid(name, kind, bits, entry, grid)
         for rows in ratio.values():
             if rows.dtype != np.uint8 or rows.shape != (entry.out,):
                 raise ValueError(f"{name}: the ratio is {rows.dtype} {rows.shape}, not uint8 {(entry.out,)}")
@@ -116,9 +126,8 @@ class ArtifactWriter:
             packed = pack_fields(codes[row : row + self._rows(entry)], entry.fields)
             for index, field in enumerate(packed):
                 self._write(f"{name}.plane.{index}", field, row // ROWS)
-        for kind, by_width in grids.items():
-            for bits, values in by_width.items():
-                self._write(f"{name}.{kind}.{bits}", tile_groups(values))
+        for part, values in _stored_grids(entry, grids):
+            self._write(f"{name}.{part}", values)
         for bits in entry.tables:
             self._write(f"{name}.table.{bits}", tile_table(table[bits]))
         for bits, rows in ratio.items():
@@ -281,6 +290,24 @@ def _check_grid(name: str, kind: str, bits: int, entry: QuantEntry, values: F16)
     if not np.isfinite(values).all():
         what = f"the {kind} for {bits} bits is not finite in float16"
         raise QualityFailed(what, name, "Exclude this layer, and look for huge or broken weights in the checkpoint")
+
+
+def _stored_grids(
+    entry: QuantEntry, grids: Mapping[str, Mapping[int, F16]]
+) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+    """Scales, zeros and units as they are stored, each with what follows the matrix in its name. Raises ValueError."""
+    for bits, scale in grids["scale"].items():
+        zero = grids["zero"].get(bits)
+        if entry.grid_bits == 8:
+            packed, unit = pack_scales(scale)
+            yield f"scale.{bits}", tile_groups(packed)
+            yield f"unit.{bits}", tile_rows(unit)
+            if zero is not None:
+                yield f"zero.{bits}", tile_groups(pack_zeros(zero, LEVEL_BITS if bits in entry.tables else bits))
+            continue
+        yield f"scale.{bits}", tile_groups(scale)
+        if zero is not None:
+            yield f"zero.{bits}", tile_groups(zero)
 
 
 def _check_table(name: str, bits: int, entry: QuantEntry, table: npt.NDArray[np.uint8]) -> None:

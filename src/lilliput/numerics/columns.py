@@ -27,9 +27,19 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from lilliput.numerics.grids import F16_MAX, F16_MIN, ratio_of, round_ratio, spread
+from lilliput.numerics.grids import (
+    F16_MAX,
+    F16_MIN,
+    byte_scale,
+    byte_zero,
+    in_bytes,
+    ratio_of,
+    round_ratio,
+    row_units,
+    spread,
+)
 from lilliput.numerics.nested import Quantized
-from lilliput.numerics.packing import LEVEL_MIDDLE, TABLE_BITS
+from lilliput.numerics.packing import LEVEL_BITS, LEVEL_MIDDLE, TABLE_BITS
 
 _STATE = 1 << 26  # numbers of the errors kept at once: 256 MiB
 _MOST_DAMPING = 10.0
@@ -198,7 +208,7 @@ class _Ladder:
 def refit(weight: Tensor, made: Quantized, gram: Tensor, widths: Sequence[int]) -> tuple[Quantized, Tensor]:
     """Scales and zeros that lower the error of the output for the codes there are, and the errors that are left.
 
-    Group by group the best scale and zero are solved for while the other groups stay; what float16 makes of them is taken
+    Group by group the best scale and zero are solved for while the other groups stay; what is stored of them is taken
     only where it lowers the error. weight: (out, in) float32. gram: (in, in) float32, damped. widths: some of the ladder,
     whose grids are fitted. Returns the same codes on new grids, and d G d^T of every row at each of
     those widths, d = w - q: (out, widths) float32.
@@ -214,6 +224,7 @@ def refit(weight: Tensor, made: Quantized, gram: Tensor, widths: Sequence[int]) 
     rows = max(16, _STATE // (4 * columns))
     for r, b in enumerate(widths):
         scale, zero = made.scale[b].clone(), made.zero[b].clone() if b in made.zero else None
+        grid = _Rounding.of(scale, LEVEL_BITS if b in made.table else b)
         for at in range(0, out, rows):
             part = slice(at, at + rows)
             own = made.rows(part)
@@ -224,7 +235,7 @@ def refit(weight: Tensor, made: Quantized, gram: Tensor, widths: Sequence[int]) 
                 here = slice(begin, min(begin + size, columns))
                 zero_here = None if zero is None else zero[part, g]
                 marks, pulls = mark[:, None, here], pull[:, None, here]
-                change = _refit_group(marks, pulls, gram[here, here], scale[part, g], zero_here)[:, 0]
+                change = _refit_group(marks, pulls, gram[here, here], scale[part, g], zero_here, grid.rows(part))[:, 0]
                 away[:, here] += change
                 pull.addmm_(change, gram[here])
             errors[part, r] = pull.mul_(away).sum(1)
@@ -272,6 +283,7 @@ def rebase(weight: Tensor, made: Quantized, gram: Tensor, widths: Sequence[int],
     size = columns if made.group_size == -1 else made.group_size
     first = made.bits[0]
     scales, zeros = made.scale[first].clone(), made.zero[first].clone() if made.zero else None
+    grid = _Rounding.of(scales, first)
     rows = max(16, _STATE // (4 * columns * len(widths)))
     for at in range(0, len(weight), rows):
         part = slice(at, at + rows)
@@ -282,13 +294,50 @@ def rebase(weight: Tensor, made: Quantized, gram: Tensor, widths: Sequence[int],
         for g, begin in enumerate(range(0, columns, size)):
             here = slice(begin, min(begin + size, columns))
             zero_here = None if zeros is None else zeros[part, g]
-            change = _refit_group(mark[..., here], pull[..., here], gram[here, here], scales[part, g], zero_here, share)
+            marks, pulls, own_gram = mark[..., here], pull[..., here], gram[here, here]
+            change = _refit_group(marks, pulls, own_gram, scales[part, g], zero_here, grid.rows(part), share)
             pull += change @ gram[here]
     return replace(made, scale={first: scales}, zero={} if zeros is None else {first: zeros})
 
 
+@dataclass(frozen=True)
+class _Rounding:
+    """How new scales and zeros of one group are rounded. unit: (out,) of the rows, None for float16; bits: of the grid."""
+
+    unit: Tensor | None
+    bits: int
+
+    @classmethod
+    def of(cls, scale: Tensor, bits: int) -> Self:
+        """For a matrix with scales (out, groups)."""
+        return cls(row_units(scale)[:, 0] if in_bytes(scale.shape[1]) else None, bits)
+
+    def rows(self, part: slice) -> Self:
+        """For some of the rows."""
+        return self if self.unit is None else replace(self, unit=self.unit[part])
+
+    def step(self, wanted: Tensor, step: Tensor) -> Tensor:
+        """What is stored of a step, in float32; of the old one where the new one is no step of a grid."""
+        fits = (wanted > 0) & (wanted <= F16_MAX) & (step > 0)
+        wanted = torch.where(fits, wanted, step).clamp_min(0)
+        if self.unit is not None:
+            return byte_scale(wanted, self.unit)
+        return wanted.to(torch.float16).clamp_min(F16_MIN).to(torch.float32) * (step > 0)
+
+    def zero(self, wanted: Tensor) -> Tensor:
+        """What is stored of a zero: (out,) float16."""
+        kept = wanted.clamp(-F16_MAX, F16_MAX) if self.unit is None else byte_zero(wanted, self.bits)
+        return kept.to(torch.float16)
+
+
 def _refit_group(
-    mark: Tensor, pull: Tensor, gram: Tensor, scale: Tensor, zero: Tensor | None, share: Tensor | float = 1.0
+    mark: Tensor,
+    pull: Tensor,
+    gram: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    rounding: _Rounding,
+    share: Tensor | float = 1.0,
 ) -> Tensor:
     """Set the scale (out,) and zero (out,) of one group in place; return by how much its levels fell, as `mark`.
 
@@ -301,7 +350,7 @@ def _refit_group(
     if zero is None:
         # With q = s x: the error changes by -2 t p + t^2 x G x for a step of t, p = x . (w - q) G.
         ask = (share * mark * pull).sum((1, 2))
-        new = _half(step + ask / square.clamp_min(1e-30), step)
+        new = rounding.step(step + ask / square.clamp_min(1e-30), step)
         move = new - step
         better = (square > 0) & (move * (move * square - 2 * ask) < 0)
         scale.copy_(torch.where(better, new, step).to(torch.float16))
@@ -312,11 +361,11 @@ def _refit_group(
     width = square * plain - cross.square()
     bent = width > 1e-5 * square * plain  # else one level is in use, and any step serves
     move = torch.where(bent, (plain * ask - cross * ask_plain) / torch.where(bent, width, 1.0), 0.0)
-    new = _half(step + move, step)
+    new = rounding.step(step + move, step)
     move = new - step
     shift = offset + (ask_plain - cross * move) / plain.clamp_min(1e-30)
     used = torch.where(new > 0, new, 1.0)
-    new_zero = torch.where(new > 0, -shift / used, 0.0).clamp(-F16_MAX, F16_MAX).to(torch.float16)
+    new_zero = rounding.zero(torch.where(new > 0, -shift / used, 0.0))
     drift = -new * new_zero.to(torch.float32) - offset
     gain = move * (2 * ask - move * square - 2 * drift * cross) + drift * (2 * ask_plain - drift * plain)
     better = gain > 0
@@ -324,14 +373,6 @@ def _refit_group(
     zero.copy_(torch.where(better, new_zero, zero))
     move, drift = torch.where(better, move, 0.0)[:, None, None], torch.where(better, drift, 0.0)[:, None, None]
     return -(mark * move + drift)
-
-
-def _half(wanted: Tensor, step: Tensor) -> Tensor:
-    """What float16 makes of a step, in float32; the old one where the new one is no step of a grid."""
-    fits = (wanted > 0) & (wanted <= F16_MAX) & (step > 0)
-    return torch.where(fits, wanted, step).clamp_min(0).to(torch.float16).clamp_min(F16_MIN).to(torch.float32) * (
-        step > 0
-    )
 
 
 def balance_shares(errors: Tensor, balance: float) -> Tensor:

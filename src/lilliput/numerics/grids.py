@@ -1,7 +1,8 @@
 """Uniform grids: where the levels stand, which level a weight takes, what the narrower widths make of it (needs torch).
 
 A grid of b bits has the levels scale * (c - (2**b - 1) / 2 - zero), c = 0 .. 2**b - 1; see docs/architecture.md. Scales
-and zeros are rounded to float16 first and codes chosen for the rounded grid, so what is stored is what was meant.
+and zeros are rounded first and codes chosen for the rounded grid, so what is stored is what was meant: to float16 where a
+row is one group, else to what a byte each can say, which is a float16 too (numerics/packing.py, docs/artifact.md).
 
 Source for the refit of narrower widths: weighted least squares of the weight on the truncated code, the affine form of
 the per-width centroids of Park et al., "Any-Precision LLM", ICML 2024 (section 3.2: a centroid is the mean of its
@@ -17,12 +18,12 @@ from torch.nn.functional import pad
 
 from lilliput.core.errors import ConfigError
 from lilliput.numerics.nested import Quantized
-from lilliput.numerics.packing import RATIO_ONE
+from lilliput.numerics.packing import RATIO_ONE, SCALE_TOP, UNIT_LEAST, UNIT_MOST, ZERO_BITS, zero_step
 
 F16_MAX = 65504.0
 F16_MIN = 2.0**-24
 FLAT = 2.0**-14
-"""Step of a shared grid's narrowest width on equal weights, in parts of them: the zero is then 2**14."""
+"""Step of a shared grid's narrowest width on equal weights, in parts of them, in rows of one group: the zero is 2**14."""
 
 
 def group_count(columns: int, group_size: int) -> int:
@@ -41,9 +42,9 @@ def grouped(values: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
 
 
 def minmax_grid(weight: Tensor, bits: int, group_size: int, sym: bool) -> tuple[Tensor, Tensor | None]:
-    """Levels that span each group exactly: (scale, zero), each (out, groups) float16; zero is None when `sym`.
+    """Levels that span each group: (scale, zero), each (out, groups) float16; zero is None when `sym`.
 
-    weight: (out, in) float32, finite. Symmetric levels span [-max|w|, max|w|], others [min w, max w].
+    weight: (out, in) float32, finite. Symmetric levels span [-max|w|, max|w|], others [min w, max w], but for rounding.
     Raises ConfigError when a scale is beyond float16.
     """
     full, mask = grouped(weight, group_size)
@@ -60,12 +61,12 @@ def span_grid(low: Tensor, high: Tensor, bits: int, sym: bool) -> tuple[Tensor, 
     sym: -low equals high. Raises ConfigError when a scale is beyond float16.
     """
     if sym:
-        return half_scale(high * (2 / (2**bits - 1))), None
+        return stored_scale(high * (2 / (2**bits - 1))), None
     middle = (high + low) / 2
     flat = high == low
     # Equal weights span nothing. Steps of twice their size put a level, half a step from the middle, on their value.
     scale = torch.where(flat, 2 * middle.abs(), (high - low) / (2**bits - 1))
-    return offset_grid(scale, torch.where(flat, torch.zeros_like(middle), middle))
+    return offset_grid(scale, torch.where(flat, torch.zeros_like(middle), middle), bits)
 
 
 def half_scale(scale: Tensor) -> Tensor:
@@ -77,15 +78,76 @@ def half_scale(scale: Tensor) -> Tensor:
     return torch.where(scale > 0, scale.clamp_min(F16_MIN), scale).to(torch.float16)
 
 
-def offset_grid(scale: Tensor, middle: Tensor) -> tuple[Tensor, Tensor]:
-    """Round a grid centred on `middle` to float16 scale and zero.
+def in_bytes(groups: int) -> bool:
+    """Whether scales and zeros of a matrix with so many groups a row are kept to what bytes can say."""
+    return groups > 1
 
-    A step tiny beside its offset is widened until the zero fits float16.
+
+def row_units(scale: Tensor) -> Tensor:
+    """What the bytes of a row's scales count: (out, 1) float32, the least powers of two that reach the largest of a row.
+
+    scale: (out, groups).
     """
-    half = half_scale(torch.maximum(scale, middle.abs() / 60000))
-    used = half.to(torch.float32)
+    mantissa, exponent = torch.frexp(scale.detach().to(torch.float64).amax(1, keepdim=True) / SCALE_TOP)
+    power = (exponent - (mantissa == 0.5).to(exponent.dtype)).clamp(UNIT_LEAST, UNIT_LEAST + UNIT_MOST)
+    return torch.ldexp(torch.ones_like(mantissa, dtype=torch.float32), power)
+
+
+def byte_scale(scale: Tensor, unit: Tensor) -> Tensor:
+    """The nearest scale that a byte says, none of them zero but those that are: float32. unit: of its row."""
+    number = scale.to(torch.float32) / unit
+    step = 1.0 + (number >= 128) + 2.0 * (number >= 256)
+    near = (number / step).round().mul_(step).clamp_(1, SCALE_TOP).mul_(unit)
+    return torch.where(scale > 0, near, torch.zeros_like(near))
+
+
+def byte_zero(zero: Tensor, bits: int) -> Tensor:
+    """The nearest zero of a grid of `bits` bits that a byte says: float32."""
+    step, half = zero_step(bits), 1 << ZERO_BITS - 1
+    return (zero.to(torch.float32) / step).round().clamp(-half, half - 1) * step
+
+
+def stored_scale(scale: Tensor) -> Tensor:
+    """Round steps (out, groups) to what is stored, none of them to zero: float16. Raises ConfigError beyond float16."""
+    half = half_scale(scale)
+    return byte_scale(scale, row_units(scale)).to(torch.float16) if in_bytes(scale.shape[1]) else half
+
+
+def stored_zero(zero: Tensor, bits: int) -> Tensor:
+    """Round zeros (out, groups) of a grid of `bits` bits to what is stored: float16."""
+    if in_bytes(zero.shape[1]):
+        return byte_zero(zero, bits).to(torch.float16)
+    return zero.clamp(-F16_MAX, F16_MAX).to(torch.float16)
+
+
+def furthest(bits: int, groups: int) -> float:
+    """How far, in steps of a grid of `bits` bits, its middle may be from 0 for the zero to be stored."""
+    return 2 ** (bits - 1) * (1 - 2.0**-6) if in_bytes(groups) else 60000.0  # a scale may be rounded down by a 128th
+
+
+def offset_grid(scale: Tensor, middle: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Round a grid of `bits` bits centred on `middle` to the scale and zero that are stored, float16.
+
+    All (out, groups). A step tiny beside its offset is widened until there is a zero for it; with several groups a row
+    that is where 0 is beyond the grid.
+    """
+    kept = stored_scale(torch.maximum(scale, middle.abs() / furthest(bits, scale.shape[1])))
+    used = kept.to(torch.float32)
     zero = torch.where(used > 0, -middle / used, torch.zeros_like(used))
-    return half, zero.clamp(-F16_MAX, F16_MAX).to(torch.float16)
+    return kept, stored_zero(zero, bits)
+
+
+def flat_grid(value: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """Step of width `first` and middle of a shared grid for groups of one value each: (out, groups) float32.
+
+    Where a zero may be anything, a step so small that all levels are on the value. Else the levels of a width and of the
+    next wider one are an eighth of a step from it, a 29th of the value at 2 and 3 bits, and those beyond have it.
+    """
+    if not in_bytes(value.shape[1]):
+        return value.abs() * FLAT, value
+    away, here = 2 ** (first - 1) * (1 - 2.0**-6), 2 ** (first - 1) - 3 / 8
+    step = value.abs() / (away + here)
+    return step, value.sign() * step * away
 
 
 def encode(weight: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int) -> Tensor:
@@ -133,13 +195,13 @@ class Refit:
         variance = torch.einsum(f"ogs,{self._axes}->og", x.square_(), self._share)
         if sym:  # the plain moments from the centred ones
             moment, square = product + self._mean * mean_x, variance + mean_x.square()
-            return half_scale((moment / square.clamp_min(1e-30)).clamp_min(0)), None
+            return stored_scale((moment / square.clamp_min(1e-30)).clamp_min(0)), None
         flat = variance < 1e-9 * (1 + mean_x.square())  # above what is left of one level after rounding
         slope = torch.where(flat, torch.zeros_like(product), product / variance.clamp_min(1e-30)).clamp_min(0)
         # The scale is rounded before the offset is derived, so its rounding error does not move the mean of the group.
-        half = half_scale(slope).to(torch.float32)
-        half = torch.where(half == 0, 2 * self._mean.abs(), half)
-        return offset_grid(half, self._mean - half * mean_x)
+        kept = stored_scale(slope).to(torch.float32)
+        kept = torch.where(kept == 0, 2 * self._mean.abs(), kept)
+        return offset_grid(kept, self._mean - kept * mean_x, bits)
 
 
 def nest(
@@ -188,8 +250,9 @@ def _share(
         full, mask = grouped(weight, group_size)
         low, high = full.masked_fill(~mask, torch.inf).amin(-1), full.masked_fill(~mask, -torch.inf).amax(-1)
         # `span_grid` puts one level of the widest grid on equal weights; here levels of all widths have to be there.
-        step = torch.where(low == high, low.abs() * FLAT, step)
-        middle = torch.where(low == high, low, middle)
+        flat_step, flat_middle = flat_grid(low, first)
+        step = torch.where(low == high, flat_step, step)
+        middle = torch.where(low == high, flat_middle, middle)
     share = torch.ones(columns) if importance is None else importance.to(torch.float32)
     away = spread(middle, group_size, columns).neg_().add_(weight).mul_(share)
     fitted = {}
@@ -220,8 +283,8 @@ def shared_grid(
     first = bits[0]
     ratio = {b: round_ratio(times.get(b, torch.ones(len(step)))) for b in bits}
     if middle is None:
-        return Quantized(codes, bits, group_size, {first: half_scale(step)}, ratio=ratio)
-    scale, zero = offset_grid(step, middle)
+        return Quantized(codes, bits, group_size, {first: stored_scale(step)}, ratio=ratio)
+    scale, zero = offset_grid(step, middle, first)
     return Quantized(codes, bits, group_size, {first: scale}, {first: zero}, ratio=ratio)
 
 

@@ -16,7 +16,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lilliput.numerics.grids import F16_MAX, FLAT, Refit, encode, grouped, half_scale, nest, offset_grid, shared_grid
+from lilliput.numerics.grids import (
+    Refit,
+    encode,
+    flat_grid,
+    grouped,
+    nest,
+    offset_grid,
+    shared_grid,
+    stored_scale,
+    stored_zero,
+)
 from lilliput.numerics.nested import Quantized
 
 
@@ -84,8 +94,9 @@ class LearnedGrid:
         flat = high == low  # as in minmax_grid: a level, half a step from the middle, on the value
         middle = (high + low) / 2
         alone, rest = 2 * middle.abs(), torch.zeros_like(middle)
-        if self.shared:  # as in nest: all levels of all widths are next to the value
-            alone, rest = middle.abs() * (FLAT / 2 ** (self.bits[-1] - self.bits[0])), middle
+        if self.shared:  # as in nest: levels of all widths are next to the value
+            alone, rest = flat_grid(middle, self.bits[0])
+            alone = alone / 2 ** (self.bits[-1] - self.bits[0])
         low, high = low * torch.sigmoid(self.bounds[0]), high * torch.sigmoid(self.bounds[1])
         step = torch.where(flat, alone, (high - low).clamp_min(0) / top)
         return step, torch.where(flat, rest, (high + low) / 2)
@@ -115,7 +126,7 @@ class LearnedGrid:
 
     def _stored(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
         step, middle = self._widest(weight)
-        return (half_scale(step), None) if self.sym else offset_grid(step, middle)
+        return (stored_scale(step), None) if self.sym else offset_grid(step, middle, self.bits[-1])
 
     def _codes(self, weight: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         if self.nudge is not None:
@@ -126,7 +137,7 @@ class LearnedGrid:
 
     @torch.no_grad()
     def quantized(self, weight: Tensor) -> Quantized:
-        """What is stored: the grids rounded to float16 and the codes chosen for them.
+        """What is stored: the grids rounded and the codes chosen for them.
 
         Raises ConfigError for a step beyond float16.
         """
@@ -141,10 +152,9 @@ class LearnedGrid:
         scales, zeros = {self.bits[-1]: scale}, {} if zero is None else {self.bits[-1]: zero}
         for width, factor in self.factors.items():
             cells = 2 ** (self.bits[-1] - width)
-            scales[width] = half_scale(scale.float() * cells * factor.exp())
+            scales[width] = stored_scale(scale.float() * cells * factor.exp())
             if zero is not None:
-                own = zero.float() / cells + self.shifts[width]
-                zeros[width] = own.clamp(-F16_MAX, F16_MAX).half()
+                zeros[width] = stored_zero(zero.float() / cells + self.shifts[width], width)
         return Quantized(codes, self.bits, self.group_size, scales, zeros)
 
 

@@ -16,6 +16,7 @@ docs/artifact.md draws it.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +32,12 @@ TABLE_BITS = 4
 """Widest code that may have a table: 16 entries are what one byte shuffle looks up."""
 RATIO_ONE = 128
 """The byte that means 1 where rows have ratios: r means (128 + r) / 256, from 0.5 to 1.496."""
+SCALE_TOP = 508
+"""The largest number a scale's byte means; see `scale_numbers`."""
+UNIT_LEAST = -24
+"""The power of two that a row's unit of 0 means. So every scale in bytes is a float16 too."""
+UNIT_MOST = 7 - UNIT_LEAST
+ZERO_BITS = 8
 
 U8 = npt.NDArray[np.uint8]
 
@@ -124,7 +131,60 @@ def unpack_fields(packed: Sequence[U8], fields: Sequence[int], out: int, columns
     return np.ascontiguousarray(split.reshape(tiles_out * ROWS, tiles_in * INPUTS)[:out, :columns])
 
 
-def tile_groups(values: npt.NDArray[np.float16]) -> npt.NDArray[np.float16]:
+def scale_numbers() -> npt.NDArray[np.int64]:
+    """What the 256 bytes of a scale mean, ascending: two bits of exponent e and six of mantissa m.
+
+    m where e is 0, else (64 + m) * 2**(e - 1): 0 to 508, the steps at most a 64th of the number from 64 on. As the bits
+    of a float16, byte * 16 is that number times 2**-20.
+    """
+    byte = np.arange(256)
+    exponent, mantissa = byte >> 6, byte & 63
+    return np.where(exponent == 0, mantissa, (64 + mantissa) << np.maximum(exponent - 1, 0))
+
+
+def pack_scales(scale: npt.NDArray[np.float16]) -> tuple[U8, U8]:
+    """Scales as bytes, and the unit of each row: (out, groups) and (out,) uint8.
+
+    scale: (out, groups) float16, each a number of `scale_numbers` times 2**(unit + UNIT_LEAST), the unit the least that
+    reaches the row's largest. Raises ValueError for others.
+    """
+    full = scale.astype(np.float64)
+    mantissa, exponent = np.frexp(full.max(1, initial=0) / SCALE_TOP)
+    unit = np.clip(exponent - (mantissa == 0.5) - UNIT_LEAST, 0, UNIT_MOST).astype(np.uint8)
+    want = full * np.exp2(-(unit.astype(np.float64) + UNIT_LEAST))[:, None]
+    numbers = scale_numbers()
+    found = np.searchsorted(numbers, want).clip(0, 255)
+    if (numbers[found] != want).any():
+        raise ValueError("a scale is not what a byte and the unit of its row can say")
+    return found.astype(np.uint8), unit
+
+
+def unpack_scales(stored: U8, unit: U8) -> npt.NDArray[np.float16]:
+    """The inverse of `pack_scales`: (out, groups) float16."""
+    power = np.exp2(unit.astype(np.float64) + UNIT_LEAST)
+    return (scale_numbers()[stored] * power[:, None]).astype(np.float16)
+
+
+def zero_step(bits: int) -> float:
+    """What a zero's byte counts, in steps of a width: the 256 of them span the range of its codes."""
+    return 2.0 ** (bits - ZERO_BITS)
+
+
+def pack_zeros(zero: npt.NDArray[np.float16], bits: int) -> npt.NDArray[np.int8]:
+    """Zeros of a grid of `bits` bits as bytes: int8, shape of `zero`. Raises ValueError for what they cannot say."""
+    want = zero.astype(np.float64) / zero_step(bits)
+    found: npt.NDArray[np.int8] = want.clip(-128, 127).astype(np.int8)
+    if (found != want).any():
+        raise ValueError("a zero is not what a byte can say")
+    return found
+
+
+def unpack_zeros(stored: npt.NDArray[np.int8], bits: int) -> npt.NDArray[np.float16]:
+    """The inverse of `pack_zeros`: float16."""
+    return (stored * zero_step(bits)).astype(np.float16)
+
+
+def tile_groups(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """(out, groups) to (row tiles, groups, 16): the 16 rows of a tile side by side; padding rows get 0."""
     out, groups = values.shape
     full = np.zeros((padded(out, ROWS), groups), values.dtype)
@@ -132,7 +192,7 @@ def tile_groups(values: npt.NDArray[np.float16]) -> npt.NDArray[np.float16]:
     return np.ascontiguousarray(full.reshape(-1, ROWS, groups).transpose(0, 2, 1))
 
 
-def untile_groups(tiled: npt.NDArray[np.float16], out: int) -> npt.NDArray[np.float16]:
+def untile_groups(tiled: npt.NDArray[Any], out: int) -> npt.NDArray[Any]:
     """The inverse of `tile_groups`: (row tiles, groups, 16) to (out, groups)."""
     tiles, groups, rows = tiled.shape
     return np.ascontiguousarray(tiled.transpose(0, 2, 1).reshape(tiles * rows, groups)[:out])

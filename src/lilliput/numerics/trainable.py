@@ -10,15 +10,15 @@ Deviation: the gradient of a weight is that of its dequantized value, whatever t
 the widest grid, in whichever direction it would move.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lilliput.numerics.grids import F16_MAX, grouped, half_scale, ratio_of, round_ratio
+from lilliput.numerics.grids import grouped, ratio_of, round_ratio, stored_scale, stored_zero
 from lilliput.numerics.nested import Quantized
-from lilliput.numerics.packing import TABLE_BITS
+from lilliput.numerics.packing import LEVEL_BITS, TABLE_BITS
 
 
 class _Level(torch.autograd.Function):
@@ -101,8 +101,10 @@ class Trainable:
         """The (out, in) float32 matrix at one width of the ladder, with gradients."""
         coded = self._coded
         base = coded.bits[0] if coded.ratio else bits
-        scale = coded.scale[base].float() * torch.exp(self._log[base])
-        zero = self._zero[base] / self._unit if base in self._zero else torch.zeros_like(scale)
+        scale = _as_stored(coded.scale[base].float() * torch.exp(self._log[base]), stored_scale)
+        zero = torch.zeros_like(scale)
+        if base in self._zero:
+            zero = _as_stored(self._zero[base] / self._unit, lambda z: stored_zero(z, self._counted(base)))
         if coded.ratio:
             factor = coded.factor(bits) * torch.exp(self._times[bits])[:, None]
             scale, zero = scale * factor, zero / factor
@@ -114,7 +116,7 @@ class Trainable:
 
     @torch.no_grad()
     def quantized(self, trained: int) -> Quantized:
-        """What has been reached, grids rounded to float16.
+        """What has been reached, grids rounded to what is stored.
 
         trained: the widest width that was trained; the bits beyond it place the first codes within its cells.
         """
@@ -122,10 +124,14 @@ class Trainable:
         cell = 1 << (coded.bits[-1] - trained)
         low = self._codes()[0].to(torch.int16) // cell * cell
         codes = torch.minimum(torch.maximum(coded.codes.to(torch.int16), low), low + cell - 1).to(torch.uint8)
-        scale = {b: half_scale(coded.scale[b].float() * torch.exp(log)) for b, log in self._log.items()}
-        zero = {b: (z / self._unit).clamp(-F16_MAX, F16_MAX).to(torch.float16) for b, z in self._zero.items()}
+        scale = {b: stored_scale(coded.scale[b].float() * torch.exp(log)) for b, log in self._log.items()}
+        zero = {b: stored_zero(z / self._unit, self._counted(b)) for b, z in self._zero.items()}
         ratio = {b: round_ratio(ratio_of(r) * torch.exp(self._times[b])) for b, r in coded.ratio.items()}
         return Quantized(codes, coded.bits, coded.group_size, scale, zero, coded.table, ratio)
+
+    def _counted(self, bits: int) -> int:
+        """Bits of the grid that the zeros of a width are counted on."""
+        return LEVEL_BITS if bits in self._coded.table else bits
 
     def _places(self, weight: Tensor) -> Tensor:
         """Where weights stand on the widest grid: (out, groups, size), whole numbers at its codes."""
@@ -144,3 +150,10 @@ class Trainable:
         place = self._trim(self._places(self.weight))
         inside = (place > -0.5) & (place < top + 0.5)
         return place.round_().clamp_(0, top).to(torch.uint8), inside
+
+
+def _as_stored(x: Tensor, stored: Callable[[Tensor], Tensor]) -> Tensor:
+    """What is stored of a grid, with the gradient of x."""
+    with torch.no_grad():
+        off = stored(x).float() - x
+    return x + off

@@ -26,7 +26,7 @@ from lilliput.methods.base import (
 )
 from lilliput.models import Checkpoint, TensorInfo
 from lilliput.models.sites import refuse_pictures
-from lilliput.numerics.grids import group_count
+from lilliput.numerics.grids import group_count, in_bytes
 from lilliput.numerics.nested import Quantized
 from lilliput.numerics.packing import serving_width
 from lilliput.pipeline.report import LayerPlan
@@ -182,6 +182,7 @@ def entry_of(shape: tuple[int, int], quantizer: Quantizer) -> QuantEntry:
         sym=quantizer.sym,
         tables=quantizer.tables,
         shared=quantizer.shared and len(quantizer.bits) > 1,
+        grid_bits=8 if in_bytes(group_count(shape[1], quantizer.group_size)) else 16,
     )
 
 
@@ -304,9 +305,9 @@ def tuning_bytes(work: Work, row: int) -> int:
 
 
 def grids(entries: Mapping[str, QuantEntry]) -> int:
-    """Scales and zeros of all widths, and ratios."""
+    """Scales and zeros of all widths, ratios and units."""
     return sum(
-        entry.out * (group_count(entry.columns, entry.group_size) if kind in ("scale", "zero") else kind == "ratio")
+        entry.out * (entry.groups if kind in ("scale", "zero") else kind != "table")
         for entry in entries.values()
         for width in entry.bits
         for kind in entry.grids(width)

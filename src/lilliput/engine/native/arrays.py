@@ -31,12 +31,12 @@ def group_of(m: StoredLinear) -> int:
 
 
 def stored(m: StoredLinear) -> tuple[Any, ...]:
-    """Planes, their widths, and the grids of every width."""
+    """Planes, their widths, bytes of a scale and of a zero, and the grids of every width."""
     planes = [as_bytes(plane) for plane in m.planes]
     scale, zero = ([(b, as_bytes(grid[m.grid_at(b)])) for b in m.bits if grid] for grid in (m.scale, m.zero))
     table = [(bits, as_bytes(values)) for bits, values in m.table.items()]
     factors = [(bits, as_bytes(values)) for bits in m.bits if (values := m.factors(bits)) is not None]
-    return planes, list(m.fields), scale, zero, table, factors
+    return planes, list(m.fields), 1 if m.unit else 2, scale, zero, table, factors
 
 
 def nested(m: StoredLinear, bits: int) -> tuple[Any, ...]:
@@ -48,7 +48,7 @@ def nested(m: StoredLinear, bits: int) -> tuple[Any, ...]:
     factors = m.factors(bits)
     grids = as_bytes(m.scale[own]), zero, table, None if factors is None else as_bytes(factors)
     planes = [as_bytes(plane) for plane in m.planes[:count]]
-    return planes, list(m.fields[:count]), *grids, m.out, m.columns, group_of(m)
+    return planes, list(m.fields[:count]), 1 if m.unit else 2, *grids, m.out, m.columns, group_of(m)
 
 
 def as_bytes(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:

@@ -46,6 +46,14 @@ def test_a_shared_grid_costs_a_byte_a_row_and_width() -> None:
         assert 8 * files / weights < few.bits_per_weight(b) + 0.06 * (few.bits.index(b) + 1)
 
 
+def test_grids_in_bytes_cost_half_and_a_byte_a_row() -> None:
+    plan = small_plan(SPEC, group_size=64, grid_bits=8)
+    assert rungs(plan, ".scale.") == rungs(plan, ".zero.") == [0.125] * 4
+    assert [round(more, 3) for more in rungs(plan, ".unit.")] == [0.002] * 4
+    shared = small_plan(SPEC, group_size=64, grid_bits=8, shared=True)
+    assert [round(shared.bits_per_weight(b), 3) for b in shared.bits] == [2.253, 3.253, 4.253, 8.253]
+
+
 def test_a_table_costs_its_bytes_over_the_columns() -> None:
     wide = {"layers.0.mlp.down_proj": 14336, "layers.0.attn.q_proj": 4096}
     plan = small_plan(SPEC, tables=(2, 3, 4))

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from lilliput.artifact import read
 from lilliput.artifact.container import Layout, Planned
 from lilliput.artifact.plan import Plan
 from lilliput.artifact.read import Artifact
+from lilliput.artifact.verify import verify
 from lilliput.core.errors import ConfigError, InputCorrupt, InputMissing
 from support.small_artifact import (
     llama_spec,
@@ -89,6 +91,27 @@ def test_levels_of_a_table_are_the_formula_bit_for_bit(tmp_path: Path, group_siz
         assert {b: t.shape for b, t in linear.table.items()} == {1: (3, 16, 2), 3: (3, 16, 8)}
         assert all(t.ctypes.data % 64 == 0 for t in linear.table.values())
         assert artifact.plan.home[f"{NAME}.table.3"][0] == "bits-3.safetensors"
+
+
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("form", [{}, {"shared": True}, {"tables": (2, 3)}], ids=str)
+def test_a_grid_in_bytes_is_the_formula_bit_for_bit(tmp_path: Path, form: dict[str, Any], sym: bool) -> None:
+    spec = llama_spec(layers=1, hidden=48, heads=3, kv_heads=3, inter=40)
+    plan = small_plan(spec, (2, 3, 8), group_size=16, sym=sym, grid_bits=8, ladders={"embed_tokens": (3,)}, **form)
+    manifest = write_small_artifact(tmp_path / "a", plan=plan)
+    assert manifest.schema_version == "1.5"
+    with Artifact.open(tmp_path / "a") as artifact:
+        for bits in plan.bits:
+            assert artifact.dequantize(NAME, bits).tobytes() == reference(plan, NAME, bits).tobytes()
+        linear = artifact.linear(NAME, 2)
+        assert (linear.scale[2].dtype, linear.unit[2].shape) == (np.uint8, (3, 16))
+        assert sym or linear.zero[2].dtype == np.int8
+        artifact.read_ahead(3)
+    assert verify(tmp_path / "a").ok
+    for bits in (3, 8):
+        (tmp_path / "a" / f"bits-{bits}.safetensors").unlink()
+    with Artifact.open(tmp_path / "a") as narrow:
+        assert narrow.dequantize(NAME, 2).tobytes() == reference(plan, NAME, 2).tobytes()
 
 
 @pytest.mark.parametrize("group_size", [-1, 32, 48])

@@ -190,14 +190,14 @@ def test_a_newer_major_is_refused_by_name(manifest: Manifest) -> None:
 
 
 def test_a_newer_minor_may_say_more_but_not_mean_more(manifest: Manifest) -> None:
-    assert schema.SCHEMA_VERSION == "1.4"  # with the next minor, raise the numbers below
+    assert schema.SCHEMA_VERSION == "1.5"  # with the next minor, raise the numbers below
     newer = manifest.model_copy(update={"schema_version": "1.7"})
     for path in ("carbon_footprint", "source/licence", "files/config.json/mime"):
         read = load_manifest(changed(newer, path, "x"), "m")
         assert read.entries == manifest.entries
         assert read.schema_version == "1.7"
     for path in ("spec/sinks", "spec/kind", "entries/layers.0.attn.q_proj/codebook"):
-        with pytest.raises(Unsupported, match=r"schema 1\.7 says .*Extra inputs.*Update lilliput, this one knows 1\.4"):
+        with pytest.raises(Unsupported, match=r"schema 1\.7 says .*Extra inputs.*Update lilliput, this one knows 1\.5"):
             load_manifest(changed(newer, path, "x"), "m")
     with pytest.raises(Unsupported, match=r"schema 1\.7 says spec\.activation"):
         load_manifest(changed(newer, "spec/activation", "mish"), "m")

@@ -143,6 +143,27 @@ def test_what_must_be_zero_or_finite_is_checked_beyond_the_digests(
         assert verify(copy).ok
 
 
+@pytest.mark.parametrize(
+    ("row", "value", "message"),
+    [
+        (-1, 1, "embed_tokens.unit.3: a value outside the matrix is not zero"),
+        (0, 32, "embed_tokens.unit.3: a unit is 32, beyond 31"),
+        (0, 31, ""),
+    ],
+)
+def test_units_are_within_their_range(tmp_path: Path, row: int, value: int, message: str) -> None:
+    plan = small_plan(llama_spec(layers=1), (2, 3), ladders={"embed_tokens": (2, 3)}, grid_bits=8)
+    write_small_artifact(tmp_path / "a", plan=plan)
+    raw = bytearray((tmp_path / "a" / "bits-3.safetensors").read_bytes())
+    layout = plan.files["bits-3.safetensors"]
+    slot = layout.slots["embed_tokens.unit.3"]
+    raw[len(layout.head) + (slot.begin if row == 0 else slot.end - 1)] = value
+    (tmp_path / "a" / "bits-3.safetensors").write_bytes(raw)
+    told = "\n".join(verify(tmp_path / "a").problems)
+    assert message in told
+    assert (".unit." in told) is bool(message)
+
+
 def test_ratios_of_rows_outside_are_zero(tmp_path: Path) -> None:
     plan = small_plan(llama_spec(layers=1), (2, 3), ladders={"embed_tokens": (2, 3)}, shared=True)
     write_small_artifact(tmp_path / "a", plan=plan)

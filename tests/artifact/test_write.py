@@ -135,6 +135,22 @@ def test_what_does_not_fit_the_plan_is_refused(tmp_path: Path) -> None:
             writer.put_quantized(NAME, codes & 3, {2: scale[2]}, {2: zero[2]})
 
 
+def test_a_grid_that_bytes_cannot_say_is_refused(tmp_path: Path) -> None:
+    plan = small_plan(llama_spec(layers=1), (4,), grid_bits=8)
+    codes, scale, zero = random_linear(plan.entries[NAME], np.random.default_rng(0))
+    with ArtifactWriter.start(tmp_path, plan) as writer:
+        writer.put_quantized(NAME, codes, scale, zero)
+        for bad, message in (
+            ({4: scale[4] * np.float16(1.01)}, "a scale is not what a byte"),
+            ({4: -scale[4]}, "a scale is not what a byte"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                writer.put_quantized(NAME, codes, bad, zero)
+        for step in (1 / 64, 8.0):
+            with pytest.raises(ValueError, match="a zero is not what a byte can say"):
+                writer.put_quantized(NAME, codes, scale, {4: zero[4] + np.float16(step)})
+
+
 def test_a_ratio_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     plan = small_plan(llama_spec(layers=1), (2, 8), shared=True)
     rng = np.random.default_rng(0)

@@ -26,6 +26,8 @@ PLANS = {
     "groups": small_plan(SPEC, (2, 3, 4, 8), tables=(2, 3, 4), ladders={"embed_tokens": (4, 8)}),
     "rows": small_plan(SPEC, (2, 3, 4, 8), tables=(2, 3, 4), ladders={"embed_tokens": (3, 8)}, group_size=-1),
     "shared": small_plan(SPEC, (2, 3, 4, 8), shared=True, ladders={"embed_tokens": (4, 8)}),
+    "bytes": small_plan(SPEC, (2, 3, 4, 8), tables=(2,), ladders={"embed_tokens": (4, 8)}, grid_bits=8),
+    "shared bytes": small_plan(SPEC, (2, 3, 4, 8), shared=True, ladders={"embed_tokens": (4, 8)}, grid_bits=8),
     "symmetric, some": small_plan(SPEC, (2, 3, 4, 8), tables=(3,), ladders={"embed_tokens": (3,)}, sym=True),
 }
 TOKENS = [int(t) for t in np.random.default_rng(0).integers(0, 261, 41)]

@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -47,8 +49,13 @@ def test_odd_shapes_and_groups(
 
 @pytest.mark.parametrize("group_size", [-1, 7, 32])
 @pytest.mark.parametrize("sym", [False, True])
-def test_rows_of_a_shared_grid_are_the_reference_bit_for_bit(group_size: int, sym: bool) -> None:
-    linear = random_linear(np.random.default_rng(5), 37, 75, (2, 3, 4, 8), group_size, sym=sym, shared=True)
+@pytest.mark.parametrize("in_bytes", [False, True])
+@pytest.mark.parametrize("form", [{}, {"shared": True}, {"tables": (2, 3)}], ids=str)
+def test_rows_of_every_grid_are_the_reference_bit_for_bit(
+    group_size: int, sym: bool, in_bytes: bool, form: dict[str, Any]
+) -> None:
+    rng = np.random.default_rng(5)
+    linear = random_linear(rng, 37, 75, (2, 3, 4, 8), group_size, sym=sym, in_bytes=in_bytes, **form)
     for width in linear.bits:
         assert np.array_equal(native.nested_rows(linear, width), linear.dequantize(width))
 
@@ -56,8 +63,9 @@ def test_rows_of_a_shared_grid_are_the_reference_bit_for_bit(group_size: int, sy
 def test_variants_and_blocks_of_tokens_agree_bit_for_bit() -> None:
     rng = np.random.default_rng(3)
     _agree(random_linear(rng, 50, 700, (2, 3, 4, 8), 128, shared=True), rng)
-    for tables in ((), (2, 3, 4)):
-        _agree(random_linear(rng, 50, 700, (2, 3, 4, 8), 128, tables=tables), rng)
+    for in_bytes in (False, True):
+        for tables in ((), (2, 3, 4)):
+            _agree(random_linear(rng, 50, 700, (2, 3, 4, 8), 128, tables=tables, in_bytes=in_bytes), rng)
 
 
 def _agree(linear: StoredLinear, rng: np.random.Generator) -> None:

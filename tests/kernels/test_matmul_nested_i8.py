@@ -1,4 +1,5 @@
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,6 @@ from lilliput.numerics.packing import (
     tile_groups,
     tile_table,
     unpack_fields,
-    untile_groups,
     untile_table,
 )
 from support.stored import gamma, random_linear
@@ -29,12 +29,14 @@ def exact(linear: StoredLinear, width: int, x: np.ndarray) -> tuple[np.ndarray, 
     top = (1 << width) - 1
     if width in linear.table:
         codes, top = np.take_along_axis(untile_table(linear.table[width], linear.out).astype(np.int64), codes, 1), 127
-    own, factors = linear.grid_at(width), linear.factors(width)
-    times = np.ones((2, linear.out)) if factors is None else factors.reshape(2, -1)[:, : linear.out]
-    scale = untile_groups(linear.scale[own], linear.out).astype(np.float64) * times[0][:, None]
-    zero = np.zeros_like(scale)
-    if own in linear.zero:
-        zero = untile_groups(linear.zero[own], linear.out).astype(np.float64) * times[1][:, None]
+    own, times = linear.grid_at(width), np.ones(linear.out, np.float32)
+    if linear.ratio:
+        ratio = linear.ratio[width].reshape(-1)[: linear.out]
+        times = (ratio.astype(np.float32) + 128) * np.float32(2.0 ** (own - width - 8))
+    scale = linear.scales(own).astype(np.float64) * times[:, None]
+    zero, stored = np.zeros_like(scale), linear.zeros(own)
+    if stored is not None:
+        zero = stored.astype(np.float64) * (np.float32(1) / times)[:, None]
     group = linear.columns if linear.group_size == -1 else linear.group_size
     y, size = np.zeros((2, len(x), linear.out))
     for g, begin in enumerate(range(0, linear.columns, group)):
@@ -93,10 +95,13 @@ def test_every_variant_looks_levels_up_as_the_reference_does(
 
 @pytest.mark.parametrize("bits", [(2, 3, 4, 8), (3, 4), (2, 7)], ids=str)
 @pytest.mark.parametrize("group_size", [-1, 7, 32, 64])
-def test_a_shared_grid_is_the_formula_in_every_variant(bits: tuple[int, ...], group_size: int) -> None:
+@pytest.mark.parametrize("form", [{"shared": True}, {"in_bytes": True}, {"shared": True, "in_bytes": True}], ids=str)
+def test_a_grid_with_factors_of_rows_is_the_formula_in_every_variant(
+    bits: tuple[int, ...], group_size: int, form: dict[str, Any]
+) -> None:
     rng = np.random.default_rng(8)
     for out, columns, tokens in [(1, 1, 1), (17, 33, 2), (40, 200, 9), (16, 320, 5), (70, 97, 23), (150, 70, 14)]:
-        linear = random_linear(rng, out, columns, bits, group_size, sym=out == 16, shared=True)
+        linear = random_linear(rng, out, columns, bits, group_size, sym=out == 16, **form)
         x = rng.standard_normal((tokens, columns), dtype=np.float32)
         for width in bits:
             found = native.matmul_nested_i8(linear, width, x, variant="reference")
@@ -104,6 +109,22 @@ def test_a_shared_grid_is_the_formula_in_every_variant(bits: tuple[int, ...], gr
             assert (np.abs(found - wanted) <= gamma(linear.groups + 8) * size).all()
             for variant in VARIANTS[1:]:
                 assert np.array_equal(native.matmul_nested_i8(linear, width, x, variant=variant), found)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("form", [{}, {"shared": True}, {"tables": (2, 3)}], ids=str)
+def test_bytes_are_the_float16_they_stand_for_bit_for_bit(form: dict[str, Any], variant: str) -> None:
+    rng = np.random.default_rng(9)
+    small = random_linear(rng, 37, 150, (2, 3, 4), 32, in_bytes=True, **form)
+    scale = {b: tile_groups(small.scales(b).astype(np.float16)) for b in small.scale}
+    zero = {b: tile_groups(found.astype(np.float16)) for b in small.zero if (found := small.zeros(b)) is not None}
+    wide = replace(small, scale=scale, zero=zero, unit={})
+    x = rng.standard_normal((11, 150), dtype=np.float32)
+    for width in small.bits:
+        assert np.array_equal(small.scales(small.grid_at(width)), wide.scales(wide.grid_at(width)))
+        made, wanted = (native.matmul_nested_i8(m, width, x, variant=variant) for m in (small, wide))
+        assert np.array_equal(made, wanted)
+        assert np.array_equal(native.matmul_nested(small, width, x), native.matmul_nested(wide, width, x))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -36,8 +36,8 @@ def test_positions_are_the_inverse_of_the_grid() -> None:
     scale, zero = minmax_grid(weight, 7, 32, False)
     assert zero is not None
     at = positions(weight, scale, zero, 32)
-    assert -0.3 < float(at.min()) < 0.3
-    assert 126.7 < float(at.max()) < 127.3
+    assert -1 < float(at.min()) < 1  # a scale in a byte is off by a 128th at most
+    assert 126 < float(at.max()) < 128
     wide = [t.float().repeat_interleave(32, 1)[:, :70] for t in (scale, zero)]
     assert torch.allclose((at - 63.5 - wide[1]) * wide[0], weight, atol=1e-5)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -10,6 +11,7 @@ from lilliput.artifact.publish import partial_of, publish
 from lilliput.artifact.schema import FloatEntry, Manifest, QuantEntry, SourceInfo
 from lilliput.artifact.write import ArtifactWriter, Plan
 from lilliput.core.spec import ModelSpec, Norm, Rotary
+from lilliput.numerics.packing import zero_step
 
 BYTES = pre_tokenizers.ByteLevel.alphabet()
 
@@ -67,10 +69,12 @@ def small_plan(
     float_dtype: str = "F32",
     tables: Sequence[int] = (),
     shared: bool = False,
+    grid_bits: Literal[8, 16] = 16,
 ) -> Plan:
     """Plan with every block matrix quantized, the embedding too where `ladders` names it.
 
     tables: widths at which the matrices that have them have tables. shared: those with several widths share a grid.
+    grid_bits: of scales and zeros where a row has several groups.
     """
     ladders = dict(ladders or {})
     shapes = {"embed_tokens": (spec.vocab_size, spec.hidden_size)}
@@ -85,6 +89,7 @@ def small_plan(
             entries[name] = QuantEntry(
                 out=out, columns=columns, bits=own, group_size=group_size, sym=sym,
                 tables=tuple(b for b in own if b in tables), shared=shared and len(own) > 1,
+                grid_bits=16 if group_size == -1 or columns <= group_size else grid_bits,
             )  # fmt: skip
         else:
             floats[f"{name}.weight"] = FloatEntry(dtype=float_dtype, shape=(out, columns))
@@ -111,7 +116,17 @@ def random_linear(
     scale = {b: (base / count).astype(np.float16) for b, count in levels.items()}
     middle = rng.uniform(-0.1, 0.1, (entry.out, entry.groups))
     zero = {} if entry.sym else {b: (middle * count).astype(np.float16) for b, count in levels.items()}
+    if entry.grid_bits == 8:
+        scale = {b: _coarse(s) for b, s in scale.items()}
+        steps = {b: zero_step(7 if b in entry.tables else b) for b in zero}
+        zero = {b: (np.round(z / steps[b]) * steps[b]).astype(np.float16) for b, z in zero.items()}
     return codes, scale, zero
+
+
+def _coarse(scale: np.ndarray) -> np.ndarray:
+    """Scales with six bits behind the first one, which is what a byte can say of those near the largest of a row."""
+    mantissa, exponent = np.frexp(scale.astype(np.float64))
+    return np.ldexp(np.round(mantissa * 128) / 128, exponent).astype(np.float16)
 
 
 def random_tables(entry: QuantEntry, rng: np.random.Generator) -> dict[int, np.ndarray]:

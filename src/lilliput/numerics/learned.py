@@ -18,8 +18,10 @@ from torch import Tensor
 
 from lilliput.numerics.grids import (
     Refit,
+    as_stored,
     encode,
     flat_grid,
+    furthest,
     grouped,
     nest,
     offset_grid,
@@ -104,9 +106,9 @@ class LearnedGrid:
     def at(self, weight: Tensor, width: int) -> Tensor:
         """The (out, in) float32 matrix a width means, differentiable in the parameters and in `weight`."""
         out, columns = weight.shape
-        step, middle = self._widest(weight)
+        step, zero = self._rounded(*self._widest(weight))
         safe = torch.where(step > 0, step, torch.ones_like(step))
-        zero, top = -middle / safe, 2 ** self.bits[-1] - 1
+        top = 2 ** self.bits[-1] - 1
         code = grouped(weight, self.group_size)[0] / safe[..., None] + (top / 2 + zero)[..., None]
         if self.nudge is not None:
             code = code + grouped(self.nudge, self.group_size)[0]
@@ -116,13 +118,27 @@ class LearnedGrid:
             code = code / cells
             code = _straight(code, code.detach().floor())
             factor = self.factors[width].exp()
-            step = step * cells * factor
+            step, zero = step * cells * factor, zero / cells
             if self.shared:
-                zero = zero / cells / factor
-            zero = zero / cells + self.shifts[width] if width in self.shifts else zero
+                zero = zero / factor
+            else:
+                step = as_stored(step, stored_scale)
+            if width in self.shifts:
+                zero = as_stored(zero + self.shifts[width], lambda z: stored_zero(z, width))
         made = (code - ((2**width - 1) / 2 + zero)[..., None]) * step[..., None]
         kept: Tensor = made.reshape(out, -1)[:, :columns]
         return kept
+
+    def _rounded(self, step: Tensor, middle: Tensor) -> tuple[Tensor, Tensor]:
+        """Step and zero of the widest grid as they are stored, in float32 and differentiable."""
+        first = self.bits[0] if self.shared else self.bits[-1]
+        cells = 2 ** (self.bits[-1] - first)
+        step = torch.maximum(step * cells, middle.abs() / furthest(first, step.shape[1]))
+        step = as_stored(step, stored_scale)
+        zero = -middle / torch.where(step > 0, step, torch.ones_like(step))
+        if not self.sym:
+            zero = as_stored(zero, lambda z: stored_zero(z, first))
+        return step / cells, zero * cells
 
     def _stored(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
         step, middle = self._widest(weight)

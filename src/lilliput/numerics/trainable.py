@@ -10,13 +10,13 @@ Deviation: the gradient of a weight is that of its dequantized value, whatever t
 the widest grid, in whichever direction it would move.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lilliput.numerics.grids import grouped, ratio_of, round_ratio, stored_scale, stored_zero
+from lilliput.numerics.grids import as_stored, grouped, ratio_of, round_ratio, stored_scale, stored_zero
 from lilliput.numerics.nested import Quantized
 from lilliput.numerics.packing import LEVEL_BITS, TABLE_BITS
 
@@ -101,10 +101,10 @@ class Trainable:
         """The (out, in) float32 matrix at one width of the ladder, with gradients."""
         coded = self._coded
         base = coded.bits[0] if coded.ratio else bits
-        scale = _as_stored(coded.scale[base].float() * torch.exp(self._log[base]), stored_scale)
+        scale = as_stored(coded.scale[base].float() * torch.exp(self._log[base]), stored_scale)
         zero = torch.zeros_like(scale)
         if base in self._zero:
-            zero = _as_stored(self._zero[base] / self._unit, lambda z: stored_zero(z, self._counted(base)))
+            zero = as_stored(self._zero[base] / self._unit, lambda z: stored_zero(z, self._counted(base)))
         if coded.ratio:
             factor = coded.factor(bits) * torch.exp(self._times[bits])[:, None]
             scale, zero = scale * factor, zero / factor
@@ -150,10 +150,3 @@ class Trainable:
         place = self._trim(self._places(self.weight))
         inside = (place > -0.5) & (place < top + 0.5)
         return place.round_().clamp_(0, top).to(torch.uint8), inside
-
-
-def _as_stored(x: Tensor, stored: Callable[[Tensor], Tensor]) -> Tensor:
-    """What is stored of a grid, with the gradient of x."""
-    with torch.no_grad():
-        off = stored(x).float() - x
-    return x + off

@@ -71,9 +71,17 @@ def span_grid(low: Tensor, high: Tensor, bits: int, sym: bool) -> tuple[Tensor, 
 
 def half_scale(scale: Tensor) -> Tensor:
     """Round steps to float16, none of them to zero. Raises ConfigError when one is beyond float16."""
+    _refuse_beyond_half(scale)
+    return _half(scale)
+
+
+def _refuse_beyond_half(scale: Tensor) -> None:
     if bool((scale > F16_MAX).any()):
         what = f"weights need a step of {float(scale.max()):.3g}, beyond float16"
         raise ConfigError(what, where="scale", fix="Exclude this layer from quantization")
+
+
+def _half(scale: Tensor) -> Tensor:
     # A step below the smallest float16 is widened to it: the group then uses fewer levels, but it is not lost.
     return torch.where(scale > 0, scale.clamp_min(F16_MIN), scale).to(torch.float16)
 
@@ -109,8 +117,13 @@ def byte_zero(zero: Tensor, bits: int) -> Tensor:
 
 def stored_scale(scale: Tensor) -> Tensor:
     """Round steps (out, groups) to what is stored, none of them to zero: float16. Raises ConfigError beyond float16."""
-    half = half_scale(scale)
-    return byte_scale(scale, row_units(scale)).to(torch.float16) if in_bytes(scale.shape[1]) else half
+    _refuse_beyond_half(scale)
+    return near_scale(scale)
+
+
+def near_scale(scale: Tensor) -> Tensor:
+    """As `stored_scale`, for steps that are on their way: what is beyond float16 is refused when it is stored."""
+    return byte_scale(scale, row_units(scale)).to(torch.float16) if in_bytes(scale.shape[1]) else _half(scale)
 
 
 def stored_zero(zero: Tensor, bits: int) -> Tensor:

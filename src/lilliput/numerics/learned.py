@@ -23,6 +23,7 @@ from lilliput.numerics.grids import (
     flat_grid,
     furthest,
     grouped,
+    near_scale,
     nest,
     offset_grid,
     shared_grid,
@@ -122,7 +123,7 @@ class LearnedGrid:
             if self.shared:
                 zero = zero / factor
             else:
-                step = as_stored(step, stored_scale)
+                step = as_stored(step, near_scale)
             if width in self.shifts:
                 zero = as_stored(zero + self.shifts[width], lambda z: stored_zero(z, width))
         made = (code - ((2**width - 1) / 2 + zero)[..., None]) * step[..., None]
@@ -134,7 +135,7 @@ class LearnedGrid:
         first = self.bits[0] if self.shared else self.bits[-1]
         cells = 2 ** (self.bits[-1] - first)
         step = torch.maximum(step * cells, middle.abs() / furthest(first, step.shape[1]))
-        step = as_stored(step, stored_scale)
+        step = as_stored(step, near_scale)
         zero = -middle / torch.where(step > 0, step, torch.ones_like(step))
         if not self.sym:
             zero = as_stored(zero, lambda z: stored_zero(z, first))

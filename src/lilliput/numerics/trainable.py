@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lilliput.numerics.grids import as_stored, grouped, ratio_of, round_ratio, stored_scale, stored_zero
+from lilliput.numerics.grids import as_stored, grouped, near_scale, ratio_of, round_ratio, stored_scale, stored_zero
 from lilliput.numerics.nested import Quantized
 from lilliput.numerics.packing import LEVEL_BITS, TABLE_BITS
 
@@ -101,7 +101,7 @@ class Trainable:
         """The (out, in) float32 matrix at one width of the ladder, with gradients."""
         coded = self._coded
         base = coded.bits[0] if coded.ratio else bits
-        scale = as_stored(coded.scale[base].float() * torch.exp(self._log[base]), stored_scale)
+        scale = as_stored(coded.scale[base].float() * torch.exp(self._log[base]), near_scale)
         zero = torch.zeros_like(scale)
         if base in self._zero:
             zero = as_stored(self._zero[base] / self._unit, lambda z: stored_zero(z, self._counted(base)))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
@@ -17,6 +18,7 @@ from lilliput.artifact.publish import partial_of, publish
 from lilliput.artifact.schema import FloatEntry, Manifest, QuantEntry, SourceInfo
 from lilliput.artifact.write import ArtifactWriter, Plan
 from lilliput.core.spec import ModelSpec, Norm, Rotary
+from lilliput.numerics.packing import zero_step
 
 HERE = Path(__file__).parent
 SHAPES: dict[str, dict[str, int]] = {  # those of make_llama.py, which needs torch
@@ -73,13 +75,24 @@ def plan_of(shape: dict[str, int], bits: tuple[int, ...] = LADDER, *, sym: bool 
         sizes |= spec.linears(layer)
     entries = {
         name: QuantEntry(
-            out=out, columns=columns, bits=bits if name.startswith("layers.") else ends, group_size=GROUP, sym=sym
-        )
+            out=out, columns=columns, bits=bits if name.startswith("layers.") else ends, group_size=GROUP, sym=sym,
+            grid_bits=8 if columns > GROUP else 16,
+        )  # fmt: skip
         for name, (out, columns) in sizes.items()
     }
     norms = [f"layers.{layer}.{kind}.weight" for layer in range(spec.num_layers) for kind in ("attn_norm", "mlp_norm")]
     floats = {name: FloatEntry(dtype="F32", shape=(spec.hidden_size,)) for name in (*norms, "final_norm.weight")}
     return Plan(spec, entries, floats, bits)
+
+
+def _short(scale: npt.NDArray[np.float64]) -> npt.NDArray[np.float16]:
+    """Scales with seven significant bits: what a byte can say of those near the largest of a row."""
+    mantissa, exponent = np.frexp(scale)
+    return np.ldexp(np.round(mantissa * 128) / 128, exponent).astype(np.float16)
+
+
+def _whole(zero: npt.NDArray[np.float64], step: float) -> npt.NDArray[np.float16]:
+    return (np.round(zero / step) * step).astype(np.float16)
 
 
 def write_artifact(
@@ -102,8 +115,8 @@ def write_artifact(
             writer.put_quantized(
                 name,
                 codes.reshape(entry.out, entry.columns),
-                {b: (step / (1 << b)).astype(np.float16) for b in entry.bits},
-                {} if sym else {b: (zero * (1 << b)).astype(np.float16) for b in entry.bits},
+                {b: _short(step / (1 << b)) for b in entry.bits},
+                {} if sym else {b: _whole(zero * (1 << b), zero_step(b)) for b in entry.bits},
             )
         for name, left in plan.floats.items():
             writer.put_float(name, np.ones(left.shape, dtype=np.float32))

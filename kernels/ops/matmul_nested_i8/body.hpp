@@ -185,6 +185,30 @@ LILLIPUT_INLINE void unpack_quads(const NestedView& w, int64_t tile, int part, t
 template <class I, Cut C>
 constexpr bool has_high = I::kSplit && (C == Cut::f2114 || C == Cut::f44 || C == Cut::any);
 
+// Scales and zeros of one group and I::kRows rows.
+template <class I>
+struct GroupGrid {
+  typename I::Floats scale, zero;
+};
+
+template <class I>
+LILLIPUT_INLINE GroupGrid<I> grid_at(const NestedView& w, int64_t row_tile, int64_t groups, int64_t g, int part) {
+  const int64_t at = (row_tile * groups + g) * kTileRows + part * I::kRows;
+  GroupGrid<I> grid;
+  if (w.grid_bytes == 1) {
+    grid.scale = I::smalls(w.scale + at);
+    grid.zero = w.zero ? I::wholes(reinterpret_cast<const int8_t*>(w.zero) + at) : I::zero();
+  } else {
+    grid.scale = I::halves(reinterpret_cast<const uint16_t*>(w.scale) + at);
+    grid.zero = w.zero ? I::halves(reinterpret_cast<const uint16_t*>(w.zero) + at) : I::zero();
+  }
+  if (w.factor) {
+    grid.scale = grid.scale * I::load_floats(w.factor + row_tile * kTileRows + part * I::kRows);
+    grid.zero = grid.zero * I::load_floats(w.inverse() + row_tile * kTileRows + part * I::kRows);
+  }
+  return grid;
+}
+
 // Codes as they are stored, unpacked where they are used.
 template <class I, Cut C>
 struct Packed {
@@ -205,18 +229,36 @@ struct Packed {
   inline __attribute__((always_inline)) void quads(int64_t tile, int part, typename I::Bytes codes[8]) const {
     unpack_quads<I>(w, first + tile, part, codes);
   }
+  inline __attribute__((always_inline)) GroupGrid<I> grid(int64_t row_tile, int64_t groups, int64_t g, int part) const {
+    return grid_at<I>(w, row_tile, groups, g, part);
+  }
   static constexpr int64_t kAhead = 16;
   static constexpr bool kPacked = true;
 };
 
 // Codes unpacked beforehand: for each tile eight lines of low parts, then eight of high ones if there are any. Those of
-// the cut f21 are halved again, which costs little here, so that int16 holds two tiles of them.
+// the cut f21 are halved again, which costs little here, so that int16 holds two tiles of them. And scales and zeros in
+// float32, sixteen of each a group.
 template <class I, Cut C>
 struct Panel {
   static constexpr int64_t kTile = has_high<I, C> ? 1024 : 512;
   uint8_t* data;
+  float* grids = nullptr;
 
   inline __attribute__((always_inline)) void fetch(int64_t) const {}
+  inline __attribute__((always_inline)) GroupGrid<I> grid(int64_t, int64_t, int64_t g, int part) const {
+    const float* from = grids + g * 2 * kTileRows + part * I::kRows;
+    return {I::load_floats(from), I::load_floats(from + kTileRows)};
+  }
+  inline __attribute__((always_inline)) void fill_grid(const NestedView& w, int64_t row_tile, int64_t groups) const {
+    for (int64_t g = 0; g < groups; ++g)
+      for (int part = 0; part < kTileRows / I::kRows; ++part) {
+        const GroupGrid<I> own = grid_at<I>(w, row_tile, groups, g, part);
+        float* to = grids + g * 2 * kTileRows + part * I::kRows;
+        I::store(to, own.scale);
+        I::store(to + kTileRows, own.zero);
+      }
+  }
   inline __attribute__((always_inline)) void fill(const NestedView& w, int64_t first, int64_t tiles) const {
     const Packed<I, C> from{w, first};
     for (int64_t tile = 0; tile < tiles; ++tile) {
@@ -303,30 +345,6 @@ LILLIPUT_INLINE void add_tiles(const Source& source, int64_t tile, int part, con
   }
 }
 
-// Scales and zeros of one group and I::kRows rows.
-template <class I>
-struct GroupGrid {
-  typename I::Floats scale, zero;
-};
-
-template <class I>
-LILLIPUT_INLINE GroupGrid<I> grid_at(const NestedView& w, int64_t row_tile, int64_t groups, int64_t g, int part) {
-  const int64_t at = (row_tile * groups + g) * kTileRows + part * I::kRows;
-  GroupGrid<I> grid;
-  if (w.grid_bytes == 1) {
-    grid.scale = I::smalls(w.scale + at);
-    grid.zero = w.zero ? I::wholes(reinterpret_cast<const int8_t*>(w.zero) + at) : I::zero();
-  } else {
-    grid.scale = I::halves(reinterpret_cast<const uint16_t*>(w.scale) + at);
-    grid.zero = w.zero ? I::halves(reinterpret_cast<const uint16_t*>(w.zero) + at) : I::zero();
-  }
-  if (w.factor) {
-    grid.scale = grid.scale * I::load_floats(w.factor + row_tile * kTileRows + part * I::kRows);
-    grid.zero = grid.zero * I::load_floats(w.inverse() + row_tile * kTileRows + part * I::kRows);
-  }
-  return grid;
-}
-
 // Scales and zeros come too slowly for the processor to foresee: those of a group are asked for a row of tiles ahead.
 LILLIPUT_INLINE void fetch_grid(const NestedView& w, int64_t row_tile, int64_t groups, int64_t g) {
   const int64_t at = ((row_tile + 1) * groups + g) * kTileRows * w.grid_bytes;
@@ -369,7 +387,7 @@ LILLIPUT_INLINE void multiply_tokens(const NestedView& w, int64_t row_tile, cons
     tile = end;
     if constexpr (Source::kPacked) fetch_grid(w, row_tile, x.groups, g);
     for (int part = 0; part < kParts; ++part) {
-      const auto grid = grid_at<I>(w, row_tile, x.groups, g, part);
+      const GroupGrid<I> grid = source.grid(row_tile, x.groups, g, part);
       for (int t = 0; t < T; ++t) {
         const auto d = sums_doubled<I, C, Source::kPacked> ? dots[part][t] : dots[part][t] + dots[part][t];
         F e = I::to_floats(d + I::spread_sum(terms.middle[place[t] + g]));
@@ -512,7 +530,7 @@ static __attribute__((noinline)) void multiply_abreast(const NestedView& w, int6
       left -= run;
     }
     for (int r = 0; r < R; ++r) {
-      const auto grid = grid_at<I>(w, row_tile + r, groups, g, 0);
+      const GroupGrid<I> grid = Panel<I, C>{nullptr, panel.grids + r * groups * 2 * kTileRows}.grid(0, 0, g, 0);
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) {
         const auto d = sums_doubled<I, C, false> ? sums[r][t] : sums[r][t] + sums[r][t] + I::spread_sum(middle[t]);
@@ -556,11 +574,18 @@ LILLIPUT_INLINE void multiply_cut(const NestedView& w, const QuantizedView& x, i
   data += terms_bytes(w.columns);
   auto* block_codes = reinterpret_cast<int8_t*>(data);
   data += kMostI8Tokens * x.stride;
+  auto* grids = reinterpret_cast<float*>(data);
+  data += panel_grid_bytes(w.columns);
   const int64_t most = panel_tiles(w.columns, has_high<I, C> ? 2 : 1);
   for (int64_t begin = tile_begin; begin < tile_end; begin += most) {
     const int64_t count = tile_end - begin < most ? tile_end - begin : most;
-    const auto panel = [&](int64_t n) { return Panel<I, C>{data + n * input_tiles * Panel<I, C>::kTile}; };
-    for (int64_t n = 0; n < count; ++n) panel(n).fill(w, (begin + n) * input_tiles, input_tiles);
+    const auto panel = [&](int64_t n) {
+      return Panel<I, C>{data + n * input_tiles * Panel<I, C>::kTile, grids + n * x.groups * 2 * kTileRows};
+    };
+    for (int64_t n = 0; n < count; ++n) {
+      panel(n).fill(w, (begin + n) * input_tiles, input_tiles);
+      panel(n).fill_grid(w, begin + n, x.groups);
+    }
     for (int64_t t = 0; t < tokens; t += I::kBlock) {
       const int block = tokens - t < I::kBlock ? static_cast<int>(tokens - t) : I::kBlock;
       int64_t n = 0;

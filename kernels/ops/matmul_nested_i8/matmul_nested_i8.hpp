@@ -48,10 +48,15 @@ static constexpr int64_t terms_bytes(int64_t columns) {
   return (3 * 4 * kMostI8Tokens * groups + 63) / 64 * 64;
 }
 
+// Bytes of the scales and zeros of a panel in float32, a group having 32 inputs or all.
+static constexpr int64_t panel_grid_bytes(int64_t columns) {
+  return kPanelTiles * (quantized_stride(columns) / kTileInputs) * 2 * kTileRows * 4;
+}
+
 // Bytes of scratch for `columns` inputs: terms and codes of a block, a panel, and 64 to align them.
 static constexpr int64_t matmul_nested_i8_scratch(int64_t columns) {
   const int64_t block = kMostI8Tokens * quantized_stride(columns);
-  return terms_bytes(columns) + block + panel_bytes(columns) + 64;
+  return terms_bytes(columns) + block + panel_bytes(columns) + panel_grid_bytes(columns) + 64;
 }
 
 // Rows [16 * tile_begin, min(16 * tile_end, out)) of y. x: `tokens` tokens; y: (tokens, ldy) float32;

@@ -75,9 +75,13 @@ def plan_of(shape: dict[str, int], bits: tuple[int, ...] = LADDER, *, sym: bool 
         sizes |= spec.linears(layer)
     entries = {
         name: QuantEntry(
-            out=out, columns=columns, bits=bits if name.startswith("layers.") else ends, group_size=GROUP, sym=sym,
+            out=out,
+            columns=columns,
+            bits=bits if name.startswith("layers.") else ends,
+            group_size=GROUP,
+            sym=sym,
             grid_bits=8 if columns > GROUP else 16,
-        )  # fmt: skip
+        )
         for name, (out, columns) in sizes.items()
     }
     norms = [f"layers.{layer}.{kind}.weight" for layer in range(spec.num_layers) for kind in ("attn_norm", "mlp_norm")]

@@ -138,9 +138,7 @@ class StoredLinear:
         values *= self._spread(self.scales(own), None if ratios is None else ratios[0])
         return values
 
-    def _spread(
-        self, rows: npt.NDArray[np.float32], factor: npt.NDArray[np.float32] | None
-    ) -> npt.NDArray[np.float32]:
+    def _spread(self, rows: npt.NDArray[np.float32], factor: npt.NDArray[np.float32] | None) -> npt.NDArray[np.float32]:
         size = self.columns if self.group_size == -1 else self.group_size
         if factor is not None:
             rows *= factor.reshape(-1)[: self.out, None]

@@ -292,9 +292,7 @@ def _check_grid(name: str, kind: str, bits: int, entry: QuantEntry, values: F16)
         raise QualityFailed(what, name, "Exclude this layer, and look for huge or broken weights in the checkpoint")
 
 
-def _stored_grids(
-    entry: QuantEntry, grids: Mapping[str, Mapping[int, F16]]
-) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+def _stored_grids(entry: QuantEntry, grids: Mapping[str, Mapping[int, F16]]) -> Iterator[tuple[str, npt.NDArray[Any]]]:
     """Scales, zeros and units as they are stored, each with what follows the matrix in its name. Raises ValueError."""
     for bits, scale in grids["scale"].items():
         zero = grids["zero"].get(bits)

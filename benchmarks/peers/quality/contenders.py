@@ -60,7 +60,7 @@ CONTENDERS: dict[str, Contender] = {
     "lilliput omniquant": ours({"omniquant": {"bits": ["$bits"], **BLOCKS}}),
     "lilliput tuned": ours({"gptq": {"bits": ["$bits"], **BLOCKS}}, {"tune": {"steps": "$steps"}}),
     "lilliput tuned nested": ours({"gptq": {"bits": [2, 3, 4], **NESTED}}, {"tune": {"steps": "$steps"}}, shared=True),
-    "lilliput tuned nested, own grids": ours(
+    "lilliput tuned nested own": ours(
         {"gptq": {"bits": [2, 3, 4], **BLOCKS}}, {"tune": {"steps": "$steps"}}, shared=True
     ),
     "lilliput tuned mixed": ours(

@@ -10,14 +10,18 @@ from support.blocks import calibration, followed_by, output_error, state, tiny_b
 
 @pytest.mark.parametrize("bits", [3, 4])
 def test_scales_and_clips_each_make_the_rounded_block_nearer(bits: int, tmp_path: Path) -> None:
-    block, rtn = tiny_block(), RTN(bits=(bits,), group_size=16)
-    data, after = calibration(tmp_path, block), dict.fromkeys(block.linears(), rtn)
-    plain = output_error(block, data, rtn, bits)
-    AWQ(clip=False).apply(block, data, after)
-    scaled = output_error(block, data, rtn, bits)
+    rtn, errors = RTN(bits=(bits,), group_size=16), []
+    for seed in range(4):  # matrices are searched one by one, so a single block may come out behind
+        block = tiny_block(seed)
+        data, after = calibration(tmp_path, block), dict.fromkeys(block.linears(), rtn)
+        found = [output_error(block, data, rtn, bits)]
+        AWQ(clip=False).apply(block, data, after)
+        found.append(output_error(block, data, rtn, bits))
+        AWQ(ratios=1).apply(block, data, after)  # the clip search alone
+        errors.append([*found, output_error(block, data, rtn, bits)])
+    plain, scaled, clipped = (sum(column) for column in zip(*errors, strict=True))
     assert scaled < 0.8 * plain
-    AWQ(ratios=1).apply(block, data, after)  # the clip search alone
-    assert output_error(block, data, rtn, bits) < scaled
+    assert clipped < scaled
 
 
 def test_without_candidates_but_zero_nothing_is_scaled(tmp_path: Path) -> None:
@@ -42,12 +46,14 @@ def test_queries_and_keys_are_not_clipped_and_no_weight_grows(tmp_path: Path) ->
 
 
 def test_a_ladder_is_judged_by_all_its_widths_or_by_the_one_asked_for(tmp_path: Path) -> None:
-    errors = {}
-    for at in (0, 2):
-        block, rtn = tiny_block(), RTN(bits=(2, 8), group_size=16)
-        data = calibration(tmp_path, block)
-        AWQ(at_bits=at).apply(block, data, dict.fromkeys(block.linears(), rtn))
-        errors[at] = {b: output_error(block, data, rtn, b) for b in rtn.bits}
+    errors = {at: dict.fromkeys((2, 8), 0.0) for at in (0, 2)}
+    for seed in range(4):
+        for at, found in errors.items():
+            block, rtn = tiny_block(seed), RTN(bits=(2, 8), group_size=16)
+            data = calibration(tmp_path, block)
+            AWQ(at_bits=at).apply(block, data, dict.fromkeys(block.linears(), rtn))
+            for b in rtn.bits:
+                found[b] += output_error(block, data, rtn, b)
     assert errors[2][2] < errors[0][2]  # it does best what it was asked for,
     assert errors[0][8] < errors[2][8]  # at the cost of the other
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from lilliput.numerics.grids import F16_MIN
-from lilliput.numerics.straight import best_share, coded_rows, on_grid, on_rows, row_steps
+from lilliput.numerics.straight import best_share, coded_rows, on_grid, on_rows, row_grids
 
 
 def written_out(x: Tensor, step: Tensor, zero: Tensor, bits: int) -> Tensor:
@@ -52,7 +52,7 @@ def test_rows_mean_what_is_stored() -> None:
         coded = coded_rows(weight, share, bits)
         assert torch.equal(coded.dequantize(bits), on_rows(weight, share, bits))
         assert int(coded.codes.max()) < 2**bits
-    assert (on_rows(weight, 1.0, 8) - weight).abs().max() <= row_steps(weight, 1.0, 8).max() * 0.51
+    assert (on_rows(weight, 1.0, 8) - weight).abs().max() <= row_grids(weight, 1.0, 8)[0].max() * 0.51
 
 
 def test_rows_pass_gradients_to_the_weight_and_to_the_share() -> None:
@@ -63,7 +63,7 @@ def test_rows_pass_gradients_to_the_weight_and_to_the_share() -> None:
     found = weight.grad, share.grad
     weight.grad = share.grad = None
     reach = torch.maximum(weight.amax(1, keepdim=True) / 7, -weight.amin(1, keepdim=True) / 8) * share
-    step = reach + (row_steps(weight, share, 4) - reach).detach()
+    step = reach + (row_grids(weight, share, 4)[0] - reach).detach()
     written_out(weight, step, torch.zeros((), dtype=torch.float64), 4).backward(pull)
     for one, other in zip(found, (weight.grad, share.grad), strict=True):
         assert one is not None

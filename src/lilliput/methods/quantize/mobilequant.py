@@ -59,7 +59,8 @@ CHECKS = 10
 class MobileQuant(IntegerMethod):
     """Makes a decoder whole numbers.
 
-    bits: of the weights, 8 or 4; end_bits: of embedding and head. sites: bits of edges by a pattern of their names, the last
+    bits: of the weights, 8 or 4; end_bits: of embedding and head. sym: rows of 4 bits are symmetric, as those of 8 bits,
+    of embedding and of head always are; else they have a zero each. sites: bits of edges by a pattern of their names, the last
     that matches counts. budget16: how many edges, or as a fraction what share of their bytes, get 16 bits, those that
     lose most at 8; all others that `sites` does not name get 8, but for scores, which always have 16. None for the usual policy.
     usual16: edges of 16 bits by the usual policy, the residual stream's, keep them, and the budget is for the others.
@@ -75,6 +76,7 @@ class MobileQuant(IntegerMethod):
     without gain before training ends. held: share of the rows held out. seed: of the order of rows.
     """
 
+    sym: bool = False
     sites: dict[str, int] = field(default_factory=dict, hash=False)
     budget16: int | float | None = None
     usual16: bool = False
@@ -120,6 +122,11 @@ class MobileQuant(IntegerMethod):
     def trains(self) -> bool:
         """Whether there is anything to train."""
         return self.steps > 0 and (self.let or self.lwc or self.ranges or self.rounding == "trained")
+
+    @property
+    def zeros(self) -> bool:
+        """Whether rows of the blocks have a zero each."""
+        return self.bits == 4 and not self.sym
 
     def make(self, model: Decoder | Encoder, batches: Batches, folder: Path, progress: Progress) -> Integers:
         """Return the integer model; see `IntegerMethod.make`.
@@ -237,9 +244,11 @@ class _Run:
             for name in spec.linears(layer):
                 edge = source_of(spec, name)
                 energy = loud.energy(edge) / divided.get(edge, torch.ones(())).square()
-                shares[name] = best_share(block.get_parameter(local(name)).data, energy, m.bits)
+                shares[name] = best_share(
+                    block.get_parameter(local(name)).data, energy, m.bits, sym=not m.zeros
+                )
         learns = {"scales": m.let, "ranges": m.ranges, "roundings": m.rounding != "nearest"}
-        return Student(m, self.model, shares, watched.grids(policy), **learns)
+        return Student(m, self.model, shares, watched.grids(policy), zeros=m.zeros, **learns)
 
     def _widths(self, folded: Simulation, watched: Ranges, policy: dict[str, int]) -> dict[str, int]:
         """The policy with 16 bits where they are needed most."""

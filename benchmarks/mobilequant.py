@@ -54,6 +54,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "block by block": {"scope": "block"},
     "blocks first": {"scope": "both"},
     "before training": {"steps": 0},
+    "symmetric rows": {"sym": True},
 }
 APART: dict[str, dict[str, Any]] = {
     "MobileQuant, keys of 16 bits": {"sites": {"*.attn.k_proj": 16, "*.attn.k": 16}},
@@ -77,7 +78,8 @@ class Task:
     @property
     def options(self) -> dict[str, Any]:
         """Of `mobilequant` in the recipe."""
-        return {"bits": self.bits, "seed": self.seed, "steps": self.steps, **CONTENDERS[self.contender]}
+        rows = {"sym": False} if self.bits == 4 else {}
+        return {"bits": self.bits, "seed": self.seed, "steps": self.steps, **rows, **CONTENDERS[self.contender]}
 
     def gave(self, line: Mapping[str, Any]) -> bool:
         """Whether a recorded line is of this task, options alike."""
@@ -259,10 +261,17 @@ class Remembered:
 
 
 def recorded(setup: str) -> list[dict[str, Any]]:
-    """Lines of this setup: the same model, texts and sizes."""
+    """Lines of this setup, the same model, texts and sizes, whose options are those that the contender has today."""
     path = RESULTS / f"{NAME}.jsonl"
     lines = map(json.loads, path.read_text(encoding="utf-8").splitlines()) if path.exists() else []
-    return [line for line in lines if line["setup"] == setup]
+    return [line for line in lines if line["setup"] == setup and _today(line)]
+
+
+def _today(line: Mapping[str, Any]) -> bool:
+    if line["contender"] not in CONTENDERS:
+        return False
+    now = Task(line["contender"], line["bits"], line["seed"], line["options"]["steps"])
+    return bool(line["options"] == now.options)
 
 
 def rows(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

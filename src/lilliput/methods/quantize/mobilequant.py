@@ -52,7 +52,9 @@ from lilliput.numerics.observers import Rule
 from lilliput.numerics.straight import best_share
 
 CHECKS = 10
-"""In all steps."""
+"""In all steps of a phase."""
+GENTLE = 0.3
+"""Of the rate of ranges, where the blocks are trained already."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +70,9 @@ class MobileQuant(IntegerMethod):
     are read off, as in `Observer`; apart: without the first position, which then saturates.
     let, lwc, ranges: train scales of pairs, clipping of rows, ranges of edges. rounding: of weights, trained with all else,
     swept behind it so that every column takes up what those before it got wrong, or to nearest.
-    scope: all blocks together; one after the other, each for `steps`; or both in the time of the former, where every
-    block has a third of the steps first and all together have the rest. loss: squared error of the states behind the last
+    scope: all blocks together; one after the other, each for `steps`; or both, the latter and then, for a third of the
+    steps, the ranges of all together: scales, clipping and roundings stay, since whatever moves them turns roundings
+    that fit each other. loss: squared error of the states behind the last
     block, or divergence of the logits, for an encoder 1 - cosine of the vectors; one block alone always has the former.
     steps of `batch` rows; let_rate, clip_rate, range_rate, rounding_rate: peak changes a step, of logarithms, of logits, of
     logarithms and zeros (a tenth of it at 16 bits), and of roundings in steps. patience: checks, of which there are ten,
@@ -171,9 +174,13 @@ class _Run:
             self.student = self.begin()
         if m.trains:
             self.record |= {"training": self.train(), "scope": m.scope, "loss": m.loss}
-        if m.rounding == "swept" and (m.scope != "block" or not m.trains):
+        if m.rounding == "swept" and not self._by_blocks:
             self._sweep()
         return self.student.result(self.model, self.record)
+
+    @property
+    def _by_blocks(self) -> bool:
+        return self.method.trains and self.method.scope != "end_to_end" and not isinstance(self.spec, EncoderSpec)
 
     # ---- rows and streams
 
@@ -280,7 +287,7 @@ class _Run:
             units=list(self.groups(self.trained)) if batched else [[row] for row in self.trained],
             held=[self.kept_out[at : at + m.batch] for at in range(0, len(self.kept_out), m.batch)],
             batch=m.batch,
-            every=max(1, m.steps // CHECKS),
+            checks=CHECKS,
             patience=m.patience,
             seed=m.seed,
         )
@@ -318,13 +325,13 @@ class _Run:
     def _phases(self) -> Iterator[Phase]:
         """What is to be trained, in order. Between the phases of blocks the streams of both models move on."""
         m, rates = self.method, self._rates()
-        alone = {"both": m.steps // 3, "end_to_end": 0, "block": m.steps}[m.scope]
-        if isinstance(self.spec, EncoderSpec):
-            alone = 0
-        if alone:
-            yield from self._one_by_one(alone, rates)
-        if alone < m.steps:
-            yield Phase("all", m.steps - alone, self._whole, rates)
+        if not self._by_blocks:
+            yield Phase("all", m.steps, self._whole, rates)
+            return
+        yield from self._one_by_one(m.steps, rates)
+        ranges = {name: GENTLE * rate for name, rate in rates.items() if name.split("/")[0] in ("step", "zero")}
+        if m.scope == "both" and ranges:
+            yield Phase("all", math.ceil(m.steps / 3), self._whole, ranges)
 
     def _one_by_one(self, steps: int, rates: Mapping[str, float]) -> Iterator[Phase]:
         """A phase for each block."""
@@ -339,7 +346,7 @@ class _Run:
                 self._write(after, (run_block(self.spec, layer, base, x) for x in self._read(now, every)))
             yield Phase(f"layers.{layer}", steps, self._of_block(layer, self._stream(after)), rates)
             with torch.no_grad():
-                if self.method.rounding == "swept" and self.method.scope == "block":
+                if self.method.rounding == "swept":
                     feed_back(self.student, layer, partial(self._inputs, layer, self._enough()))
                 self._pass(layer, every)
 

@@ -111,7 +111,8 @@ def test_four_bit_weights_are_four_bits_in_the_file(models: Any, tmp_path: Path)
             assert tensor.data_type == onnx.TensorProto.INT4
             assert len(tensor.raw_data) * 2 == np.prod(tensor.dims)
             codes, zeros = (
-                onnx.numpy_helper.to_array(stored[f"{node.matrix}.weight{kind}"]).astype(np.int8) for kind in ("", ".zero")
+                onnx.numpy_helper.to_array(stored[f"{node.matrix}.weight{kind}"]).astype(np.int8)
+                for kind in ("", ".zero")
             )
             assert zeros.any() == node.matrix.startswith("layers.0.")
             assert (codes - zeros[:, None] == model.weights(node.matrix)).all()

@@ -1,11 +1,11 @@
 """MobileQuant: learn the scales, clippings and ranges with which a model can be whole numbers throughout.
 
-Every edge of docs/integer.md has one grid fixed in advance, every matrix symmetric rows. SmoothQuant's scales are folded
-into all legal pairs, ranges are read off calibration text, and then the scales of pairs, the clipping of every row, the
-rounding of every weight and the step and zero of every edge of 8 bits are trained together, through all blocks, with
-straight-through gradients, against what the original puts out: the last block's states, or the logits'
-distribution. Blocks are run again for the gradient and the targets lie on disk, so memory is that of one block and of
-the states between blocks.
+Every edge of docs/integer.md has one grid fixed in advance, every matrix rows, symmetric or with a whole zero each.
+SmoothQuant's scales are folded into all legal pairs, ranges are read off calibration text, and then the scales of pairs,
+the clipping of every row, the rounding of every weight and the step and zero of every edge of 8 bits are trained with
+straight-through gradients: block by block against each block's output, then the ranges through all blocks against what
+the original puts out, the last block's states or the logits' distribution; or all of it through all blocks. These are run
+again for the gradient and states lie on disk, so memory is that of one block and of the states between blocks.
 
 Source: Tan et al., "MobileQuant: Mobile-friendly Quantization for On-device Language Models", EMNLP Findings 2024,
 sections 3 and 4; Xiao et al., "SmoothQuant", ICML 2023, eq. 4; Shao et al., "OmniQuant", ICLR 2024, eq. 2; Cheng et
@@ -15,7 +15,7 @@ Deviation: scales and steps are trained as logarithms and zeros relative to thei
 every model; queries and keys are tied as their rotation needs and values as their groups do, where the paper's code is
 inexact or skips the pair; clipping starts from the least weighted error and not from 0.98; ranges of 16 bits have room;
 ranges of the edges that usually have 16 bits are not trained; the divergence of the logits is the default target; weights
-have one grid a row at 8 bits too; roundings are trained as well, by Adam, or swept; early stopping.
+have one grid a row at 8 bits too; blocks are trained alone first, and end to end what does not turn roundings; roundings are trained as well, by Adam, or swept; early stopping.
 """
 
 import hashlib
@@ -91,7 +91,7 @@ class MobileQuant(IntegerMethod):
     lwc: bool = True
     ranges: bool = True
     rounding: Literal["trained", "swept", "nearest"] = "trained"
-    scope: Literal["both", "end_to_end", "block"] = "end_to_end"
+    scope: Literal["both", "end_to_end", "block"] = "both"
     loss: Literal["hidden", "logits"] = "logits"
     steps: int = 300
     batch: int = 4
@@ -251,9 +251,7 @@ class _Run:
             for name in spec.linears(layer):
                 edge = source_of(spec, name)
                 energy = loud.energy(edge) / divided.get(edge, torch.ones(())).square()
-                shares[name] = best_share(
-                    block.get_parameter(local(name)).data, energy, m.bits, sym=not m.zeros
-                )
+                shares[name] = best_share(block.get_parameter(local(name)).data, energy, m.bits, sym=not m.zeros)
         learns = {"scales": m.let, "ranges": m.ranges, "roundings": m.rounding != "nearest"}
         return Student(m, self.model, shares, watched.grids(policy), zeros=m.zeros, **learns)
 

@@ -3,7 +3,7 @@
 Every edge of docs/integer.md has one grid fixed in advance, every matrix rows, symmetric or with a whole zero each.
 SmoothQuant's scales are folded into all legal pairs, ranges are read off calibration text, and then the scales of pairs,
 the clipping of every row, the rounding of every weight and the step and zero of every edge of 8 bits are trained with
-straight-through gradients: block by block against each block's output, then the ranges through all blocks against what
+straight-through gradients: block by block against each block's output, the last against the logits, then the ranges through all blocks against what
 the original puts out, the last block's states or the logits' distribution; or all of it through all blocks. These are run
 again for the gradient and states lie on disk, so memory is that of one block and of the states between blocks.
 
@@ -73,7 +73,7 @@ class MobileQuant(IntegerMethod):
     scope: all blocks together; one after the other, each for `steps`; or both, the latter and then, for a third of the
     steps, the ranges of all together: scales, clipping and roundings stay, since whatever moves them turns roundings
     that fit each other. loss: squared error of the states behind the last
-    block, or divergence of the logits, for an encoder 1 - cosine of the vectors; one block alone always has the former.
+    block, or divergence of the logits, for an encoder 1 - cosine of the vectors; one block alone has the former, but for the last.
     steps of `batch` rows; let_rate, clip_rate, range_rate, rounding_rate: peak changes a step, of logarithms, of logits, of
     logarithms and zeros (a tenth of it at 16 bits), and of roundings in steps. patience: checks, of which there are ten,
     without gain before training ends. held: share of the rows held out. seed: of the order of rows.
@@ -351,11 +351,14 @@ class _Run:
     def _of_block(self, layer: int, target: Activations) -> Loss:
         """The loss of one block, of the rounded model's inputs."""
         given = self._stream(f"rounded-{layer % 2}")
-        edge = f"layers.{layer + 1}.input" if layer + 1 < self.spec.num_layers else "final.input"
+        last = layer + 1 == self.spec.num_layers
+        edge = "final.input" if last else f"layers.{layer + 1}.input"
 
         def loss(rows: Sequence[int], site: Site | None) -> Tensor:
-            # The block's output is read behind the site of whoever reads it, which learns its range here.
             out = self.student.block(layer, given.take(rows), site)
+            if last and self.method.loss == "logits":  # nothing but the head is behind it
+                return self._unlike(out, target.take(rows), site)
+            # The block's output is read behind the site of whoever reads it, which learns its range here.
             return _relative((site or self.student.site)(edge, out), target.take(rows))
 
         return loss
@@ -371,6 +374,10 @@ class _Run:
         target = self._stream("targets").take(rows)[:, : hidden.shape[1]]
         if self.method.loss == "hidden":
             return _relative(hidden, target)
+        return self._unlike(hidden, target, site)
+
+    def _unlike(self, hidden: Tensor, target: Tensor, site: Site | None) -> Tensor:
+        """The divergence of what states behind the last block come to."""
         with torch.no_grad():
             wanted = run_end(self.spec, self.original, target)
         return unlikeness(self.spec, self.student.logits(hidden, site), wanted)

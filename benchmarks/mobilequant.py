@@ -39,25 +39,28 @@ from lilliput.pipeline import compress
 NAME = "mobilequant"
 TALES = Path(__file__).resolve().parents[1] / "assets" / "tales7m"
 NOTHING = {"let": False, "lwc": False, "ranges": False, "rounding": "nearest"}
+BOTH = {"scope": "both"}
+"""The default, spelled out: what a line says of its options must not change with it."""
 MAIN: dict[str, dict[str, Any]] = {
     "RTN-static": {**NOTHING, "steps": 0, "alpha": None, "rule": "minmax"},
     "SmoothQuant-static": {**NOTHING, "steps": 0, "rule": "minmax"},
     "OmniQuant-static": {"scope": "block", "ranges": False, "rounding": "nearest"},
-    "MobileQuant": {},
+    "MobileQuant": BOTH,
 }
 ABLATIONS: dict[str, dict[str, Any]] = {
-    "no let": {"let": False},
-    "no lwc": {"lwc": False},
-    "no ranges": {"ranges": False},
-    "no roundings": {"rounding": "nearest"},
-    "roundings swept": {"rounding": "swept"},
+    "no let": {**BOTH, "let": False},
+    "no lwc": {**BOTH, "lwc": False},
+    "no ranges": {**BOTH, "ranges": False},
+    "no roundings": {**BOTH, "rounding": "nearest"},
+    "roundings swept": {**BOTH, "rounding": "swept"},
+    "symmetric rows": {**BOTH, "sym": True},
     "block by block": {"scope": "block"},
-    "blocks first": {"scope": "both"},
+    "end to end": {"scope": "end_to_end"},
     "before training": {"steps": 0},
 }
 APART: dict[str, dict[str, Any]] = {
-    "MobileQuant, keys of 16 bits": {"sites": {"*.attn.k_proj": 16, "*.attn.k": 16}},
-    "MobileQuant, 5 more edges of 16 bits": {"budget16": 5, "usual16": True},
+    "MobileQuant, keys of 16 bits": {**BOTH, "sites": {"*.attn.k_proj": 16, "*.attn.k": 16}},
+    "MobileQuant, 5 more edges of 16 bits": {**BOTH, "budget16": 5, "usual16": True},
 }
 """Not held to the constraint of the others, so never in a group."""
 CONTENDERS = MAIN | ABLATIONS | APART
@@ -77,7 +80,8 @@ class Task:
     @property
     def options(self) -> dict[str, Any]:
         """Of `mobilequant` in the recipe."""
-        return {"bits": self.bits, "seed": self.seed, "steps": self.steps, **CONTENDERS[self.contender]}
+        rows = {"sym": False} if self.bits == 4 else {}
+        return {"bits": self.bits, "seed": self.seed, "steps": self.steps, **rows, **CONTENDERS[self.contender]}
 
     def gave(self, line: Mapping[str, Any]) -> bool:
         """Whether a recorded line is of this task, options alike."""
@@ -259,10 +263,17 @@ class Remembered:
 
 
 def recorded(setup: str) -> list[dict[str, Any]]:
-    """Lines of this setup: the same model, texts and sizes."""
+    """Lines of this setup, the same model, texts and sizes, whose options are those that the contender has today."""
     path = RESULTS / f"{NAME}.jsonl"
     lines = map(json.loads, path.read_text(encoding="utf-8").splitlines()) if path.exists() else []
-    return [line for line in lines if line["setup"] == setup]
+    return [line for line in lines if line["setup"] == setup and _today(line)]
+
+
+def _today(line: Mapping[str, Any]) -> bool:
+    if line["contender"] not in CONTENDERS:
+        return False
+    now = Task(line["contender"], line["bits"], line["seed"], line["options"]["steps"])
+    return bool(line["options"] == now.options)
 
 
 def rows(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -44,13 +44,13 @@ nb::object op_matmul_integer(const std::vector<Bytes>& planes, const std::vector
                              const std::optional<Bytes>& zero, const std::optional<Bytes>& table,
                              const std::optional<Bytes>& factor, int64_t out, int64_t columns, int64_t group,
                              const Codes& x, int bits, const Vector<int64_t>& bias,
-                             const Vector<int32_t>& multiplier, const Vector<int8_t>& shift, const Grid& to,
-                             const std::string& variant) {
+                             const Vector<int32_t>& multiplier, const Vector<int8_t>& shift,
+                             const Vector<int16_t>& zeros, const Grid& to, const std::string& variant) {
   const HeldMatrix h = cut_matrix(planes, widths, grid_bytes, scale, zero, table, factor, out, columns, group);
   const auto tokens = static_cast<int64_t>(x.shape(0)), stride = quantized_stride(columns);
   const auto rows = static_cast<size_t>(out), parts = static_cast<size_t>(bits / 8);
   require(static_cast<int64_t>(x.shape(1)) == columns && bias.size() == rows && multiplier.size() == rows &&
-              shift.size() == rows && columns <= kWidestIntegerRow,
+              shift.size() == rows && zeros.size() == rows && columns <= kWidestIntegerRow,
           "inputs and factors do not fit the matrix");
   std::vector<int8_t> codes(static_cast<size_t>(tokens * stride) * parts);
   std::vector<int32_t> sum(static_cast<size_t>(tokens) * parts);
@@ -68,12 +68,12 @@ nb::object op_matmul_integer(const std::vector<Bytes>& planes, const std::vector
   const NestedView w = h.matrix.at(h.matrix.fields.bits);
   if (bits == 16)
     for (int64_t n = 0; n < out; ++n)
-      for (int64_t k = 0; k < columns; ++k) whole[static_cast<size_t>(n)] += 128 * (nested_code(w, n, k) - (1 << (w.bits - 1)));
+      for (int64_t k = 0; k < columns; ++k) whole[static_cast<size_t>(n)] += 128 * (nested_code(w, n, k) - zeros(static_cast<size_t>(n)));
   const CodeGrid grid = grid_of(to);
   std::vector<uint8_t> y(static_cast<size_t>(tokens) * rows * static_cast<size_t>(grid.bits / 8)),
       scratch(static_cast<size_t>(matmul_nested_i8_scratch(columns)));
   matmul_integer(variant)(w, {codes.data(), sum.data(), stride, bits / 8}, tokens,
-                          {whole.data(), multiplier.data(), shift.data()}, grid, y.data(), out, 0,
+                          {whole.data(), multiplier.data(), shift.data(), zeros.data()}, grid, y.data(), out, 0,
                           (out + kTileRows - 1) / kTileRows, scratch.data());
   return codes_of_edge(y, {x.shape(0), rows}, grid.bits);
 }
@@ -183,9 +183,9 @@ nb::object op_table_integer(const Vector<int16_t>& x, int bits, const Vector<int
 
 void bind_integer_ops(nb::module_& m) {
   m.def("matmul_integer", &op_matmul_integer, "planes"_a, "widths"_a,
-      "grid_bytes"_a, "scale"_a, "zero"_a.none(), "table"_a.none(),
+        "grid_bytes"_a, "scale"_a, "zero"_a.none(), "table"_a.none(),
         "factor"_a.none(), "out"_a, "columns"_a, "group"_a, "x"_a,
-        "bits"_a, "bias"_a, "multiplier"_a, "shift"_a, "to"_a, "variant"_a);
+        "bits"_a, "bias"_a, "multiplier"_a, "shift"_a, "zeros"_a, "to"_a, "variant"_a);
   m.def("attention_integer", &op_attention_integer, "q"_a, "keys"_a, "values"_a, "position"_a, "window"_a, "grids"_a,
         "score"_a, "mix"_a, "cap"_a.none(), "hi"_a, "lo"_a, "probability"_a, "share"_a, "variant"_a);
   m.def("norm_integer", &op_norm_integer, "x"_a, "own"_a, "gain"_a, "offset"_a.none(), "layer"_a, "eps"_a, "shift"_a,

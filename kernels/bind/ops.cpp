@@ -198,13 +198,13 @@ std::vector<int32_t> op_sample(const Row& row, const nb::dict& sampling, const s
 void bind_ops(nb::module_& m) {
   m.def("variants", &variants, "op"_a);
   m.def("matmul_nested", &op_matmul_nested, "planes"_a, "widths"_a,
-      "grid_bytes"_a, "scale"_a, "zero"_a.none(), "table"_a.none(),
+        "grid_bytes"_a, "scale"_a, "zero"_a.none(), "table"_a.none(),
         "factor"_a.none(), "out"_a, "columns"_a, "group"_a, "x"_a, "variant"_a);
   m.def("matmul_nested_i8", &op_matmul_nested_i8, "planes"_a, "widths"_a, "grid_bytes"_a, "scale"_a, "zero"_a.none(),
         "table"_a.none(), "factor"_a.none(), "out"_a, "columns"_a, "group"_a, "x"_a, "variant"_a);
   m.def("quantize_i8", &op_quantize_i8, "x"_a, "group"_a, "variant"_a);
   m.def("nested_rows", &op_nested_rows, "planes"_a, "widths"_a,
-      "grid_bytes"_a, "scale"_a, "zero"_a.none(), "table"_a.none(),
+        "grid_bytes"_a, "scale"_a, "zero"_a.none(), "table"_a.none(),
         "factor"_a.none(), "out"_a, "columns"_a, "group"_a);
   m.def("matmul_float", &op_matmul_float, "data"_a, "dtype"_a, "out"_a, "x"_a, "variant"_a);
   m.def("attention", &op_attention, "q"_a, "keys"_a, "values"_a, "position"_a, "window"_a, "scale"_a, "softcap"_a,

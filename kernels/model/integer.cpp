@@ -11,7 +11,7 @@ namespace {
 
 constexpr int64_t kElements = 4096;  // codes of a pointwise step that are worth a thread's while
 constexpr int64_t kWeights = 65536;  // products of a matrix that are; times rows
-constexpr int64_t kMostSum = 255;    // weights of 8 bits whose sum fits in 16
+constexpr int64_t kMostSum = 128;    // weights of 8 bits, -255 .. 255, whose sum fits in 16
 
 std::string pick_name(const char* op, const std::string& name) {
   const auto known = variants(op);
@@ -57,7 +57,7 @@ const Matrix& IntegerModel::matrix_at(const std::string& name, int64_t out, int6
 }
 
 // The sum of each row's weights, by the kernel itself: inputs of 1 for as many columns as a code of 16 bits has room for.
-std::vector<int64_t> IntegerModel::row_sums(const NestedView& w) {
+std::vector<int64_t> IntegerModel::row_sums(const NestedView& w, const std::vector<int16_t>& zero) {
   const int64_t stride = quantized_stride(w.columns), tokens = (w.columns + kMostSum - 1) / kMostSum;
   std::vector<int8_t> ones(static_cast<size_t>(tokens * stride));
   std::vector<int32_t> sum(static_cast<size_t>(tokens));
@@ -72,7 +72,7 @@ std::vector<int64_t> IntegerModel::row_sums(const NestedView& w) {
   std::vector<int16_t> made(static_cast<size_t>(tokens) * out);
   const int64_t tiles = (w.out + kTileRows - 1) / kTileRows;
   pool_.run(tiles, std::max<int64_t>(1, tiles / (4 * pool_.threads())), [&](int64_t begin, int64_t end, int worker) {
-    matmul_(w, {ones.data(), sum.data(), stride, 1}, tokens, {bias.data(), multiplier.data(), shift.data()},
+    matmul_(w, {ones.data(), sum.data(), stride, 1}, tokens, {bias.data(), multiplier.data(), shift.data(), zero.data()},
             {16, 0}, made.data(), w.out, begin, end, scratch_[static_cast<size_t>(worker)].data());
   });
   std::vector<int64_t> total(out);
@@ -90,18 +90,25 @@ void IntegerModel::resolve_linear(const IntegerNode& node, int index) {
           y.name + ": its matrix is not one of 8 or 4 bits with one group a row");
   require(x.width <= kWidestIntegerRow, y.name + ": rows are too wide for sums of 32 bits");
   const auto* bias = constant<int64_t>(y.name + ".bias", y.width);
-  linear.rows = {bias, constant<int32_t>(y.name + ".multiplier", y.width), constant<int8_t>(y.name + ".shift", y.width)};
+  linear.zero.resize(static_cast<size_t>(y.width));
+  require(linear.w.zero != nullptr, y.name + ": its matrix has no zeros");
+  const float middle = static_cast<float>((1 << linear.w.bits) - 1) / 2;
+  for (int64_t n = 0; n < y.width; ++n)
+    linear.zero[static_cast<size_t>(n)] = static_cast<int16_t>(std::lround(widen_half_1(linear.w.zero[n]) + middle));
+  linear.rows = {bias, constant<int32_t>(y.name + ".multiplier", y.width), constant<int8_t>(y.name + ".shift", y.width),
+                 nullptr};
   linear.y = y.grid;
   scratch_[0].resize(std::max(scratch_[0].size(), static_cast<size_t>(matmul_nested_i8_scratch(x.width))));
   if (x.grid.bits == 16) {
     for (auto& s : scratch_) s.resize(scratch_[0].size());
-    linear.bias = row_sums(linear.w);
+    linear.bias = row_sums(linear.w, linear.zero);
     for (int64_t n = 0; n < y.width; ++n) {
       int64_t& b = linear.bias[static_cast<size_t>(n)];
       b = bias[n] + 128 * b;
     }
   }
   Linear& kept = linears_[index] = std::move(linear);
+  kept.rows.zero = kept.zero.data();
   if (!kept.bias.empty()) kept.rows.bias = kept.bias.data();
 }
 

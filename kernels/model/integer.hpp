@@ -93,6 +93,7 @@ class IntegerModel : public Runner {
     NestedView w;
     RowFactors rows;
     CodeGrid y;
+    std::vector<int16_t> zero;
     std::vector<int64_t> bias;  // with what codes of 16 bits add, see ops/matmul_integer; else empty
   };
   struct Norm {
@@ -118,7 +119,7 @@ class IntegerModel : public Runner {
   const Matrix& matrix_at(const std::string& name, int64_t out, int64_t columns) const;
   void resolve(IntegerNode& node, int index);
   void resolve_linear(const IntegerNode& node, int index);
-  std::vector<int64_t> row_sums(const NestedView& w);
+  std::vector<int64_t> row_sums(const NestedView& w, const std::vector<int16_t>& zero);
   void order();
   void place();
 

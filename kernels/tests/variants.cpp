@@ -129,11 +129,13 @@ int compare_matmul_integer(const std::vector<int>& widths, int64_t out, int64_t 
   std::vector<int32_t> sum(rows), multiplier(n);
   std::vector<int64_t> bias(n);
   std::vector<int8_t> shift(n);
+  std::vector<int16_t> zero(n);
   for (size_t t = 0; t < rows; ++t)
     for (int64_t k = 0; k < columns; ++k)
       sum[t] += codes[t * static_cast<size_t>(stride) + static_cast<size_t>(k)] = static_cast<int8_t>(code(8));
   for (size_t r = 0; r < n; ++r) {
     bias[r] = static_cast<int64_t>(below(1 << 20)) - (1 << 19);
+    zero[r] = static_cast<int16_t>(r % 4 == 0 ? below(2) * ((1u << w.bits) - 1) : below(1u << w.bits));
     multiplier[r] = static_cast<int32_t>((1u << 22) + below(1 << 22));
     shift[r] = static_cast<int8_t>(22 + 8 * parts + w.bits + static_cast<int>(below(5)) - bits / 2);
   }
@@ -143,7 +145,7 @@ int compare_matmul_integer(const std::vector<int>& widths, int64_t out, int64_t 
     auto& y = name == "reference" ? wanted : found;
     y.assign(static_cast<size_t>(tokens * out * bits / 8), 77);
     matmul_integer(name)(w, {codes.data(), sum.data(), stride, parts}, tokens,
-                         {bias.data(), multiplier.data(), shift.data()}, {bits, -3}, y.data(), out, 0, row_tiles,
+                         {bias.data(), multiplier.data(), shift.data(), zero.data()}, {bits, -3}, y.data(), out, 0, row_tiles,
                          scratch.data());
     if (&y == &found && wanted != found) {
       std::printf("matmul_integer %s differs: %d bits, %d parts, to %d bits, %d tokens\n", name.c_str(), w.bits, parts, bits,

@@ -176,8 +176,10 @@ def test_codes_that_are_not_whole_numbers_are_refused(model: IntegerModel) -> No
     name = "layers.0.mlp.up_proj"
     linear = model.linears[name]
     for changed, told in [
-        (replace(linear, zero={8: linear.zero[8] + np.float16(0.25)}), "a zero of .* is not 0.5"),
-        (replace(linear, zero={}), "a zero of .* is not 0.5"),
+        (replace(linear, zero={8: linear.zero[8] + np.float16(0.25)}), "a zero of .* is none of its codes"),
+        (replace(linear, zero={8: linear.zero[8] + np.float16(128)}), "a zero of .* is none of its codes"),
+        (replace(linear, zero={8: linear.zero[8] * np.float16(np.nan)}), "a zero of .* is none of its codes"),
+        (replace(linear, zero={}), "a zero of .* is none of its codes"),
         (replace(linear, bits=(4, 8)), "has not one width of 4 or 8 bits and one group a row"),
         (replace(linear, groups=2), "has not one width of 4 or 8 bits and one group a row"),
     ]:

@@ -49,7 +49,10 @@ def test_every_site_is_within_a_step_of_the_rounded_float_model(family: str, tmp
 @each
 def test_sixteen_bits_everywhere_are_close_to_float_and_eight_are_near(family: str, tmp_path: Path) -> None:
     encoder = tiny_encoder(tmp_path, family)
-    wide, narrow = integer_model(encoder, TOKENS, overrides={"*": 16}), integer_model(encoder, TOKENS)
+    wide, narrow = (
+        integer_model(encoder, TOKENS, overrides={"*": 16}),
+        integer_model(tiny_encoder(tmp_path, family), TOKENS),
+    )
     with torch.no_grad():
         real = encoder(torch.from_numpy(TOKENS)[None])[0].numpy()
     gaps = [np.abs(Oracle(model).embed(TOKENS) - real).max() / np.abs(real).max() for model in (wide, narrow)]

@@ -110,7 +110,12 @@ def test_four_bit_weights_are_four_bits_in_the_file(models: Any, tmp_path: Path)
             tensor = stored[f"{node.matrix}.weight"]
             assert tensor.data_type == onnx.TensorProto.INT4
             assert len(tensor.raw_data) * 2 == np.prod(tensor.dims)
-            assert (onnx.numpy_helper.to_array(tensor).astype(np.int8) == model.weights(node.matrix)).all()
+            codes, zeros = (
+                onnx.numpy_helper.to_array(stored[f"{node.matrix}.weight{kind}"]).astype(np.int8)
+                for kind in ("", ".zero")
+            )
+            assert zeros.any() == node.matrix.startswith("layers.0.")
+            assert (codes - zeros[:, None] == model.weights(node.matrix)).all()
 
 
 def test_an_odd_number_of_four_bit_codes_is_packed() -> None:
@@ -304,7 +309,7 @@ def test_large_arrays_stand_in_one_file_for_both_graphs(models: Any, tmp_path: P
     write(model, tmp_path / "beside", external_from=0)
     assert not (tmp_path / "in" / "weights.bin").exists()
     sizes = {path.name: path.stat().st_size for path in (tmp_path / "beside").iterdir()}
-    weights = sum(model.weights(n.matrix).nbytes // 2 for n in model.graph.nodes if isinstance(n, Linear))
+    weights = sum(model.weights(n.matrix).size // 2 for n in model.graph.nodes if isinstance(n, Linear))
     assert weights < sizes["weights.bin"] < 3 * weights  # the embedding's rows and padding, but nothing twice
     for part in ("prefill.onnx", "decode.onnx"):
         proto = onnx.load(tmp_path / "beside" / part, load_external_data=False)
@@ -334,7 +339,10 @@ def test_encodings_say_the_same_ranges_by_names_of_the_graph(models: Any, tmp_pa
         if isinstance(node, Linear):
             rows = told["param_encodings"][f"{node.matrix}.weight"]
             assert [row["scale"] for row in rows] == pytest.approx(model.scales(node.matrix).tolist())
-            assert {(row["bitwidth"], row["offset"], row["is_symmetric"]) for row in rows} == {(4, -8, "True")}
+            zeros = model.zeros(node.matrix).tolist()
+            assert [row["offset"] for row in rows] == [-zero for zero in zeros]
+            assert [row["is_symmetric"] for row in rows] == [str(zero == 8) for zero in zeros]
+            assert {row["bitwidth"] for row in rows} == {4}
         if isinstance(node, Attend):
             (masked,) = told["activation_encodings"][f"{node.y}.masked"]
             lowest = node.scores.scale * (node.scores.low - node.scores.zero) - MARGIN

@@ -45,31 +45,36 @@ def test_matmul_is_its_definition(variant: str, bits: int, x_bits: int, y_bits: 
             own, to = grid(rng, x_bits), grid(rng, y_bits)
             x = codes(rng, own, tokens, columns)
             stored = unpack_fields(linear.planes, linear.fields, out, columns).astype(np.int64)
-            weight = stored - (1 << (bits - 1))
             most = 1 << (bits + x_bits - 1)
             bias = rng.integers(-most, most, out)
             m, s = factors(rng, np.full(out, 2.0 ** (y_bits - bits - x_bits) / columns**0.5 * 4))
-            wanted = fixed.linear(x, weight, bias, m, s, to)
-            found = native.matmul_integer(linear, x, own, bias, m, s, to, variant=variant)
-            assert np.array_equal(found, wanted), (ladder, out, columns, tokens)
+            for zeros in (None, rng.integers(0, 1 << bits, out), np.where(rng.random(out) < 0.5, 0, (1 << bits) - 1)):
+                weight = stored - (1 << (bits - 1) if zeros is None else zeros[:, None])
+                wanted = fixed.linear(x, weight, bias, m, s, to)
+                found = native.matmul_integer(linear, x, own, bias, m, s, to, zeros=zeros, variant=variant)
+                assert np.array_equal(found, wanted), (ladder, out, columns, tokens)
 
 
 @pytest.mark.parametrize("variant", MATMUL)
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("x_bits", BITS)
 @pytest.mark.parametrize("ends", [(0, 0), (0, -1), (-1, 0), (-1, -1)])
-def test_no_sum_saturates(variant: str, bits: int, x_bits: int, ends: tuple[int, int]) -> None:
+@pytest.mark.parametrize("middle", [True, False])
+def test_no_sum_saturates(variant: str, bits: int, x_bits: int, ends: tuple[int, int], middle: bool) -> None:
     linear = random_linear(np.random.default_rng(1), 16, 4096, (bits,), -1)
     code, value = (0, (1 << bits) - 1)[ends[0]], (-(1 << (x_bits - 1)), (1 << (x_bits - 1)) - 1)[ends[1]]
     full = np.full((16, 4096), code, np.uint8)
     linear = replace(linear, planes=tuple(pack_fields(full, fields_of((bits,)))))
     own, to = Grid(bits=x_bits, scale=1.0, zero=0), Grid(bits=16, scale=1.0, zero=0)
-    m, s = fixed.multipliers(np.full(16, 2.0 ** (16 - bits - x_bits) / 8192))
+    m, s = fixed.multipliers(np.full(16, 2.0 ** (16 - bits - x_bits) / (8192 if middle else 16384)))
+    # the farthest from the codes that a zero can be
+    zeros = None if middle else np.full(16, (1 << bits) - 1 if code == 0 else 0)
+    weight = np.full((16, 4096), code - (1 << (bits - 1) if zeros is None else zeros[0]))
     for tokens in (1, 3, 9):
         x = np.full((tokens, 4096), value, np.int16)
-        wanted = fixed.linear(x, np.full((16, 4096), code - (1 << (bits - 1))), np.zeros(16, np.int64), m, s, to)
+        wanted = fixed.linear(x, weight, np.zeros(16, np.int64), m, s, to)
         assert 0 < np.abs(wanted).max() < 32767
-        found = native.matmul_integer(linear, x, own, np.zeros(16, np.int64), m, s, to, variant=variant)
+        found = native.matmul_integer(linear, x, own, np.zeros(16, np.int64), m, s, to, zeros=zeros, variant=variant)
         assert np.array_equal(found, wanted)
 
 

@@ -21,6 +21,7 @@ from lilliput.models.lowering import lower
 from lilliput.models.sites import PROBABILITIES, Site, plain, run_block, run_end, run_start, site_policy
 from lilliput.numerics.nested import Quantized
 from lilliput.numerics.packing import fields_of, pack_fields, tile_groups
+from lilliput.numerics.straight import coded_rows
 from support.encoders import write_encoder
 from support.families import VOCAB, write_checkpoint
 
@@ -32,6 +33,12 @@ def row_codes(weight: Tensor, bits: int) -> Quantized:
     whole = (weight / scale.float()).round().clamp(-most, most)
     codes = (whole + 2 ** (bits - 1)).to(torch.uint8)
     return Quantized(codes, (bits,), -1, {bits: scale}, {bits: torch.full_like(scale, 0.5)})
+
+
+def row_codes_with_zeros(weight: Tensor, bits: int) -> Quantized:
+    """The same with a zero each, far from the middle in many."""
+    share = torch.rand(len(weight), 2, generator=torch.Generator().manual_seed(len(weight)))
+    return coded_rows(weight, 0.3 + 0.7 * share, bits)
 
 
 def stored_linear(name: str, coded: Quantized) -> StoredLinear:
@@ -107,10 +114,14 @@ def observed(decoder: Decoder | Encoder, tokens: np.ndarray, policy: Mapping[str
 def integer_model(
     decoder: Decoder | Encoder, tokens: np.ndarray, bits: int = 8, overrides: Mapping[str, int] | None = None
 ) -> IntegerModel:
-    """Round the decoder's matrices in place and return its integer graph, with ranges seen on `tokens`."""
+    """Round the decoder's matrices in place and return its integer graph, with ranges seen on `tokens`.
+
+    Rows of the first block have a zero each, all others are symmetric.
+    """
     spec = decoder.spec
     state = decoder.state_dict()
-    coded = {name: row_codes(state[f"{name}.weight"], bits) for name in spec.matrices()}
+    rows = {name: row_codes_with_zeros if name.startswith("layers.0.") else row_codes for name in spec.matrices()}
+    coded = {name: made(state[f"{name}.weight"], bits) for name, made in rows.items()}
     for name, value in coded.items():
         state[f"{name}.weight"].copy_(value.dequantize(bits))
     policy = site_policy(spec, overrides or {})

@@ -31,33 +31,37 @@ struct TileFactors {
   alignas(64) int64_t half[kTileRows];
   alignas(64) int64_t shift[kTileRows];
   alignas(64) int32_t multiplier[kTileRows];
+  alignas(64) int32_t zero[kTileRows];  // of what is multiplied
 
-  inline __attribute__((always_inline)) void fill(const RowFactors& rows, int64_t first, int64_t count) {
+  // centre: what was taken off the codes before they were multiplied.
+  inline __attribute__((always_inline)) void fill(const RowFactors& rows, int32_t centre, int64_t first, int64_t count) {
     for (int64_t r = 0; r < kTileRows; ++r) {
       const int64_t n = first + (r < count ? r : 0);
       bias[r] = rows.bias[n];
       shift[r] = rows.shift[n];
       half[r] = int64_t{1} << (rows.shift[n] - 1);
       multiplier[r] = rows.multiplier[n];
+      zero[r] = rows.zero[n] - centre;
     }
   }
 };
 
-// 16 codes of one token from its sums: `high` of the codes, or of their upper parts with `low` of the lower.
+// 16 codes of one token from its sums: `high` of the codes, or of their upper parts with `low` of the lower. total: of its
+// own codes.
 template <int Parts, class Code>
-LILLIPUT_INLINE void tile_codes(const TileFactors& f, const int32_t* high, const int32_t* low, int64_t minus, int64_t zero,
+LILLIPUT_INLINE void tile_codes(const TileFactors& f, const int32_t* high, const int32_t* low, int64_t total, int64_t zero,
                                 Code* to) {
   constexpr int64_t kLow = -(int64_t{1} << (8 * sizeof(Code) - 1)), kHigh = -kLow - 1;
   alignas(64) int64_t product[kTileRows];
   if constexpr (Parts == 1) {  // the sum fits in 32 bits
     alignas(64) int32_t a[kTileRows];
     for (int r = 0; r < kTileRows; ++r)
-      a[r] = static_cast<int32_t>(static_cast<uint32_t>(high[r]) +
-                                  static_cast<uint32_t>(static_cast<uint64_t>(f.bias[r] - minus)));
+      a[r] = static_cast<int32_t>(static_cast<uint32_t>(high[r]) + static_cast<uint32_t>(f.bias[r]) -
+                                  static_cast<uint32_t>(f.zero[r]) * static_cast<uint32_t>(total));
     for (int r = 0; r < kTileRows; ++r) product[r] = int64_t{a[r]} * f.multiplier[r] + f.half[r];
   } else {
     for (int r = 0; r < kTileRows; ++r)
-      product[r] = (256 * int64_t{high[r]} + low[r] + (f.bias[r] - minus)) * f.multiplier[r] + f.half[r];
+      product[r] = (256 * int64_t{high[r]} + low[r] + f.bias[r] - f.zero[r] * total) * f.multiplier[r] + f.half[r];
   }
   alignas(64) int32_t code[kTileRows];
   for (int r = 0; r < kTileRows; ++r) {
@@ -70,16 +74,16 @@ LILLIPUT_INLINE void tile_codes(const TileFactors& f, const int32_t* high, const
 }
 
 template <int Parts, class Code>
-LILLIPUT_INLINE void put_codes(const TileFactors& f, const int32_t* dots, const int32_t* sum, int32_t middle, int64_t zero,
-                               int64_t tokens, int64_t rows, Code* y, int64_t ldy) {
+LILLIPUT_INLINE void put_codes(const TileFactors& f, const int32_t* dots, const int32_t* sum, int64_t zero, int64_t tokens,
+                               int64_t rows, Code* y, int64_t ldy) {
   for (int64_t t = 0; t < tokens; ++t) {
     const int32_t* high = dots + t * Parts * kTileRows;
     const int64_t total = Parts == 1 ? sum[t] : 256 * int64_t{sum[2 * t]} + sum[2 * t + 1];
     if (rows == kTileRows) {
-      tile_codes<Parts, Code>(f, high, high + kTileRows, middle * total, zero, y + t * ldy);
+      tile_codes<Parts, Code>(f, high, high + kTileRows, total, zero, y + t * ldy);
     } else {
       Code made[kTileRows];
-      tile_codes<Parts, Code>(f, high, high + kTileRows, middle * total, zero, made);
+      tile_codes<Parts, Code>(f, high, high + kTileRows, total, zero, made);
       for (int64_t r = 0; r < rows; ++r) y[t * ldy + r] = made[r];
     }
   }
@@ -95,18 +99,18 @@ struct IntegerJob {
 };
 
 // From sums of products to codes, for one row of tiles and `count` rows of x from `first` on.
-static __attribute__((noinline, unused)) void finish_codes(const IntegerJob& job, int64_t row_tile, int32_t middle,
+static __attribute__((noinline, unused)) void finish_codes(const IntegerJob& job, int64_t row_tile, int32_t centre,
                                                            const int32_t* dots, int64_t first, int64_t count) {
   const int64_t rest = job.w.out - row_tile * kTileRows, rows = rest < kTileRows ? rest : kTileRows;
   TileFactors f;
-  f.fill(job.rows, row_tile * kTileRows, rows);
+  f.fill(job.rows, centre, row_tile * kTileRows, rows);
   const int64_t tokens = count / job.x.parts, at = first / job.x.parts * job.ldy + row_tile * kTileRows;
   const int32_t* sum = job.x.sum + first;
   const auto put = [&](auto* y) {
     if (job.x.parts == 2)
-      put_codes<2>(f, dots, sum, middle, job.grid.zero, tokens, rows, y, job.ldy);
+      put_codes<2>(f, dots, sum, job.grid.zero, tokens, rows, y, job.ldy);
     else
-      put_codes<1>(f, dots, sum, middle, job.grid.zero, tokens, rows, y, job.ldy);
+      put_codes<1>(f, dots, sum, job.grid.zero, tokens, rows, y, job.ldy);
   };
   if (job.grid.bits == 8)
     put(static_cast<int8_t*>(job.y) + at);
@@ -122,7 +126,7 @@ LILLIPUT_INLINE void multiply_codes(const IntegerJob& job, int64_t row_tile, con
   const int8_t* x[T];
   for (int t = 0; t < T; ++t) x[t] = job.x.codes + (first + (t < count ? t : 0)) * job.x.stride;
   tile_dots<I, C, T>(source, x, job.x.stride / kTileInputs, dots);
-  finish_codes(job, row_tile, I::kSigned && job.w.bits == 8 ? 0 : 1 << (job.w.bits - 1), dots, first, count);
+  finish_codes(job, row_tile, I::kSigned && job.w.bits == 8 ? 128 : 0, dots, first, count);
 }
 
 template <class I, Cut C, class Source>

@@ -13,7 +13,7 @@ void matmul_integer_reference(const NestedView& w, const CodesView& x, int64_t t
       for (int part = 0; part < x.parts; ++part) {
         const int8_t* codes = x.codes + (t * x.parts + part) * x.stride;
         int64_t dot = 0;
-        for (int64_t k = 0; k < w.columns; ++k) dot += int64_t{nested_code(w, n, k) - (1 << (w.bits - 1))} * codes[k];
+        for (int64_t k = 0; k < w.columns; ++k) dot += int64_t{nested_code(w, n, k) - rows.zero[n]} * codes[k];
         a = 256 * a + dot;
       }
       a += rows.bias[n];

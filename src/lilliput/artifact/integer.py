@@ -30,9 +30,6 @@ GRAPH_LIMIT: Final = 64 << 20
 """Bytes of the largest graph we read."""
 WIDTHS = (4, 8)
 """Bits of the codes that an integer graph multiplies with."""
-HALF = 0.5
-"""The zero that makes whole numbers of codes."""
-
 _FIX = "Copy the artifact again from its source, or make it again"
 _SUMMANDS = 8
 _LONGEST = 1 << 40
@@ -46,7 +43,7 @@ class IntegerModel:
     """A graph with all it needs. graph, constants: as `core.graph` says, checked by `problems`.
 
     linears: quantized matrices by canonical name; those that a Linear node names have codes of one width, 4 or 8 bits,
-    and one group a row with the zero 0.5. floats: float tensors by full name, of which only embeddings are read.
+    and one group a row with a whole zero. floats: float tensors by full name, of which only embeddings are read.
     """
 
     spec: AnySpec
@@ -64,11 +61,21 @@ class IntegerModel:
         """Bits of the first matrix the graph multiplies with, which are those of all in the blocks."""
         return next(self.linears[node.matrix].bits[-1] for node in self.graph.nodes if isinstance(node, Linear))
 
-    def weights(self, name: str) -> npt.NDArray[np.int8]:
-        """The whole numbers of a matrix, (out, in)."""
+    def codes(self, name: str) -> npt.NDArray[np.int16]:
+        """The codes of a matrix, (out, in), 0 .. 2**bits - 1."""
         linear = self.linears[name]
-        codes = unpack_fields(linear.planes, linear.fields, linear.out, linear.columns).astype(np.int16)
-        return (codes - (1 << (linear.bits[-1] - 1))).astype(np.int8)
+        return unpack_fields(linear.planes, linear.fields, linear.out, linear.columns).astype(np.int16)
+
+    def zeros(self, name: str) -> npt.NDArray[np.int16]:
+        """The code that means 0 in each row of a matrix, (out,)."""
+        zeros = whole_zeros(self.linears[name])
+        assert zeros is not None, f"{name} is in no linear layer of the graph"
+        return zeros
+
+    def weights(self, name: str) -> npt.NDArray[np.int16]:
+        """The whole numbers of a matrix, (out, in)."""
+        whole: npt.NDArray[np.int16] = self.codes(name) - self.zeros(name)[:, None]
+        return whole
 
     def scales(self, name: str) -> npt.NDArray[np.float32]:
         """What those numbers are multiplied by, (out,)."""
@@ -95,6 +102,16 @@ class IntegerModel:
         )
         found: npt.NDArray[np.float32] = few.dequantize(linear.bits[-1])[place * ROWS + np.asarray(index) % ROWS]
         return found
+
+
+def whole_zeros(matrix: StoredLinear) -> npt.NDArray[np.int16] | None:
+    """The code that means 0 in each row, (out,), of a matrix of one group a row; None where one is not among its codes."""
+    bits = matrix.bits[-1]
+    if bits not in matrix.zero:
+        return None
+    last = (1 << bits) - 1
+    zeros = untile_groups(matrix.zero[bits], matrix.out)[:, 0].astype(np.float64) + last / 2
+    return zeros.astype(np.int16) if np.isin(zeros, np.arange(last + 1)).all() else None
 
 
 def write_graph(folder: Path, graph: Graph, constants: Constants) -> None:
@@ -277,14 +294,14 @@ class _Check:
         bits = matrix.bits[-1]
         if len(matrix.bits) > 1 or bits not in WIDTHS or matrix.groups != 1 or matrix.table:
             raise _Fault(f"{node.matrix} has not one width of 4 or 8 bits and one group a row")
-        zero = matrix.zero.get(bits)
-        if zero is None or (untile_groups(zero, matrix.out) != HALF).any():
-            raise _Fault(f"a zero of {node.matrix} is not {HALF}, so its weights are not whole numbers")
+        zeros = whole_zeros(matrix)
+        if zeros is None:
+            raise _Fault(f"a zero of {node.matrix} is none of its codes, so its weights are not whole numbers")
         x, y = self._edge(node.x), self._edge(node.y)
         if (y.width, x.width) != (matrix.out, matrix.columns):
             raise _Fault(f"{node.matrix} is {(matrix.out, matrix.columns)} between {x.width} and {y.width} channels")
         bias = self._constant(f"{node.y}.bias", np.int64, y.width)
-        most = accumulator_limit(x.grid) - (x.width << (x.grid.bits + bits - 2))
+        most = accumulator_limit(x.grid) - (x.width << (x.grid.bits - 1)) * widest_weight(zeros, bits)
         if most < 0:
             raise _Fault(f"{x.width} inputs overflow the sum")
         self._within("a bias", bias, -most, most)
@@ -376,6 +393,11 @@ def reads(node: Node) -> tuple[str, ...]:
     if isinstance(node, Multiply):
         return node.a, node.b
     return node.x if isinstance(node, Sum) else (node.x,)
+
+
+def widest_weight(zeros: npt.NDArray[np.integer[Any]], bits: int) -> int:
+    """The largest magnitude that codes of `bits` bits less their zeros can have."""
+    return max(int(zeros.max()), (1 << bits) - 1 - int(zeros.min()))
 
 
 def accumulator_limit(x: Grid) -> int:

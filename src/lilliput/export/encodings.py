@@ -29,28 +29,27 @@ def encodings(phase: Phase) -> dict[str, Any]:
         activations[name] = [_of_grid(Grid(bits=16, scale=scale, zero=zero))]
     params = {}
     for name, matrix in phase.params.items():
-        params[name] = [_even(matrix.bits, float(scale)) for scale in matrix.scale]
+        rows = zip(matrix.scale, matrix.zero, strict=True)
+        params[name] = [_signed(matrix.bits, float(scale), int(zero)) for scale, zero in rows]
     for name in phase.gains:
-        params[name] = [_even(16, float(np.abs(phase.blobs[name].data).max()) / 32767 or 1.0)]
+        params[name] = [_signed(16, float(np.abs(phase.blobs[name].data).max()) / 32767 or 1.0)]
     for name in phase.blobs:
         if name.endswith(".bias") and f"{name}.scale" in phase.blobs:
-            params[name] = [_even(32, float(scale)) for scale in phase.blobs[f"{name}.scale"].data]
+            params[name] = [_signed(32, float(scale)) for scale in phase.blobs[f"{name}.scale"].data]
     return {"version": VERSION, "activation_encodings": activations, "param_encodings": params}
 
 
 def _of_grid(grid: Grid) -> dict[str, Any]:
-    return _entry(grid.bits, grid.scale, -(1 << (grid.bits - 1)) - grid.zero, symmetric=grid.zero == 0)
+    return _signed(grid.bits, grid.scale, grid.zero)
 
 
-def _even(bits: int, scale: float) -> dict[str, Any]:
-    return _entry(bits, scale, -(1 << (bits - 1)), symmetric=True)
-
-
-def _entry(bits: int, scale: float, offset: int, *, symmetric: bool) -> dict[str, Any]:
+def _signed(bits: int, scale: float, zero: int = 0) -> dict[str, Any]:
+    """zero: among codes with a sign; in the file they begin at 0."""
+    offset = -(1 << (bits - 1)) - zero
     return {
         "bitwidth": bits,
         "dtype": "int",
-        "is_symmetric": str(symmetric),
+        "is_symmetric": str(zero == 0),
         "min": scale * offset,
         "max": scale * (offset + (1 << bits) - 1),
         "scale": scale,

@@ -28,11 +28,10 @@ import numpy as np
 import numpy.typing as npt
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper
 
-from lilliput.artifact.integer import HALF, WIDTHS, IntegerModel
+from lilliput.artifact.integer import WIDTHS, IntegerModel, whole_zeros
 from lilliput.core.errors import Unsupported
 from lilliput.core.graph import Attend, Embed, Grid, Linear, Multiply, Norm, Rotate, Sum, Table
 from lilliput.core.spec import EncoderSpec
-from lilliput.numerics.packing import untile_groups
 
 MARGIN = 24.0
 """exp(-24) is 4e-11: not one code of 1 / 65535, even over a hundred million keys."""
@@ -50,11 +49,19 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix as whole numbers: value = scale[row] * codes, codes int8 (out, in) that need `bits` bits."""
+    """A matrix as whole numbers: value = scale[row] * (codes - zero[row]), codes (out, in) and zero (out,) of `bits` bits,
+    with a sign."""
 
     codes: npt.NDArray[np.int8]
+    zero: npt.NDArray[np.int8]
     scale: npt.NDArray[np.float32]
     bits: int
+
+    @property
+    def whole(self) -> npt.NDArray[np.int16]:
+        """The codes less their zeros."""
+        found: npt.NDArray[np.int16] = self.codes.astype(np.int16) - self.zero[:, None]
+        return found
 
 
 @dataclass(frozen=True)
@@ -180,11 +187,12 @@ class _Builder:
         if name not in self.shared:
             stored, found = self.model.linears.get(name), None
             if stored is not None and len(stored.bits) == 1 and stored.bits[0] in WIDTHS and stored.groups == 1:
-                zero = stored.zero.get(stored.bits[0])
-                if zero is not None and not stored.table and (untile_groups(zero, stored.out) == HALF).all():
-                    codes, scale = self.model.weights(name), self.model.scales(name)
-                    scale = np.where(codes.any(axis=1), scale, np.float32(1))  # a row of zeros may have none
-                    found = Matrix(codes, scale, stored.bits[0])
+                (bits,), zeros = stored.bits, whole_zeros(stored)
+                if zeros is not None and not stored.table:
+                    top, codes, scale = 1 << (bits - 1), self.model.codes(name), self.model.scales(name)
+                    empty = (codes == zeros[:, None]).all(axis=1)
+                    scale = np.where(empty, np.float32(1), scale)  # a row of zeros may have none
+                    found = Matrix((codes - top).astype(np.int8), (zeros - top).astype(np.int8), scale, bits)
             self.shared[name] = found
         return self.shared[name]
 
@@ -308,7 +316,7 @@ class _Builder:
     def _rows(self, name: str, at: str, out: str) -> str:
         """Rows of an embedding in float32; what is looked up are codes and scales where it has them."""
         matrix = self.matrix(name)
-        if matrix is None:
+        if matrix is None or matrix.zero.any():
             return self._float_rows(name, at, out)
         table = f"{name}.weight" if matrix.bits == 8 else f"{name}.rows"  # Gather takes no codes of 4 bits
         codes = self.op("Gather", self.const(table, matrix.codes), at, out=f"{out}.codes", axis=0)
@@ -332,16 +340,16 @@ class _Builder:
     def _linear(self, node: Linear) -> None:
         matrix = self.matrix(node.matrix)
         assert matrix is not None, f"{node.matrix}: a linear node reads whole numbers"
-        grid = self.graph.edges[node.x].grid
+        grid, whole = self.graph.edges[node.x].grid, matrix.whole
         inputs = [self.read(node.x), self._weight(node.matrix, matrix)]
         # the stored bias has the zero of x folded in, DequantizeLinear takes that away itself
-        bias = self.model.constants[f"{node.y}.bias"] + grid.zero * matrix.codes.sum(axis=1, dtype=np.int64)
+        bias = self.model.constants[f"{node.y}.bias"] + grid.zero * whole.sum(axis=1, dtype=np.int64)
         if bias.any():
             scale = grid.scale * matrix.scale.astype(np.float64)
             # a row without weights has no scale; the step of its bias is what the multiplier says
             power = np.ldexp(1.0, -self.model.constants[f"{node.y}.shift"].astype(np.int64))
             step = self.model.constants[f"{node.y}.multiplier"] * power * self.graph.edges[node.y].grid.scale
-            scale = np.where(matrix.codes.any(axis=1), scale, step)
+            scale = np.where(whole.any(axis=1), scale, step)
             if np.abs(bias).max() < 1 << 31:
                 codes = self.const(f"{node.y}.bias", bias.astype(np.int32))
                 scales = self.const(f"{node.y}.bias.scale", scale.astype(np.float32))
@@ -353,10 +361,9 @@ class _Builder:
     def _weight(self, name: str, matrix: Matrix) -> str:
         key = f"{name}.weight"
         if key not in self.made:
-            blob = Blob.int4(matrix.codes) if matrix.bits == 4 else Blob.of(matrix.codes)
-            none = np.zeros(len(matrix.codes), np.int8)
-            self.phase.blobs.setdefault(key, blob)
-            self.phase.blobs[f"{key}.zero"] = Blob.int4(none) if matrix.bits == 4 else Blob.of(none)
+            kind = Blob.int4 if matrix.bits == 4 else Blob.of
+            self.phase.blobs.setdefault(key, kind(matrix.codes))
+            self.phase.blobs[f"{key}.zero"] = kind(matrix.zero)
             self.phase.params[key] = matrix
             scale = self.const(f"{key}.scale", matrix.scale)
             value = self.op("DequantizeLinear", key, scale, f"{key}.zero", out=f"{key}.value", axis=0)

@@ -75,12 +75,13 @@ def offsets(weight: Tensor, made: Quantized) -> Tensor:
     """The least offsets, in steps, with which `on_rows` rounds a matrix to given codes, `INSIDE` steps from where it would
     not: (out, in).
 
-    weight: (out, in). made: symmetric rows of one width.
+    weight: (out, in). made: rows of one width with whole zeros.
     """
     (bits,) = made.bits
-    top = 2 ** (bits - 1)
-    code = made.codes.to(torch.float32) - top
-    place = weight / made.scale[bits].to(torch.float32)
-    low = torch.where(code > -top, code - 0.5 + INSIDE, -torch.inf)
-    high = torch.where(code < top - 1, code + 0.5 - INSIDE, torch.inf)
+    step, off = (value.to(torch.float32) for value in (made.scale[bits], made.zero[bits]))
+    last = 2**bits - 1
+    code, zero = made.codes.to(torch.float32), last / 2 + off
+    place = weight / step
+    low = torch.where(code > 0, code - zero - 0.5 + INSIDE, -torch.inf)
+    high = torch.where(code < last, code - zero + 0.5 - INSIDE, torch.inf)
     return place.clamp(low, high) - place

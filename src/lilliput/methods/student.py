@@ -35,7 +35,7 @@ class Student:
     """The rounded model.
 
     values: every tensor that may be trained, by name; "let/I/K" logarithms of the scales of pair K of block I; "clip/NAME" logits of
-    the share of each row's reach, (out, 1); "nudge/NAME" offsets of roundings in steps, (out, in); "step/B" logarithms
+    the share of each row's reach, (out, 1), or (out, 2) where rows have zeros; "nudge/NAME" offsets of roundings in steps, (out, in); "step/B" logarithms
     of steps and "zero/B" zeros in halves of the range, one number an edge of B bits.
     """
 
@@ -49,11 +49,13 @@ class Student:
         scales: bool,
         ranges: bool,
         roundings: bool,
+        zeros: bool = False,
     ) -> None:
-        """maker: knows the widths. model: float, not changed before `result`. shares: of the reach of rows, (out, 1) by
-        linear layer; those missing keep all. grids: where edges start. scales, ranges, roundings: what there is to train.
+        """maker: knows the widths. model: float, not changed before `result`. shares: of the reach of rows, as
+        `row_grids` takes them, by linear layer; those missing keep all. grids: where edges start. scales, ranges,
+        roundings: what there is to train. zeros: the blocks' rows have a zero each; else they are symmetric.
         """
-        self.maker, self.spec = maker, model.spec
+        self.maker, self.spec, self.zeros = maker, model.spec, zeros
         state = {name: value.detach() for name, value in model.state_dict().items()}
         self.base = [_within(state, i) for i in range(model.spec.num_layers)]
         self.ends = {name: value for name, value in state.items() if not name.startswith("layers.")}
@@ -107,9 +109,11 @@ class Student:
         return now
 
     def share(self, name: str) -> Tensor | float:
-        """Of the reach of a linear layer's rows, what their grids have: (out, 1), or 1 for all."""
+        """Of the reach of a linear layer's rows, what their grids have, as `row_grids` takes it."""
         logit = self.values.get(f"clip/{name}")
-        return 1.0 if logit is None else torch.sigmoid(logit)
+        if logit is not None:
+            return torch.sigmoid(logit)
+        return torch.ones(self.spec.matrices()[name][0], 2) if self.zeros else 1.0
 
     def site(self, name: str, x: Tensor, seen: Tensor | None = None) -> Tensor:
         """As `models.sites.Site`."""

@@ -55,7 +55,7 @@ class Regime:
     """What all phases share.
 
     method: who trains, for messages. units: rows to train on, those of a unit one behind the other. held: groups of rows
-    to judge by. batch: rows a step. every: steps between two checks. patience: checks without gain before a phase ends.
+    to judge by. batch: rows a step. checks: in all steps of a phase. patience: checks without gain before a phase ends.
     seed: of the order of units.
     """
 
@@ -63,7 +63,7 @@ class Regime:
     units: Sequence[Sequence[int]]
     held: Sequence[Sequence[int]]
     batch: int
-    every: int
+    checks: int
     patience: int
     seed: int
 
@@ -164,7 +164,8 @@ class _Training:
         """
         if tensors:
             self._go_on(tensors, told)
-        steps, batch, every = self.phase.steps, self.regime.batch, self.regime.every
+        steps, batch = self.phase.steps, self.regime.batch
+        every = max(1, steps // self.regime.checks)
         self.progress.begin(f"training {self.phase.name}", steps, done=self.first)
         if not self.first:
             self.at_start = self.least = self._held(0)

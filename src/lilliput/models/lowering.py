@@ -55,7 +55,7 @@ def lower(
 
     grids: by the names of `sites.sites`, of which "attn.probabilities" may be left out and is 16 bits then. tensors:
     norms and biases by canonical name, float. codes: every matrix that a linear layer multiplies with, by canonical
-    name, the head's among them: one width of 4 or 8 bits, one group a row, the zero 0.5. positions: the longest
+    name, the head's among them: one width of 4 or 8 bits, one group a row, the zero a code. positions: the longest
     sequence, by default the model's context.
     Raises ConfigError for an edge without a grid or with one that cannot be served, and for codes of another kind,
     Unsupported for an encoder of pictures; each names what it is about.
@@ -181,7 +181,7 @@ class _Lowering:
         return self._put(node, width)
 
     def _linear(self, matrix: str, x: str, y: str) -> str:
-        whole, scales = self._matrix(matrix)
+        whole, scales, most = self._matrix(matrix)
         own, to = self._grid(x), self._grid(y)
         empty = scales == 0
         if (whole[empty] != 0).any():
@@ -192,7 +192,7 @@ class _Lowering:
         scales = np.where(empty, _EMPTY_ROW * to.scale / own.scale, scales)
         bias = self._tensor(f"{matrix}.bias") if f"{matrix}.bias" in self.tensors else np.zeros(len(scales))
         sums = whole.sum(1, dtype=np.int64)
-        limit = ((1 << 31) - 1 if own.bits == 8 else fixed.LARGEST) - (own.high + 1) * 128 * whole.shape[1]
+        limit = ((1 << 31) - 1 if own.bits == 8 else fixed.LARGEST) - (own.high + 1) * most * whole.shape[1]
         steps = np.rint(bias / (own.scale * scales)) - own.zero * sums.astype(np.float64)
         if not (np.abs(steps) <= limit).all():
             row = int(np.argmax(~(np.abs(steps) <= limit)))
@@ -307,8 +307,8 @@ class _Lowering:
             raise ConfigError("a value is not finite", where=name, fix="Look for a broken checkpoint or training step")
         return value
 
-    def _matrix(self, name: str) -> tuple[npt.NDArray[np.int8], F64]:
-        """The whole numbers of a matrix, (out, in), and their scales, (out,)."""
+    def _matrix(self, name: str) -> tuple[npt.NDArray[np.int16], F64, int]:
+        """The whole numbers of a matrix, (out, in), their scales, (out,), and the largest magnitude they may have."""
         if name not in self.codes:
             raise ConfigError("it has no codes", where=name, fix="Quantize every matrix, the head's too")
         coded = self.codes[name]
@@ -318,10 +318,14 @@ class _Lowering:
             what = f"its codes are of widths {list(coded.bits)}, {coded.grid(bits)[0].shape[1]} groups a row"
             fix = "An integer graph needs one width, 4 or 8, one group a row and no tables"
             raise ConfigError(what, where=name, fix=fix)
-        if zero is None or bool((zero != 0.5).any()):
-            raise ConfigError("a zero is not 0.5", where=name, fix="Its levels must be whole numbers of steps")
-        whole = coded.codes.cpu().numpy().astype(np.int16) - (1 << (bits - 1))
-        return whole.astype(np.int8), coded.scale[bits][:, 0].double().cpu().numpy()
+        last = (1 << bits) - 1
+        middle = np.full((1, 1), np.nan) if zero is None else zero.double().cpu().numpy() + last / 2
+        if not np.isin(middle, np.arange(last + 1)).all():
+            fix = "Its levels must be whole numbers of steps, 0 among them"
+            raise ConfigError("a zero is none of its codes", where=name, fix=fix)
+        whole = coded.codes.cpu().numpy().astype(np.int16) - middle.astype(np.int16)
+        most = int(max(middle.max(), last - middle.min()))
+        return whole, coded.scale[bits][:, 0].double().cpu().numpy(), most
 
 
 class _at:

@@ -92,8 +92,8 @@ def isqrt(x: Whole) -> I64:
 def linear(
     x: Whole, weight: Whole, bias: Whole, multiplier: Whole, shift: Whole, to: Grid, *, blas: bool = True
 ) -> I64:
-    """A linear layer. x: (positions, in) codes. weight: (out, in) of -128..127. The rest (out,); `models.lowering` makes them."""
-    total = matmul(x, weight, 1 << 22, blas=blas) + wide(bias)
+    """A linear layer. x: (positions, in) codes. weight: (out, in) of -255..255. The rest (out,); `models.lowering` makes them."""
+    total = matmul(x, weight, 1 << 23, blas=blas) + wide(bias)
     return clamp(requantize(total, multiplier, shift), to)
 
 

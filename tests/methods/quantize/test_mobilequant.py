@@ -232,7 +232,7 @@ def test_a_state_of_other_options_is_not_gone_on_from(tmp_path: Path, monkeypatc
 
 
 def test_a_loss_that_is_not_finite_names_step_and_edge_and_keeps_the_state_before(tmp_path: Path) -> None:
-    method = MobileQuant(steps=4, let_rate=0.9)
+    method = MobileQuant(steps=4, let_rate=0.9, scope="end_to_end")
     run = mobilequant._Run(method, decoder_of(tmp_path, **SMALL), text(), tmp_path, Silent())
     with torch.no_grad():
         run.student = run.begin()

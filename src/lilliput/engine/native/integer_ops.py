@@ -20,10 +20,17 @@ def matmul_integer(
     shift: npt.NDArray[np.int8],
     to: Grid,
     *,
+    zeros: Codes | None = None,
     variant: str = "",
 ) -> Codes:
-    """`numerics.fixed.linear` of a stored matrix at its widest. x: (tokens, columns) codes of the bits of `own`."""
-    factors = (np.ascontiguousarray(bias), np.ascontiguousarray(multiplier), np.ascontiguousarray(shift))
+    """`numerics.fixed.linear` of a stored matrix at its widest. x: (tokens, columns) codes of the bits of `own`.
+
+    zeros: (out,), the code that means 0 in each row; by default the middle one, 2**(bits - 1).
+    """
+    if zeros is None:
+        zeros = np.full(linear.out, 1 << (linear.bits[-1] - 1), np.int16)
+    rows = bias, multiplier, shift, as_shorts(zeros)
+    factors = tuple(np.ascontiguousarray(one) for one in rows)
     return as_codes(
         kernels().matmul_integer(
             *nested(linear, linear.bits[-1]), as_shorts(x), own.bits, *factors, bits_zero(to), variant

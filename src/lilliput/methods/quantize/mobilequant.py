@@ -1,11 +1,11 @@
 """MobileQuant: learn the scales, clippings and ranges with which a model can be whole numbers throughout.
 
-Every edge of docs/integer.md has one grid fixed in advance, every matrix symmetric rows. SmoothQuant's scales are folded
-into all legal pairs, ranges are read off calibration text, and then the scales of pairs, the clipping of every row, the
-rounding of every weight and the step and zero of every edge of 8 bits are trained together, through all blocks, with
-straight-through gradients, against what the original puts out: the last block's states, or the logits'
-distribution. Blocks are run again for the gradient and the targets lie on disk, so memory is that of one block and of
-the states between blocks.
+Every edge of docs/integer.md has one grid fixed in advance, every matrix rows, symmetric or with a whole zero each.
+SmoothQuant's scales are folded into all legal pairs, ranges are read off calibration text, and then the scales of pairs,
+the clipping of every row, the rounding of every weight and the step and zero of every edge of 8 bits are trained with
+straight-through gradients: block by block against each block's output, the last against the logits, then the ranges through all blocks against what
+the original puts out, the last block's states or the logits' distribution; or all of it through all blocks. These are run
+again for the gradient and states lie on disk, so memory is that of one block and of the states between blocks.
 
 Source: Tan et al., "MobileQuant: Mobile-friendly Quantization for On-device Language Models", EMNLP Findings 2024,
 sections 3 and 4; Xiao et al., "SmoothQuant", ICML 2023, eq. 4; Shao et al., "OmniQuant", ICLR 2024, eq. 2; Cheng et
@@ -15,7 +15,7 @@ Deviation: scales and steps are trained as logarithms and zeros relative to thei
 every model; queries and keys are tied as their rotation needs and values as their groups do, where the paper's code is
 inexact or skips the pair; clipping starts from the least weighted error and not from 0.98; ranges of 16 bits have room;
 ranges of the edges that usually have 16 bits are not trained; the divergence of the logits is the default target; weights
-have one grid a row at 8 bits too; roundings are trained as well, by Adam, or swept; early stopping.
+have one grid a row at 8 bits too; blocks are trained alone first, and end to end what does not turn roundings; roundings are trained as well, by Adam, or swept; early stopping.
 """
 
 import hashlib
@@ -52,14 +52,17 @@ from lilliput.numerics.observers import Rule
 from lilliput.numerics.straight import best_share
 
 CHECKS = 10
-"""In all steps."""
+"""In all steps of a phase."""
+GENTLE = 0.3
+"""Of the rate of ranges, where the blocks are trained already."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MobileQuant(IntegerMethod):
     """Makes a decoder whole numbers.
 
-    bits: of the weights, 8 or 4; end_bits: of embedding and head. sites: bits of edges by a pattern of their names, the last
+    bits: of the weights, 8 or 4; end_bits: of embedding and head. sym: rows of 4 bits are symmetric, as those of 8 bits,
+    of embedding and of head always are; else they have a zero each. sites: bits of edges by a pattern of their names, the last
     that matches counts. budget16: how many edges, or as a fraction what share of their bytes, get 16 bits, those that
     lose most at 8; all others that `sites` does not name get 8, but for scores, which always have 16. None for the usual policy.
     usual16: edges of 16 bits by the usual policy, the residual stream's, keep them, and the budget is for the others.
@@ -67,14 +70,16 @@ class MobileQuant(IntegerMethod):
     are read off, as in `Observer`; apart: without the first position, which then saturates.
     let, lwc, ranges: train scales of pairs, clipping of rows, ranges of edges. rounding: of weights, trained with all else,
     swept behind it so that every column takes up what those before it got wrong, or to nearest.
-    scope: all blocks together; one after the other, each for `steps`; or both in the time of the former, where every
-    block has a third of the steps first and all together have the rest. loss: squared error of the states behind the last
-    block, or divergence of the logits, for an encoder 1 - cosine of the vectors; one block alone always has the former.
+    scope: all blocks together; one after the other, each for `steps`; or both, the latter and then, for a third of the
+    steps, the ranges of all together: scales, clipping and roundings stay, since whatever moves them turns roundings
+    that fit each other. loss: squared error of the states behind the last
+    block, or divergence of the logits, for an encoder 1 - cosine of the vectors; one block alone has the former, but for the last.
     steps of `batch` rows; let_rate, clip_rate, range_rate, rounding_rate: peak changes a step, of logarithms, of logits, of
     logarithms and zeros (a tenth of it at 16 bits), and of roundings in steps. patience: checks, of which there are ten,
     without gain before training ends. held: share of the rows held out. seed: of the order of rows.
     """
 
+    sym: bool = False
     sites: dict[str, int] = field(default_factory=dict, hash=False)
     budget16: int | float | None = None
     usual16: bool = False
@@ -86,7 +91,7 @@ class MobileQuant(IntegerMethod):
     lwc: bool = True
     ranges: bool = True
     rounding: Literal["trained", "swept", "nearest"] = "trained"
-    scope: Literal["both", "end_to_end", "block"] = "end_to_end"
+    scope: Literal["both", "end_to_end", "block"] = "both"
     loss: Literal["hidden", "logits"] = "logits"
     steps: int = 300
     batch: int = 4
@@ -120,6 +125,11 @@ class MobileQuant(IntegerMethod):
     def trains(self) -> bool:
         """Whether there is anything to train."""
         return self.steps > 0 and (self.let or self.lwc or self.ranges or self.rounding == "trained")
+
+    @property
+    def zeros(self) -> bool:
+        """Whether rows of the blocks have a zero each."""
+        return self.bits == 4 and not self.sym
 
     def make(self, model: Decoder | Encoder, batches: Batches, folder: Path, progress: Progress) -> Integers:
         """Return the integer model; see `IntegerMethod.make`.
@@ -164,9 +174,13 @@ class _Run:
             self.student = self.begin()
         if m.trains:
             self.record |= {"training": self.train(), "scope": m.scope, "loss": m.loss}
-        if m.rounding == "swept" and (m.scope != "block" or not m.trains):
+        if m.rounding == "swept" and not self._by_blocks:
             self._sweep()
         return self.student.result(self.model, self.record)
+
+    @property
+    def _by_blocks(self) -> bool:
+        return self.method.trains and self.method.scope != "end_to_end" and not isinstance(self.spec, EncoderSpec)
 
     # ---- rows and streams
 
@@ -237,9 +251,9 @@ class _Run:
             for name in spec.linears(layer):
                 edge = source_of(spec, name)
                 energy = loud.energy(edge) / divided.get(edge, torch.ones(())).square()
-                shares[name] = best_share(block.get_parameter(local(name)).data, energy, m.bits)
+                shares[name] = best_share(block.get_parameter(local(name)).data, energy, m.bits, sym=not m.zeros)
         learns = {"scales": m.let, "ranges": m.ranges, "roundings": m.rounding != "nearest"}
-        return Student(m, self.model, shares, watched.grids(policy), **learns)
+        return Student(m, self.model, shares, watched.grids(policy), zeros=m.zeros, **learns)
 
     def _widths(self, folded: Simulation, watched: Ranges, policy: dict[str, int]) -> dict[str, int]:
         """The policy with 16 bits where they are needed most."""
@@ -271,7 +285,7 @@ class _Run:
             units=list(self.groups(self.trained)) if batched else [[row] for row in self.trained],
             held=[self.kept_out[at : at + m.batch] for at in range(0, len(self.kept_out), m.batch)],
             batch=m.batch,
-            every=max(1, m.steps // CHECKS),
+            checks=CHECKS,
             patience=m.patience,
             seed=m.seed,
         )
@@ -309,13 +323,13 @@ class _Run:
     def _phases(self) -> Iterator[Phase]:
         """What is to be trained, in order. Between the phases of blocks the streams of both models move on."""
         m, rates = self.method, self._rates()
-        alone = {"both": m.steps // 3, "end_to_end": 0, "block": m.steps}[m.scope]
-        if isinstance(self.spec, EncoderSpec):
-            alone = 0
-        if alone:
-            yield from self._one_by_one(alone, rates)
-        if alone < m.steps:
-            yield Phase("all", m.steps - alone, self._whole, rates)
+        if not self._by_blocks:
+            yield Phase("all", m.steps, self._whole, rates)
+            return
+        yield from self._one_by_one(m.steps, rates)
+        ranges = {name: GENTLE * rate for name, rate in rates.items() if name.split("/")[0] in ("step", "zero")}
+        if m.scope == "both" and ranges:
+            yield Phase("all", math.ceil(m.steps / 3), self._whole, ranges)
 
     def _one_by_one(self, steps: int, rates: Mapping[str, float]) -> Iterator[Phase]:
         """A phase for each block."""
@@ -330,18 +344,21 @@ class _Run:
                 self._write(after, (run_block(self.spec, layer, base, x) for x in self._read(now, every)))
             yield Phase(f"layers.{layer}", steps, self._of_block(layer, self._stream(after)), rates)
             with torch.no_grad():
-                if self.method.rounding == "swept" and self.method.scope == "block":
+                if self.method.rounding == "swept":
                     feed_back(self.student, layer, partial(self._inputs, layer, self._enough()))
                 self._pass(layer, every)
 
     def _of_block(self, layer: int, target: Activations) -> Loss:
         """The loss of one block, of the rounded model's inputs."""
         given = self._stream(f"rounded-{layer % 2}")
-        edge = f"layers.{layer + 1}.input" if layer + 1 < self.spec.num_layers else "final.input"
+        last = layer + 1 == self.spec.num_layers
+        edge = "final.input" if last else f"layers.{layer + 1}.input"
 
         def loss(rows: Sequence[int], site: Site | None) -> Tensor:
-            # The block's output is read behind the site of whoever reads it, which learns its range here.
             out = self.student.block(layer, given.take(rows), site)
+            if last and self.method.loss == "logits":  # nothing but the head is behind it
+                return self._unlike(out, target.take(rows), site)
+            # The block's output is read behind the site of whoever reads it, which learns its range here.
             return _relative((site or self.student.site)(edge, out), target.take(rows))
 
         return loss
@@ -357,6 +374,10 @@ class _Run:
         target = self._stream("targets").take(rows)[:, : hidden.shape[1]]
         if self.method.loss == "hidden":
             return _relative(hidden, target)
+        return self._unlike(hidden, target, site)
+
+    def _unlike(self, hidden: Tensor, target: Tensor, site: Site | None) -> Tensor:
+        """The divergence of what states behind the last block come to."""
         with torch.no_grad():
             wanted = run_end(self.spec, self.original, target)
         return unlikeness(self.spec, self.student.logits(hidden, site), wanted)

@@ -23,7 +23,8 @@ class _Rounded(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, step: Tensor, zero: Tensor, low: int, high: int) -> Tensor:
         """x: any shape. step: a scalar, or one a row. zero: the same, whole, within low .. high."""
-        near, shift = (x / step).round_(), zero if zero.dim() else float(zero)
+        near = (x / step).round_()
+        shift: Any = zero if zero.dim() else float(zero)
         code = near.clamp(low - shift, high - shift)
         inside = near == code
         out = code.mul_(step)

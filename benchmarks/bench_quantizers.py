@@ -6,7 +6,8 @@
 Every run is a process of its own, so its peak resident memory (ru_maxrss) is its own. Of one layer it includes torch,
 the layer and its Gram matrix, given as `base_rss_bytes`; weights are normal, inputs correlated with a few loud ones.
 A whole model (`make_llama.py` makes random ones) goes through `lilliput.compress`: checkpoint to checked artifact,
-calibration included, with the time of every block. Writes benchmarks/results/quantizers.jsonl.
+calibration included, with the processor seconds of every step; stopped, the same command goes on.
+Writes benchmarks/results/quantizers.jsonl.
 """
 
 import argparse
@@ -62,28 +63,48 @@ def measure(run: str, out: int, columns: int) -> None:
 
 
 class Steps:
-    """A Progress that keeps the processor seconds of every step of the sweep: the embedding, each block, the head."""
+    """A Progress that keeps what every step of the sweep took: the embedding, each block, the head.
 
-    def __init__(self) -> None:
-        self.cpu_s: list[float] = []
-        self._start = time.perf_counter()
-        self._busy = time.process_time()
+    notes: a file of what all processes of one compression took up to their last step, so that one that is stopped can
+    go on and nothing is left out but the step that was cut short.
+    """
+
+    def __init__(self, notes: Path) -> None:
+        self._notes, self._start, self._busy = notes, time.perf_counter(), 0.0
+        self.earlier: dict[str, Any] = {"seconds": 0.0, "cpu_s": 0.0, "peak_rss_bytes": 0, "step_cpu_s": [], "stops": 0}
+        if notes.exists():
+            self.earlier = json.loads(notes.read_text(encoding="utf-8"))
+            self.earlier["stops"] += 1
+        self.step_cpu_s: list[float] = self.earlier["step_cpu_s"]
 
     def begin(self, label: str, total: int, done: int = 0) -> None:
-        """A phase begins, and what led to it is no step."""
+        """A phase begins, and what led to it is no step; nor is what was done before a phase that begins anew."""
+        if not done:
+            self.step_cpu_s.clear()
         self.say(f"{label} begins")
         self._busy = time.process_time()
 
     def advance(self, units: int) -> None:
         """A step is done."""
         now = time.process_time()
-        self.cpu_s.append(now - self._busy)
+        self.step_cpu_s.append(round(now - self._busy, 1))
         self._busy = now
-        self.say(f"step {len(self.cpu_s)}, {units} weights: {self.cpu_s[-1]:.1f} s of the processor")
+        self._notes.write_text(json.dumps(self.taken()) + "\n", encoding="utf-8")
+        self.say(f"step {len(self.step_cpu_s)}, {units} weights: {self.step_cpu_s[-1]} s of the processor")
 
     def say(self, text: str) -> None:
         """Tell it with the time since the start."""
         print(f"{time.perf_counter() - self._start:8.1f} s  {text}", file=sys.stderr, flush=True)
+
+    def taken(self) -> dict[str, Any]:
+        """What it took up to now, earlier processes of the same compression included."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return self.earlier | {
+            "seconds": self.earlier["seconds"] + time.perf_counter() - self._start,
+            "cpu_s": self.earlier["cpu_s"] + time.process_time(),
+            "peak_rss_bytes": max(self.earlier["peak_rss_bytes"], peak),
+            "step_cpu_s": self.step_cpu_s,
+        }
 
 
 def measure_model(run: str, model: Path, work: Path, samples: int, length: int) -> None:
@@ -93,26 +114,25 @@ def measure_model(run: str, model: Path, work: Path, samples: int, length: int) 
     from lilliput.pipeline import compress
 
     torch.set_num_threads(1)
+    work.mkdir(parents=True, exist_ok=True)
     method, options = RUNS[run]
-    steps, start = Steps(), time.perf_counter()
+    notes = work / f"{run}-{model.resolve().name}-{samples}x{length}.json"
+    out, steps = notes.with_suffix(".lilliput"), Steps(notes)
     report = compress(
         model,
-        work / f"{run}.lilliput",
+        out,
         recipe=[{method: options}],
         calibration=[TEXT],
         samples=samples,
         length=length,
-        resume=False,
+        resume=notes.exists(),
         overwrite=True,
         gate=False,  # random weights have no quality to keep
         progress=steps,
     )
-    seconds, cpu = time.perf_counter() - start, time.process_time()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    taken: dict[str, Any] = {"seconds": seconds, "cpu_s": cpu, "peak_rss_bytes": peak}
-    taken |= {"step_cpu_s": [round(s, 1) for s in steps.cpu_s], "expected_ram_bytes": report.expected_ram_bytes}
-    taken |= {"artifact_bytes": report.size_bytes, "model_bytes": report.source_bytes}
-    print(json.dumps(taken))
+    sizes = {"artifact_bytes": report.size_bytes, "model_bytes": report.source_bytes}
+    print(json.dumps(steps.taken() | {"expected_ram_bytes": report.expected_ram_bytes} | sizes))
+    notes.unlink()
 
 
 def main() -> None:

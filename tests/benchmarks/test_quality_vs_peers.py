@@ -187,7 +187,7 @@ def test_our_worker_answers_as_the_peers_do(
         record = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert record["seconds"] > 0
         assert record["cpu_seconds"] > 0
-        assert record["versions"]["torch"] == torch.__version__
+        assert record["peer_versions"]["torch"] == torch.__version__
         weights = load_file(out / "weights.safetensors")
         given = load_file(wide / "model.safetensors")
         assert weights.keys() == given.keys()

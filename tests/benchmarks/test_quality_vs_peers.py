@@ -123,6 +123,31 @@ def test_a_recipe_is_filled_in(load: Any) -> None:
     ]
 
 
+def test_every_recipe_of_ours_can_be_planned(load: Any, source: Path, tmp_path: Path) -> None:
+    contenders, filled = load("peers.quality.contenders"), load("run_lilliput").filled
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    wide = load("peers.quality.model").prepare(source, tmp_path / "wide")
+    ours = {name: c for name, c in contenders.CONTENDERS.items() if c.peer == contenders.OURS}
+    assert {f"lilliput {m}" for m in ("leanquant", "awq", "any_precision", "omniquant")} <= ours.keys()
+    for contender in ours.values():
+        for bits, width in contender.widths.items():
+            recipe = filled(contender.options["recipe"], {"bits": bits, "group_size": 64, "steps": 3})
+            report = compress(
+                wide,
+                tmp_path / "a.lilliput",
+                recipe=recipe,
+                calibration=[text],
+                samples=4,
+                length=16,
+                target_bits=width.get("target_bits"),
+                dry_run=True,
+            )
+            assert {layer.name for layer in report.layers if layer.method} >= {"layers.0.mlp.up_proj"}
+            widths = {row.bits for row in report.rows}
+            assert bits in widths or width
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_our_worker_answers_as_the_peers_do(
     load: Any,
@@ -162,7 +187,7 @@ def test_our_worker_answers_as_the_peers_do(
         record = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert record["seconds"] > 0
         assert record["cpu_seconds"] > 0
-        assert record["versions"]["torch"] == torch.__version__
+        assert record["peer_versions"]["torch"] == torch.__version__
         weights = load_file(out / "weights.safetensors")
         given = load_file(wide / "model.safetensors")
         assert weights.keys() == given.keys()

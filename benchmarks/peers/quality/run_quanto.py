@@ -28,7 +28,7 @@ def dump(job: dict[str, Any], state: tuple[Any, list[str], dict[str, Any]]) -> t
     }
     for name in names:
         weight = model.get_submodule(name).weight
-        weights[f"{name}.weight"] = weight.dequantize().float().numpy()
+        weights[f"{name}.weight"] = weight.detach().dequantize().float().numpy()
     if not any(name.startswith(inside) for name in sizes):
         raise SystemExit("its state holds no packed weights")
     return weights, sizes

@@ -69,8 +69,9 @@ def main(
     """Run the job in argv[1]; `quantize` is timed, `dump` gives (weights by Hugging Face names, stored bytes by tensor).
 
     Writes OUT/weights.safetensors, float32; the last line of stdout is the record: seconds, cpu_seconds (of all
-    threads; other processes do not lengthen it), peak_rss_bytes, stored, versions. A quantizer that did its work in an
-    earlier job puts the figures of then into the job, by the same names.
+    threads; other processes do not lengthen it), peak_rss_bytes, stored, peer_versions (`versions` of a recorded line
+    are of what measures). A quantizer that did its work in an earlier job puts the figures of then into the job, by the
+    same names.
     """
     job = json.loads(sys.argv[1])
     os.environ.setdefault("OMP_NUM_THREADS", str(job["threads"]))
@@ -86,7 +87,7 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     save_file({k: np.array(v, dtype=np.float32, order="C") for k, v in weights.items()}, out / "weights.safetensors")
     record: dict[str, Any] = {key: job.get(key, value) for key, value in facts.items()}
-    record |= {"stored": {k: int(v) for k, v in sizes.items()}, "versions": versions(*packages, *PACKAGES)}
+    record |= {"stored": {k: int(v) for k, v in sizes.items()}, "peer_versions": versions(*packages, *PACKAGES)}
     print("\n" + json.dumps(record))
 
 

@@ -44,7 +44,7 @@ EVERY = 60.0
 class Tune(Tuner):
     """Trains by distillation for `steps` steps of `batch` rows.
 
-    learning_rate: of the weights behind the codes, in steps of the narrowest width trained and, falling, of the widest. grid_rate: of the logarithm
+    learning_rate: of the weights behind the codes, in steps of the widest width trained. grid_rate: of the logarithm
     of the scales and of the zeros in steps. widths: those to train for; empty for all up to 4 bits, or for the narrowest
     where all are wider. codes: false freezes the codes and trains grids alone, which needs far less memory. ends: treat
     the embedding and the head as well.
@@ -121,13 +121,10 @@ class Run:
         groups: list[dict[str, Any]] = []
         for name, layer in self.layers.items():
             if layer.weight.requires_grad:
-                # Adam moves every weight by about its rate, noise or not. The finest grid says how much noise may be in the
-                # end; but at such a rate no weight comes as far as another code of the coarsest one, so that one begins.
-                first, last = (_step(coded[name].grid(layer.serving(b))[0]) for b in (self.widths[0], self.widths[-1]))
-                fall = last / first if first > 0 else 1.0
-                rate = options.learning_rate * first
-                groups.append({"params": [layer.weight], "rate": rate, "fall": fall, "name": name})
-            groups.append({"params": layer.grids(), "rate": options.grid_rate, "fall": 1.0, "name": name})
+                # Adam moves every weight by about its rate, noise or not: the finest grid says how much noise may be.
+                rate = options.learning_rate * _step(coded[name].grid(layer.serving(self.widths[-1]))[0])
+                groups.append({"params": [layer.weight], "rate": rate, "name": name})
+            groups.append({"params": layer.grids(), "rate": options.grid_rate, "name": name})
         self.optimizer = torch.optim.Adam(groups, lr=1.0, betas=BETAS, eps=1e-12)
         # What is not trained does not change: the codes of the ends, when they are left alone.
         self.fixed = {n: q for n, q in coded.items() if n not in self.layers}
@@ -160,7 +157,7 @@ class Run:
     def _step(self, step: int, rows: list[int]) -> None:
         rate = min(1.0, (step + 1) / 20) * cosine(step, self.options.steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["rate"] * rate * group["fall"] ** (step / self.options.steps)
+            group["lr"] = group["rate"] * rate
         tokens = torch.from_numpy(np.ascontiguousarray(self.rows[rows])).to(torch.int64)
         with torch.no_grad():
             target = torch.log_softmax(self.original(tokens), -1)

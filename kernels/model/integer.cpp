@@ -94,7 +94,7 @@ void IntegerModel::resolve_linear(const IntegerNode& node, int index) {
   require(linear.w.zero != nullptr, y.name + ": its matrix has no zeros");
   const float middle = static_cast<float>((1 << linear.w.bits) - 1) / 2;
   for (int64_t n = 0; n < y.width; ++n)
-    linear.zero[static_cast<size_t>(n)] = static_cast<int16_t>(std::lround(widen_half_1(linear.w.zero[n]) + middle));
+    linear.zero[static_cast<size_t>(n)] = static_cast<int16_t>(std::lround(nested_zero(linear.w, n, 1, 0) + middle));
   linear.rows = {bias, constant<int32_t>(y.name + ".multiplier", y.width), constant<int8_t>(y.name + ".shift", y.width),
                  nullptr};
   linear.y = y.grid;

@@ -46,7 +46,7 @@ def line(contender: str, bits: int, seed: int, kl: float, steps: int = 300, **mo
 
 def test_a_recorded_line_counts_only_with_the_same_options(program: Any) -> None:
     task = program.Task("no let", 4, 1, 50)
-    assert task.options == {"bits": 4, "seed": 1, "steps": 50, "let": False}
+    assert task.options == {"bits": 4, "seed": 1, "steps": 50, "sym": False, "scope": "both", "let": False}
     given = {"contender": "no let", "bits": 4, "seed": 1, "options": task.options}
     assert task.gave(given)
     assert not task.gave(given | {"error": "it failed"})
@@ -98,6 +98,11 @@ def test_a_task_ends_in_a_line_of_the_integer_graph(
     assert 0 < found["kl"] < 1
     assert found["peak_rss_bytes"] > 1 << 20
     assert program.recorded("another") == []
+    # a line of what the contender was once is none of its own
+    (tmp_path / "mobilequant.jsonl").write_text(
+        json.dumps(found | {"options": found["options"] | {"alpha": 0.9}}) + "\n"
+    )
+    assert program.recorded("tiny") == []
 
 
 def test_logits_that_the_oracle_does_not_give_end_the_task(

@@ -24,7 +24,7 @@ from lilliput.core.errors import InputCorrupt
 from lilliput.core.graph import Attend, Edge, Embed, Graph, Grid, Linear, Multiply, Node, Norm, Rotate, Sum, Table
 from lilliput.core.spec import AnySpec, EncoderSpec, PatchInputs
 from lilliput.numerics.fixed import LARGEST, LARGEST_SHIFT, MULTIPLIER_BITS, ONE, TURN_BITS, reach
-from lilliput.numerics.packing import ROWS, unpack_fields, untile_groups
+from lilliput.numerics.packing import ROWS, unpack_fields
 
 GRAPH_LIMIT: Final = 64 << 20
 """Bytes of the largest graph we read."""
@@ -107,10 +107,10 @@ class IntegerModel:
 def whole_zeros(matrix: StoredLinear) -> npt.NDArray[np.int16] | None:
     """The code that means 0 in each row, (out,), of a matrix of one group a row; None where one is not among its codes."""
     bits = matrix.bits[-1]
-    if bits not in matrix.zero:
+    stored, last = matrix.zeros(bits), (1 << bits) - 1
+    if stored is None:
         return None
-    last = (1 << bits) - 1
-    zeros = untile_groups(matrix.zero[bits], matrix.out)[:, 0].astype(np.float64) + last / 2
+    zeros = stored[:, 0].astype(np.float64) + last / 2
     return zeros.astype(np.int16) if np.isin(zeros, np.arange(last + 1)).all() else None
 
 

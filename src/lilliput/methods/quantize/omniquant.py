@@ -14,7 +14,7 @@ would be worse keeps the latter. A loss that is not finite ends the training of 
 Source: Shao et al., "OmniQuant", ICLR 2024, eqs. 1 to 5; Cheng et al., "Optimize Weight Rounding via Signed Gradient
 Descent" (AutoRound), 2024, eqs. 3 and 4, for `learn_rounding`.
 Deviation: nested widths; scales without shifts, as logarithms, tied as `models/pairs.py` says; q and k are not scaled
-against each other, which changes nothing where each row has scales of its own; float16 grids; Adam without decay.
+against each other, which changes nothing where each row has scales of its own; grids as they are stored; Adam without decay.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -32,7 +32,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
     def model(family: str, bits: int = 8) -> IntegerModel:
         if (family, bits) not in made:
             decoder = tiny_decoder(tmp_path_factory.mktemp(family), family)
-            made[family, bits] = integer_model(decoder, some_tokens(LENGTH), bits)
+            # Rows of 8 bits with a zero, which no recipe makes, agree node by node, but less where ONNX Runtime fuses nodes.
+            made[family, bits] = integer_model(decoder, some_tokens(LENGTH), bits, zeros=bits == 4)
         return made[family, bits]
 
     return model

@@ -112,15 +112,22 @@ def observed(decoder: Decoder | Encoder, tokens: np.ndarray, policy: Mapping[str
 
 
 def integer_model(
-    decoder: Decoder | Encoder, tokens: np.ndarray, bits: int = 8, overrides: Mapping[str, int] | None = None
+    decoder: Decoder | Encoder,
+    tokens: np.ndarray,
+    bits: int = 8,
+    overrides: Mapping[str, int] | None = None,
+    *,
+    zeros: bool = True,
 ) -> IntegerModel:
     """Round the decoder's matrices in place and return its integer graph, with ranges seen on `tokens`.
 
-    Rows of the first block have a zero each, all others are symmetric.
+    zeros: rows of the first block have a zero each; all others are symmetric.
     """
     spec = decoder.spec
     state = decoder.state_dict()
-    rows = {name: row_codes_with_zeros if name.startswith("layers.0.") else row_codes for name in spec.matrices()}
+    rows = {
+        name: row_codes_with_zeros if zeros and name.startswith("layers.0.") else row_codes for name in spec.matrices()
+    }
     coded = {name: made(state[f"{name}.weight"], bits) for name, made in rows.items()}
     for name, value in coded.items():
         state[f"{name}.weight"].copy_(value.dequantize(bits))

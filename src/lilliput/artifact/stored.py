@@ -8,10 +8,10 @@ import numpy as np
 import numpy.typing as npt
 
 from lilliput.numerics.packing import (
-    LEVEL_BITS,
     LEVEL_MIDDLE,
     RATIO_ONE,
     UNIT_LEAST,
+    counted_bits,
     serving_width,
     unpack_fields,
     unpack_scales,
@@ -89,7 +89,7 @@ class StoredLinear:
         if own not in self.zero:
             return None
         zero = untile_groups(self.zero[own], self.out)
-        return (unpack_zeros(zero, self._counted(own)) if own in self.unit else zero).astype(np.float32)
+        return (unpack_zeros(zero, counted_bits(own, self.table)) if own in self.unit else zero).astype(np.float32)
 
     def factors(self, width: int) -> npt.NDArray[np.float32] | None:
         """What a row's scales are multiplied by at one width, and its zeros: (2, row tiles, 16) float32; None for nothing.
@@ -100,7 +100,7 @@ class StoredLinear:
         if own not in self.unit:
             return ratios
         power = np.exp2(self.unit[own].astype(np.float32) + np.float32(UNIT_LEAST - _HALF_UNIT))
-        found = np.stack([power, np.full_like(power, zero_step(self._counted(own)))])
+        found = np.stack([power, np.full_like(power, zero_step(counted_bits(own, self.table)))])
         return found if ratios is None else found * ratios
 
     def _ratios(self, width: int) -> npt.NDArray[np.float32] | None:
@@ -108,10 +108,6 @@ class StoredLinear:
             return None
         factor = (self.ratio[width].astype(np.float32) + RATIO_ONE) * np.float32(2.0 ** (self.bits[0] - width - 8))
         return np.stack([factor, np.float32(1) / factor])
-
-    def _counted(self, own: int) -> int:
-        """Bits of the grid that the zeros of a width are counted on."""
-        return LEVEL_BITS if own in self.table else own
 
     def width_at(self, bits: int) -> int:
         """Width this matrix runs at when the artifact is asked for `bits`: the narrowest of at least that, or the widest."""

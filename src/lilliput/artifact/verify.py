@@ -178,16 +178,16 @@ class _Check:
             elif entry and kind == "table":
                 self._table(entry, file, name)
             elif entry and kind in ("ratio", "unit"):
-                self._rows(entry, file, name)
+                self._rows(entry, file, name, UNIT_MOST if kind == "unit" else 255)
             elif entry:
                 self._grid(entry, file, name)
 
-    def _rows(self, entry: QuantEntry, file: Container, name: str) -> None:
+    def _rows(self, entry: QuantEntry, file: Container, name: str, most: int) -> None:
         values = file.view(name).reshape(-1)
         if values[entry.out :].any():
             self._say("a value outside the matrix is not zero", f"{file.where}: {name}")
-        if ".unit." in name and int(values.max()) > UNIT_MOST:
-            self._say(f"a unit is {int(values.max())}, beyond {UNIT_MOST}", f"{file.where}: {name}")
+        if int(values.max()) > most:
+            self._say(f"a unit is {int(values.max())}, beyond {most}", f"{file.where}: {name}")
 
     def _grid(self, entry: QuantEntry, file: Container, name: str) -> None:
         values = file.view(name)  # (row tiles, groups, 16)

@@ -33,6 +33,7 @@ from lilliput.core.errors import ConfigError, OutOfResource, QualityFailed
 from lilliput.numerics.packing import (
     LEVEL_BITS,
     ROWS,
+    counted_bits,
     pack_fields,
     pack_scales,
     pack_zeros,
@@ -301,7 +302,7 @@ def _stored_grids(entry: QuantEntry, grids: Mapping[str, Mapping[int, F16]]) -> 
             yield f"scale.{bits}", tile_groups(packed)
             yield f"unit.{bits}", tile_rows(unit)
             if zero is not None:
-                yield f"zero.{bits}", tile_groups(pack_zeros(zero, LEVEL_BITS if bits in entry.tables else bits))
+                yield f"zero.{bits}", tile_groups(pack_zeros(zero, counted_bits(bits, entry.tables)))
             continue
         yield f"scale.{bits}", tile_groups(scale)
         if zero is not None:

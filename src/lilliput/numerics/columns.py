@@ -39,7 +39,7 @@ from lilliput.numerics.grids import (
     spread,
 )
 from lilliput.numerics.nested import Quantized
-from lilliput.numerics.packing import LEVEL_BITS, LEVEL_MIDDLE, TABLE_BITS
+from lilliput.numerics.packing import LEVEL_MIDDLE, TABLE_BITS, counted_bits
 
 _STATE = 1 << 26  # numbers of the errors kept at once: 256 MiB
 _MOST_DAMPING = 10.0
@@ -224,7 +224,7 @@ def refit(weight: Tensor, made: Quantized, gram: Tensor, widths: Sequence[int]) 
     rows = max(16, _STATE // (4 * columns))
     for r, b in enumerate(widths):
         scale, zero = made.scale[b].clone(), made.zero[b].clone() if b in made.zero else None
-        grid = _Rounding.of(scale, LEVEL_BITS if b in made.table else b)
+        grid = _Rounding.of(scale, counted_bits(b, made.table))
         for at in range(0, out, rows):
             part = slice(at, at + rows)
             own = made.rows(part)

@@ -9,7 +9,7 @@ the per-width centroids of Park et al., "Any-Precision LLM", ICML 2024 (section 
 members; an affine table is its least-squares line). That all widths may share one grid, with a ratio a row, is ours.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -133,11 +133,9 @@ def stored_zero(zero: Tensor, bits: int) -> Tensor:
     return zero.clamp(-F16_MAX, F16_MAX).to(torch.float16)
 
 
-def as_stored(x: Tensor, stored: Callable[[Tensor], Tensor]) -> Tensor:
-    """What is stored of scales or zeros, float32, with the gradient of x. stored: rounds them."""
-    with torch.no_grad():
-        off = stored(x).to(torch.float32) - x
-    return x + off
+def straight(x: Tensor, rounded: Tensor) -> Tensor:
+    """`rounded`, which has no gradient, with the gradient of x, in its dtype."""
+    return x + (rounded.to(x.dtype) - x.detach())
 
 
 def furthest(bits: int, groups: int) -> float:

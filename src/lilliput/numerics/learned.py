@@ -18,7 +18,6 @@ from torch import Tensor
 
 from lilliput.numerics.grids import (
     Refit,
-    as_stored,
     encode,
     flat_grid,
     furthest,
@@ -29,6 +28,7 @@ from lilliput.numerics.grids import (
     shared_grid,
     stored_scale,
     stored_zero,
+    straight,
 )
 from lilliput.numerics.nested import Quantized
 
@@ -113,19 +113,20 @@ class LearnedGrid:
         code = grouped(weight, self.group_size)[0] / safe[..., None] + (top / 2 + zero)[..., None]
         if self.nudge is not None:
             code = code + grouped(self.nudge, self.group_size)[0]
-        code = _straight(code, code.detach().round()).clamp(0, top)
+        code = straight(code, code.detach().round()).clamp(0, top)
         if width != self.bits[-1]:
             cells = 2 ** (self.bits[-1] - width)
             code = code / cells
-            code = _straight(code, code.detach().floor())
+            code = straight(code, code.detach().floor())
             factor = self.factors[width].exp()
             step, zero = step * cells * factor, zero / cells
             if self.shared:
                 zero = zero / factor
             else:
-                step = as_stored(step, near_scale)
+                step = straight(step, near_scale(step.detach()))
             if width in self.shifts:
-                zero = as_stored(zero + self.shifts[width], lambda z: stored_zero(z, width))
+                zero = zero + self.shifts[width]
+                zero = straight(zero, stored_zero(zero.detach(), width))
         made = (code - ((2**width - 1) / 2 + zero)[..., None]) * step[..., None]
         kept: Tensor = made.reshape(out, -1)[:, :columns]
         return kept
@@ -135,10 +136,10 @@ class LearnedGrid:
         first = self.bits[0] if self.shared else self.bits[-1]
         cells = 2 ** (self.bits[-1] - first)
         step = torch.maximum(step * cells, middle.abs() / furthest(first, step.shape[1]))
-        step = as_stored(step, near_scale)
+        step = straight(step, near_scale(step.detach()))
         zero = -middle / torch.where(step > 0, step, torch.ones_like(step))
         if not self.sym:
-            zero = as_stored(zero, lambda z: stored_zero(z, first))
+            zero = straight(zero, stored_zero(zero.detach(), first))
         return step / cells, zero * cells
 
     def _stored(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -173,11 +174,6 @@ class LearnedGrid:
             if zero is not None:
                 zeros[width] = stored_zero(zero.float() / cells + self.shifts[width], width)
         return Quantized(codes, self.bits, self.group_size, scales, zeros)
-
-
-def _straight(x: Tensor, rounded: Tensor) -> Tensor:
-    """`rounded`, with the gradient of x."""
-    return x + (rounded - x.detach())
 
 
 def signed_step(tensor: Tensor, lr: float, reach: float) -> None:

@@ -15,7 +15,7 @@ merge with the 2-bit field by selects and shifts. Rows are padded to 16 and inpu
 docs/artifact.md draws it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 import numpy as np
@@ -163,6 +163,11 @@ def unpack_scales(stored: U8, unit: U8) -> npt.NDArray[np.float16]:
     """The inverse of `pack_scales`: (out, groups) float16."""
     power = np.exp2(unit.astype(np.float64) + UNIT_LEAST)
     return (scale_numbers()[stored] * power[:, None]).astype(np.float16)
+
+
+def counted_bits(width: int, tables: Container[int]) -> int:
+    """Bits of the grid that a width's scales and zeros count on: its own, or those of levels where it has a table."""
+    return LEVEL_BITS if width in tables else width
 
 
 def zero_step(bits: int) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lilliput.numerics.grids import F16_MIN, half_scale
+from lilliput.numerics.grids import F16_MIN, half_scale, straight
 from lilliput.numerics.nested import Quantized
 
 
@@ -56,7 +56,7 @@ def on_grid(x: Tensor, step: Tensor, zero: Tensor, bits: int) -> Tensor:
 
 def _whole(zero: Tensor, low: int, high: int) -> Tensor:
     """The nearest whole number within low .. high, with the gradient of what it was before."""
-    return zero + (zero.detach().round().clamp(low, high) - zero.detach())
+    return straight(zero, zero.detach().round().clamp(low, high))
 
 
 def row_grids(weight: Tensor, share: Tensor | float, bits: int) -> tuple[Tensor, Tensor]:
@@ -81,7 +81,7 @@ def _stored(step: Tensor) -> Tensor:
     """Steps as float16 holds them."""
     # A row of zeros has any step.
     step = torch.where(step > 0, step, torch.full_like(step, F16_MIN))
-    return step + (half_scale(step.detach()).to(torch.float32) - step.detach())
+    return straight(step, half_scale(step.detach()))
 
 
 def on_rows(weight: Tensor, share: Tensor | float, bits: int, nudge: Tensor | None = None) -> Tensor:

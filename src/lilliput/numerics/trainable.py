@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lilliput.numerics.grids import as_stored, grouped, near_scale, ratio_of, round_ratio, stored_scale, stored_zero
+from lilliput.numerics.grids import grouped, near_scale, ratio_of, round_ratio, stored_scale, stored_zero, straight
 from lilliput.numerics.nested import Quantized
-from lilliput.numerics.packing import LEVEL_BITS, TABLE_BITS
+from lilliput.numerics.packing import TABLE_BITS, counted_bits
 
 
 class _Level(torch.autograd.Function):
@@ -101,10 +101,12 @@ class Trainable:
         """The (out, in) float32 matrix at one width of the ladder, with gradients."""
         coded = self._coded
         base = coded.bits[0] if coded.ratio else bits
-        scale = as_stored(coded.scale[base].float() * torch.exp(self._log[base]), near_scale)
+        scale = coded.scale[base].float() * torch.exp(self._log[base])
+        scale = straight(scale, near_scale(scale.detach()))
         zero = torch.zeros_like(scale)
         if base in self._zero:
-            zero = as_stored(self._zero[base] / self._unit, lambda z: stored_zero(z, self._counted(base)))
+            zero = self._zero[base] / self._unit
+            zero = straight(zero, stored_zero(zero.detach(), counted_bits(base, coded.table)))
         if coded.ratio:
             factor = coded.factor(bits) * torch.exp(self._times[bits])[:, None]
             scale, zero = scale * factor, zero / factor
@@ -125,13 +127,9 @@ class Trainable:
         low = self._codes()[0].to(torch.int16) // cell * cell
         codes = torch.minimum(torch.maximum(coded.codes.to(torch.int16), low), low + cell - 1).to(torch.uint8)
         scale = {b: stored_scale(coded.scale[b].float() * torch.exp(log)) for b, log in self._log.items()}
-        zero = {b: stored_zero(z / self._unit, self._counted(b)) for b, z in self._zero.items()}
+        zero = {b: stored_zero(z / self._unit, counted_bits(b, coded.table)) for b, z in self._zero.items()}
         ratio = {b: round_ratio(ratio_of(r) * torch.exp(self._times[b])) for b, r in coded.ratio.items()}
         return Quantized(codes, coded.bits, coded.group_size, scale, zero, coded.table, ratio)
-
-    def _counted(self, bits: int) -> int:
-        """Bits of the grid that the zeros of a width are counted on."""
-        return LEVEL_BITS if bits in self._coded.table else bits
 
     def _places(self, weight: Tensor) -> Tensor:
         """Where weights stand on the widest grid: (out, groups, size), whole numbers at its codes."""

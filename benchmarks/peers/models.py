@@ -14,8 +14,9 @@ import numpy.typing as npt
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
+from lilliput.artifact.entries import FloatEntry, QuantEntry, SourceInfo
 from lilliput.artifact.publish import partial_of, publish
-from lilliput.artifact.schema import FloatEntry, Manifest, QuantEntry, SourceInfo
+from lilliput.artifact.schema import Manifest
 from lilliput.artifact.write import ArtifactWriter, Plan
 from lilliput.core.spec import ModelSpec, Norm, Rotary
 from lilliput.numerics.packing import zero_step

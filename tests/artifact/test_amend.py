@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from lilliput.artifact.amend import amend, set_schedule
+from lilliput.artifact.entries import QualityEntry, ScheduleEntry
 from lilliput.artifact.read import Artifact
-from lilliput.artifact.schema import QualityEntry, ScheduleEntry, fingerprint
+from lilliput.artifact.schema import fingerprint
 from lilliput.artifact.verify import verify
 from lilliput.core.errors import ConfigError, InputMissing
 from support.small_artifact import (

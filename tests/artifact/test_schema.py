@@ -8,17 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lilliput.artifact import schema
-from lilliput.artifact.schema import (
-    EmbeddingQuality,
-    FloatEntry,
-    Manifest,
-    QuantEntry,
-    inconsistencies,
-    load_manifest,
-    seal,
-)
+from lilliput.artifact.entries import EmbeddingQuality
+from lilliput.artifact.schema import Manifest, load_manifest, seal
 from lilliput.core.errors import InputCorrupt, LilliputError, Unsupported
-from lilliput.core.spec import EncoderSpec, Norm, TokenInputs
 from support.small_artifact import llama_spec, small_plan, write_small_artifact
 
 
@@ -179,11 +171,6 @@ def test_a_manifest_that_lies_is_refused(manifest: Manifest, path: str, value: A
         load_manifest(changed(manifest, path, value), "m")
 
 
-def test_a_slash_in_a_file_name_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"'\.\./x' is not a plain file name"):
-        schema.plain_name("../x")
-
-
 def test_a_newer_major_is_refused_by_name(manifest: Manifest) -> None:
     with pytest.raises(Unsupported, match=r"^m: schema 2\.0, and this lilliput reads 1\.x\. Update lilliput\.$"):
         load_manifest(changed(manifest, "schema_version", "2.0"), "m")
@@ -203,17 +190,6 @@ def test_a_newer_minor_may_say_more_but_not_mean_more(manifest: Manifest) -> Non
         load_manifest(changed(newer, "spec/activation", "mish"), "m")
 
 
-@pytest.mark.parametrize(
-    ("bits", "asked", "width", "fields"),
-    [((2, 3, 4, 8), 3, 3, 2), ((4, 8), 2, 4, 1), ((8,), 2, 8, 2), ((2, 4), 8, 4, 2), ((3,), 4, 3, 2)],
-)
-def test_a_matrix_serves_its_narrowest_width_that_is_enough(
-    bits: tuple[int, ...], asked: int, width: int, fields: int
-) -> None:
-    entry = QuantEntry(out=4, columns=70, bits=bits, group_size=32, sym=True)
-    assert (entry.width_at(asked), entry.fields_at(asked), entry.groups) == (width, fields, 3)
-
-
 def test_the_manifest_in_the_folder_is_what_the_writer_returned(tmp_path: Path) -> None:
     written = write_small_artifact(tmp_path / "a")
     assert (tmp_path / "a" / "manifest.json").read_bytes() == seal(written)
@@ -228,46 +204,6 @@ def test_tables_raise_the_version_only_where_there_are_some(manifest: Manifest, 
     said = json.loads(seal(written))["entries"]
     assert said["layers.0.attn.q_proj"]["tables"] == [2, 4]
     assert "tables" not in said["embed_tokens"]
-
-
-def test_a_shared_grid_belongs_to_several_even_widths() -> None:
-    given = {"out": 4, "columns": 70, "group_size": 32, "sym": False, "shared": True}
-    entry = QuantEntry(bits=(2, 4), **given)
-    assert (entry.grids(2), entry.grids(4)) == (("scale", "zero", "ratio"), ("ratio",))
-    assert entry.parts(2) == ("scale.2", "zero.2", "ratio.2")
-    assert entry.parts(4) == ("scale.2", "zero.2", "ratio.4")
-    for wrong in ({"bits": (4,)}, {"bits": (2, 4), "tables": (2,)}):
-        with pytest.raises(ValueError, match="a shared grid is one of several widths, none of them with a table"):
-            QuantEntry(**given, **wrong)
-
-
-def encoder() -> tuple[EncoderSpec, dict[str, FloatEntry]]:
-    """One post-norm layer, and every tensor it needs, in float."""
-    spec = EncoderSpec(
-        kind="encoder", family="bert", inputs=TokenInputs(vocab_size=20, types=2), hidden_size=8, num_layers=1,
-        num_heads=2, intermediate_size=12, context=16, norm=Norm(kind="layer", eps=1e-12), activation="gelu",
-        norm_first=False, embed_norm=True, final_norm=False, pooling="mean",
-    )  # fmt: skip
-    shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": shape for name, shape in spec.matrices().items()}
-    shapes |= {"embed_positions.weight": (16, 8), "embed_types.weight": (2, 8), "embed_norm.weight": (8,)}
-    shapes |= {f"layers.0.{part}_post_norm.{kind}": (8,) for part in ("attn", "mlp") for kind in ("weight", "bias")}
-    return spec, {name: FloatEntry(dtype="F32", shape=shape) for name, shape in shapes.items()}
-
-
-def test_an_encoder_is_whole_or_refused() -> None:
-    spec, floats = encoder()
-    assert list(inconsistencies(spec, {}, floats, ())) == []
-    for absent in ("embed_types.weight", "layers.0.mlp_post_norm.weight", "layers.0.attn.v_proj.weight"):
-        left = {name: entry for name, entry in floats.items() if name != absent}
-        assert any(absent.removesuffix(".weight") in problem for problem in inconsistencies(spec, {}, left, ()))
-    strange = floats | {"lm_head.weight": FloatEntry(dtype="F32", shape=(20, 8))}
-    assert list(inconsistencies(spec, {}, strange, ())) == ["lm_head.weight is stored but the spec has no such tensor"]
-    wrong = floats | {"embed_norm.weight": FloatEntry(dtype="F32", shape=(9,))}
-    assert list(inconsistencies(spec, {}, wrong, ())) == ["embed_norm.weight is (9,) but the spec says (8,)"]
-    many = spec.model_copy(update={"num_layers": 10**9})
-    assert list(inconsistencies(many, {}, floats, ())) == [
-        f"spec has {10**9} layers but there are {len(floats)} tensors"
-    ]
 
 
 def test_both_kinds_of_quality_read_back_and_newer_ones_may_say_more(manifest: Manifest) -> None:

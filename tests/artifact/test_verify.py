@@ -6,7 +6,8 @@ import pytest
 
 from lilliput.artifact import verify as verifier
 from lilliput.artifact.amend import amend
-from lilliput.artifact.schema import FileEntry, load_manifest, seal
+from lilliput.artifact.entries import FileEntry
+from lilliput.artifact.schema import load_manifest, seal
 from lilliput.artifact.verify import verify
 from lilliput.core.errors import InputMissing, Unsupported
 from support.small_artifact import llama_spec, small_plan, write_small_artifact

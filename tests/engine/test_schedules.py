@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from lilliput.artifact import amend
+from lilliput.artifact.entries import ScheduleEntry
 from lilliput.artifact.read import Artifact
-from lilliput.artifact.schema import ScheduleEntry
 from lilliput.core.errors import ConfigError, InputCorrupt
 from lilliput.engine import Engine, Generation, Sampling, load, native
 from lilliput.engine.schedules import Schedule, Signals

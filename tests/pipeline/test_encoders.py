@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lilliput.apps.cli import main
+from lilliput.artifact.entries import EmbeddingQuality
 from lilliput.artifact.read import Artifact
-from lilliput.artifact.schema import EmbeddingQuality
 from lilliput.artifact.verify import verify
 from lilliput.core.progress import Silent
 from lilliput.core.spec import PADDING, EncoderSpec, PatchInputs

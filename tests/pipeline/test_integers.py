@@ -11,8 +11,8 @@ import pytest
 
 from lilliput.apps.cli import main
 from lilliput.artifact.amend import amend
+from lilliput.artifact.entries import EmbeddingQuality, QualityEntry
 from lilliput.artifact.read import Artifact
-from lilliput.artifact.schema import EmbeddingQuality, QualityEntry
 from lilliput.artifact.verify import verify
 from lilliput.core.errors import ConfigError, InputCorrupt, QualityFailed, Unsupported
 from lilliput.core.progress import Silent

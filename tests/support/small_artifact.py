@@ -7,8 +7,9 @@ from typing import Literal
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
+from lilliput.artifact.entries import FloatEntry, QuantEntry, SourceInfo
 from lilliput.artifact.publish import partial_of, publish
-from lilliput.artifact.schema import FloatEntry, Manifest, QuantEntry, SourceInfo
+from lilliput.artifact.schema import Manifest
 from lilliput.artifact.write import ArtifactWriter, Plan
 from lilliput.core.spec import ModelSpec, Norm, Rotary
 from lilliput.numerics.packing import zero_step

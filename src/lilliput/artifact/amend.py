@@ -14,18 +14,8 @@ from pydantic import ValidationError
 
 from lilliput.artifact.container import Layout, Planned, PlannedFile
 from lilliput.artifact.disk import SCHEDULE_TEMPORARY, hash_all, read_manifest, sync, write_whole
-from lilliput.artifact.schema import (
-    MANIFEST_FILE,
-    EmbeddingQuality,
-    FileEntry,
-    LayerRecord,
-    Manifest,
-    QualityEntry,
-    ScheduleEntry,
-    fingerprint,
-    seal,
-    version_of,
-)
+from lilliput.artifact.entries import EmbeddingQuality, FileEntry, LayerRecord, QualityEntry, ScheduleEntry
+from lilliput.artifact.schema import MANIFEST_FILE, Manifest, fingerprint, seal, version_of
 from lilliput.core.errors import ConfigError
 
 _SCHEDULE_FILE = re.compile(r"schedule-[0-9a-f]{16}\.safetensors")

@@ -5,16 +5,9 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from lilliput.artifact.entries import FileEntry, plain_name
 from lilliput.artifact.folder import Folder
-from lilliput.artifact.schema import (
-    INDEX_FILE,
-    MANIFEST_FILE,
-    MANIFEST_LIMIT,
-    FileEntry,
-    Manifest,
-    load_manifest,
-    plain_name,
-)
+from lilliput.artifact.schema import INDEX_FILE, MANIFEST_FILE, MANIFEST_LIMIT, Manifest, load_manifest
 
 JOURNAL_FILE = ".written"
 """In a partial folder until it is published: the run's key, then the name of each tensor that is on disk for good."""

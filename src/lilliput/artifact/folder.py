@@ -7,7 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from lilliput.artifact.schema import plain_name
+from lilliput.artifact.entries import plain_name
 from lilliput.core.errors import InputCorrupt, InputMissing
 
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # O_NONBLOCK: a pipe must not make us wait

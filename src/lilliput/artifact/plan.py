@@ -7,8 +7,10 @@ from functools import cached_property
 from math import prod
 from typing import Any
 
+from lilliput.artifact.consistency import inconsistencies
 from lilliput.artifact.container import PAGE, Layout, Planned, Slot
-from lilliput.artifact.schema import FLOAT_FILE, FloatEntry, Manifest, QuantEntry, inconsistencies, rung_file
+from lilliput.artifact.entries import FloatEntry, QuantEntry
+from lilliput.artifact.schema import FLOAT_FILE, Manifest, rung_file
 from lilliput.core.errors import ConfigError
 from lilliput.core.spec import AnySpec
 from lilliput.numerics.packing import ROWS, field_shape, padded

@@ -13,6 +13,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from lilliput.artifact.container import Container
+from lilliput.artifact.entries import FileEntry, QuantEntry
 from lilliput.artifact.folder import Folder
 from lilliput.artifact.plan import Plan
 from lilliput.artifact.read import Artifact, open_tensors
@@ -20,9 +21,7 @@ from lilliput.artifact.schema import (
     CONSTANTS_FILE,
     MANIFEST_FILE,
     MANIFEST_LIMIT,
-    FileEntry,
     Manifest,
-    QuantEntry,
     load_manifest,
     rung_file,
     schedule_misfit,

@@ -14,21 +14,17 @@ from pydantic import JsonValue
 
 from lilliput.artifact.container import PlannedFile, check_free_space
 from lilliput.artifact.disk import JOURNAL_FILE, hash_all, read_manifest, sync, write_whole
-from lilliput.artifact.plan import Plan as Plan
-from lilliput.artifact.schema import (
-    INDEX_FILE,
-    MANIFEST_FILE,
+from lilliput.artifact.entries import (
     DataInfo,
     EmbeddingQuality,
     IntegerInfo,
     LayerRecord,
-    Manifest,
     QualityEntry,
     QuantEntry,
     SourceInfo,
-    seal,
-    version_of,
 )
+from lilliput.artifact.plan import Plan as Plan
+from lilliput.artifact.schema import INDEX_FILE, MANIFEST_FILE, Manifest, seal, version_of
 from lilliput.core.errors import ConfigError, OutOfResource, QualityFailed
 from lilliput.numerics.packing import (
     LEVEL_BITS,

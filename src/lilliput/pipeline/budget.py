@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from lilliput.artifact.container import PAGE
+from lilliput.artifact.entries import QuantEntry
 from lilliput.artifact.plan import Plan, stored_bytes
-from lilliput.artifact.schema import QuantEntry
 from lilliput.core.errors import ConfigError
 from lilliput.core.recipe import Recipe
 from lilliput.methods.base import Quantizer, build_stage

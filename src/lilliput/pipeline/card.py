@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
+from lilliput.artifact.entries import EmbeddingQuality, QualityEntry, SourceInfo
 from lilliput.artifact.plan import Plan
-from lilliput.artifact.schema import EmbeddingQuality, QualityEntry, SourceInfo
 from lilliput.core.recipe import Recipe
 from lilliput.core.spec import EncoderSpec, PatchInputs
 from lilliput.pipeline.gate import UNQUANTIZED

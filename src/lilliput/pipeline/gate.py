@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lilliput.artifact.entries import EmbeddingQuality, QualityEntry
 from lilliput.artifact.read import Artifact
-from lilliput.artifact.schema import EmbeddingQuality, QualityEntry
 from lilliput.core.errors import QualityFailed
 from lilliput.embedding import Embedder
 from lilliput.engine import Engine

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from lilliput.artifact.schema import DataFile, DataInfo
+from lilliput.artifact.entries import DataFile, DataInfo
 from lilliput.core.spec import AnySpec, EncoderSpec, ModelSpec, PatchInputs
 from lilliput.data.documents import read_documents
 from lilliput.data.images import Pictures, draw_pictures, find_pictures, probe_pictures

@@ -7,8 +7,8 @@ from itertools import groupby
 
 from torch import Tensor
 
+from lilliput.artifact.entries import FloatEntry, QuantEntry
 from lilliput.artifact.plan import Plan
-from lilliput.artifact.schema import FloatEntry, QuantEntry
 from lilliput.core.errors import ConfigError, OutOfResource, Unsupported
 from lilliput.core.recipe import Recipe
 from lilliput.core.spec import AnySpec, EncoderSpec, ModelSpec

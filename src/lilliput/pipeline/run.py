@@ -14,18 +14,9 @@ from torch import Tensor
 
 from lilliput import __version__
 from lilliput.artifact.amend import amend
+from lilliput.artifact.entries import DataInfo, EmbeddingQuality, IntegerInfo, LayerRecord, QualityEntry, SourceInfo
 from lilliput.artifact.publish import publish
-from lilliput.artifact.schema import (
-    SCHEMA_VERSION,
-    DataInfo,
-    EmbeddingQuality,
-    IntegerInfo,
-    LayerRecord,
-    Manifest,
-    QualityEntry,
-    SourceInfo,
-    version_of,
-)
+from lilliput.artifact.schema import SCHEMA_VERSION, Manifest, version_of
 from lilliput.artifact.write import ArtifactWriter
 from lilliput.core.errors import QualityFailed
 from lilliput.core.progress import Progress

@@ -9,7 +9,8 @@ from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict
 
-from lilliput.artifact.schema import ScheduleEntry, fingerprint
+from lilliput.artifact.entries import ScheduleEntry
+from lilliput.artifact.schema import fingerprint
 from lilliput.core.errors import ConfigError, Interrupted
 from lilliput.core.progress import Progress, Silent
 from lilliput.engine.engine import Engine

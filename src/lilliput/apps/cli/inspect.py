@@ -10,8 +10,8 @@ from lilliput.apps.cli.output import Output, pairs, table
 from lilliput.measure.memory import format_bytes
 
 if TYPE_CHECKING:
+    from lilliput.artifact.entries import ScheduleEntry
     from lilliput.artifact.read import Artifact
-    from lilliput.artifact.schema import ScheduleEntry
     from lilliput.core.spec import AnySpec
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import JsonValue
 
-from lilliput.artifact.schema import ScheduleEntry
+from lilliput.artifact.entries import ScheduleEntry
 from lilliput.core.errors import ConfigError
 
 F32 = npt.NDArray[np.float32]

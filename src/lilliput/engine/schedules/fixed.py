@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self
 import numpy.typing as npt
 from pydantic import JsonValue
 
-from lilliput.artifact.schema import ScheduleEntry
+from lilliput.artifact.entries import ScheduleEntry
 from lilliput.core.errors import ConfigError
 from lilliput.engine.schedules.base import Run, Schedule, Signals, Steps
 

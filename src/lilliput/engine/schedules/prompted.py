@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import JsonValue
 
-from lilliput.artifact.schema import ScheduleEntry
+from lilliput.artifact.entries import ScheduleEntry
 from lilliput.core.errors import ConfigError
 from lilliput.engine.schedules.base import F32, Run, Schedule, Signals
 

@@ -72,6 +72,7 @@ def main() -> None:
     parser.add_argument("--bits", default="2,3,4")
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=2, help="of gptq")
+    parser.add_argument("--balance", type=float, default=0.6, help="of gptq: 0 for the narrowest, 1 for each alike")
     parser.add_argument("--steps", type=int, default=0, help="of tune; 0 for none")
     parser.add_argument("--limit", type=int, default=48, help="windows of 256 tokens")
     parser.add_argument("--methods", default="rtn,gptq")
@@ -87,15 +88,16 @@ def main() -> None:
     for name in a.methods.split(","):
         for grids in a.grids.split(","):
             common = {"bits": bits, "group_size": a.group_size, "ragged": True, "shared": grids == "shared"}
-            method = GPTQ(**common, rounds=a.rounds) if name == "gptq" else RTN(**common)
+            method = GPTQ(**common, rounds=a.rounds, balance=a.balance) if name == "gptq" else RTN(**common)
             made = {n: method.solve(weights[f"{n}.weight"].float(), gram) for n, gram in inputs.items()}
             told = {"model": a.model.resolve().name, "method": name, "grids": grids, "group_size": a.group_size}
-            report(decoder, made, cut, told | {"rounds": a.rounds, "steps": 0})
+            told |= {"rounds": a.rounds, "balance": a.balance}
+            report(decoder, made, cut, told | {"steps": 0})
             if a.steps:
                 with tempfile.TemporaryDirectory() as folder:
                     torch.manual_seed(0)
                     made = Tune(steps=a.steps).tune(decoder, decoder, made, data, Path(folder), Silent())
-                report(decoder, made, cut, told | {"rounds": a.rounds, "steps": a.steps})
+                report(decoder, made, cut, told | {"steps": a.steps})
 
 
 def report(

@@ -93,6 +93,14 @@ def sites(spec: AnySpec) -> dict[str, int]:
     return found | {name: 16 for name, there in ends.items() if there}
 
 
+def before_rotation(spec: AnySpec) -> list[str]:
+    """The edges on the way from a projection to the rotation of its heads, which nothing else reads."""
+    if spec.rotary is None:
+        return []
+    names = ("q_proj", "k_proj") if spec.qk_norm is None else ("q_proj", "k_proj", "q_norm", "k_norm")
+    return [f"layers.{i}.attn.{name}" for i in range(spec.num_layers) for name in names]
+
+
 def read_by(spec: AnySpec) -> dict[str, Callable[[Tensor], Tensor]]:
     """The edges that nothing but an activation reads, to it; none behind a gate, where a product counts."""
     if spec.gated_mlp:

@@ -22,7 +22,7 @@ from lilliput.models import Checkpoint, Decoder, load_decoder
 from lilliput.models.lowering import lower
 from lilliput.models.pairs import Pair
 from lilliput.models.simulate import Rounding, Simulation
-from lilliput.models.sites import WIDE, site_policy, sites
+from lilliput.models.sites import WIDE, before_rotation, site_policy, sites
 from support.families import VOCAB, write_checkpoint
 from support.integers import stored_linear
 
@@ -265,6 +265,21 @@ def test_a_budget_may_stand_beside_the_usual_widths(tmp_path: Path) -> None:
     assert len(chosen) == 3
     assert set(integers.record["sensitivity"]).isdisjoint(usual)
     assert {name for name, grid in integers.grids.items() if grid.bits == 16} == usual | set(chosen)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "opt"])
+def test_rotary16_widens_what_is_rounded_again_behind_the_rotation(family: str, tmp_path: Path) -> None:
+    decoder = decoder_of(tmp_path, family)
+    between = set(before_rotation(decoder.spec))
+    ends = {name.rpartition(".")[2] for name in between}
+    assert (
+        ends == {"llama": {"q_proj", "k_proj"}, "qwen3": {"q_proj", "k_proj", "q_norm", "k_norm"}, "opt": set()}[family]
+    )
+    usual = {name: 16 if name in between else bits for name, bits in sites(decoder.spec).items()}
+    integers = made(decoder, tmp_path / "a", steps=0, rotary16=True, sites={"layers.1.attn.k_proj": 8})
+    assert {name: grid.bits for name, grid in integers.grids.items()} == usual | {"layers.1.attn.k_proj": 8}
+    left = made(decoder_of(tmp_path, family), tmp_path / "b", steps=0, rotary16=True, budget16=2, usual16=True).record
+    assert between.isdisjoint(left["sensitivity"])
 
 
 def test_without_a_gate_what_the_activation_reads_is_cut_off_where_it_makes_nothing(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from torch.nn import functional as F
 
 from lilliput.core.errors import ConfigError, Unsupported
 from lilliput.core.progress import Progress
-from lilliput.core.spec import PADDING, EncoderSpec
+from lilliput.core.spec import PADDING, AnySpec, EncoderSpec
 from lilliput.data.streams import Batches
 from lilliput.methods.base import IntegerMethod, Integers
 from lilliput.methods.feedback import TOKENS, feed_back
@@ -47,7 +47,17 @@ from lilliput.methods.training import Loss, Phase, Regime, Saved, train
 from lilliput.models.decoder import Decoder
 from lilliput.models.encoder import Encoder
 from lilliput.models.simulate import Simulation
-from lilliput.models.sites import WIDE, Site, read_by, run_block, run_end, run_start, site_policy, source_of
+from lilliput.models.sites import (
+    WIDE,
+    Site,
+    before_rotation,
+    read_by,
+    run_block,
+    run_end,
+    run_start,
+    site_policy,
+    source_of,
+)
 from lilliput.numerics.observers import Rule
 from lilliput.numerics.straight import best_share
 
@@ -66,6 +76,8 @@ class MobileQuant(IntegerMethod):
     that matches counts. budget16: how many edges, or as a fraction what share of their bytes, get 16 bits, those that
     lose most at 8; all others that `sites` does not name get 8, but for scores, which always have 16. None for the usual policy.
     usual16: edges of 16 bits by the usual policy, the residual stream's, keep them, and the budget is for the others.
+    rotary16: edges between a projection and the rotation of its heads have 16 bits, unless `sites` names them: what is
+    rounded to 8 behind the rotation is then not rounded to 8 in front of it as well. The cache keeps codes of 8 bits.
     alpha: what SmoothQuant's scales leave to the weights, None for no such scales. rule, share, apart: how ranges of 8 bits
     are read off, as in `Observer`; apart: without the first position, which then saturates.
     let, lwc, ranges: train scales of pairs, clipping of rows, ranges of edges. rounding: of weights, trained with all else,
@@ -83,6 +95,7 @@ class MobileQuant(IntegerMethod):
     sites: dict[str, int] = field(default_factory=dict, hash=False)
     budget16: int | float | None = None
     usual16: bool = False
+    rotary16: bool = False
     alpha: float | None = 0.5
     rule: Rule = "percentile"
     share: float = 1e-4
@@ -131,13 +144,17 @@ class MobileQuant(IntegerMethod):
         """Whether rows of the blocks have a zero each."""
         return self.bits == 4 and not self.sym
 
+    def named(self, spec: AnySpec) -> dict[str, int]:
+        """Bits of the edges that are not left to the usual policy or to the budget, as `site_policy` takes them."""
+        return dict.fromkeys(before_rotation(spec) if self.rotary16 else (), 16) | self.sites
+
     def make(self, model: Decoder | Encoder, batches: Batches, folder: Path, progress: Progress) -> Integers:
         """Return the integer model; see `IntegerMethod.make`.
 
         Raises QualityFailed, naming step and edge, where a loss or a gradient is not finite; Unsupported for an encoder
         of pictures, and for one block by block.
         """
-        site_policy(model.spec, self.sites)  # a bad pattern fails before any work
+        site_policy(model.spec, self.named(model.spec))  # a bad pattern fails before any work
         if isinstance(model.spec, EncoderSpec) and self.trains and self.scope == "block":
             fix = "Leave scope out"
             raise Unsupported("an encoder is trained end to end", where=f"{self.name}.scope", fix=fix)
@@ -239,7 +256,7 @@ class _Run:
         start = Simulation(self.model, {}, {})
         self._write("targets", (start.states(tokens, loud) for tokens in self._batches(self._every)))
         divided = {} if m.alpha is None else fold_scales(self.model, loud, m.alpha, turned=m.let)
-        policy = site_policy(spec, m.sites)
+        policy = site_policy(spec, m.named(spec))
         watched = Ranges(policy, m.rule, m.share, m.apart, read_by(spec))
         folded = Simulation(self.model, {}, {})
         for tokens in self._batches(self._every):
@@ -259,8 +276,9 @@ class _Run:
         """The policy with 16 bits where they are needed most."""
         m = self.method
         assert m.budget16 is not None
-        named = site_policy(self.spec, {"*": 8} | m.sites), site_policy(self.spec, {"*": 16} | m.sites)
-        free = {name: 8 for name in policy if named[0][name] != named[1][name] and not name.endswith(WIDE)}
+        named = m.named(self.spec)
+        low, high = site_policy(self.spec, {"*": 8} | named), site_policy(self.spec, {"*": 16} | named)
+        free = {name: 8 for name in policy if low[name] != high[name] and not name.endswith(WIDE)}
         if m.usual16:
             free = {name: 8 for name in free if policy[name] == 8}
         self.progress.begin("sensitivity of edges", len(free))

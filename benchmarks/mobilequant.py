@@ -60,7 +60,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "end to end, no roundings": {"scope": "end_to_end", "rounding": "nearest"},
 }
 APART: dict[str, dict[str, Any]] = {
-    "MobileQuant, 16 bits before the rotation": {**BOTH, "rotary16": True},
+    "MobileQuant, 16 bits before the rotation": {**BOTH, "sites": {"*.attn.q_proj": 16, "*.attn.k_proj": 16}},
     "MobileQuant, keys of 16 bits": {**BOTH, "sites": {"*.attn.k_proj": 16, "*.attn.k": 16}},
     "MobileQuant, 5 more edges of 16 bits": {**BOTH, "budget16": 5, "usual16": True},
 }

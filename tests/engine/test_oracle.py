@@ -167,3 +167,30 @@ def test_matrices_beyond_the_room_for_floats_give_the_same(
 def test_grids_hold_their_zero() -> None:
     with pytest.raises(ValueError, match="is no code of 8 bits"):
         Grid(bits=8, scale=1.0, zero=128)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])  # the latter has a soft-cap and windows
+def test_nodes_read_what_they_are_given_and_nothing_else(family: str, tmp_path: Path) -> None:
+    model = integer_model(tiny_decoder(tmp_path, family), TOKENS)
+    oracle = Oracle(model, strict=True)
+    truth = oracle.sites(TOKENS, scores=True)
+    again = oracle.sites(TOKENS, scores=True, given=truth)
+    assert all(np.array_equal(again[name], codes) for name, codes in truth.items())
+    last = "capped" if family == "gemma2" else "scores"
+    readers = {"layers.0.attn.v_proj": {"layers.0.attn.mixed"}, f"layers.0.attn.{last}": {"layers.0.attn.mixed"}}
+    if family == "gemma2":
+        readers["layers.0.attn.scores"] = {"layers.0.attn.capped"}
+    for name, wanted in readers.items():
+        other = truth | {name: np.where(truth[name] > 0, truth[name] - 9, truth[name] + 9)}
+        found = oracle.sites(TOKENS, scores=True, given=other)
+        assert {site for site, codes in truth.items() if not np.array_equal(found[site], codes)} == wanted
+
+
+def test_codes_are_changed_before_they_are_read(llama: tuple[IntegerModel, Decoder]) -> None:
+    oracle, name = Oracle(llama[0]), "layers.1.attn_norm"
+    truth = oracle.sites(TOKENS)
+    changed = oracle.sites(TOKENS, change=lambda site, codes: codes // 2 if site == name else codes)
+    assert np.array_equal(changed[name], truth[name] // 2)
+    before = list(truth)[: list(truth).index(name)]
+    assert all(np.array_equal(changed[site], truth[site]) for site in before)
+    assert not np.array_equal(changed["layers.1.attn.q_proj"], truth["layers.1.attn.q_proj"])

@@ -52,7 +52,8 @@ def test_the_verb_writes_verifies_and_reports(
     code = main([*command, "--tokens", "40", "--json"])
     document = json.loads(capsys.readouterr().out)
     assert code in (0, 6)
-    assert (code == 0) == (document["agreement"]["argmax_agreement"] >= 0.99)  # which a random model may miss
+    assert code == 0
+    assert document["agreement"]["problems"] == []
     assert document["agreement"]["positions"] == 40
     assert max(site["local_steps"] for site in document["agreement"]["sites"]) <= 1
     assert document["manifest"]["weight_bits"] == 4

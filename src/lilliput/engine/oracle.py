@@ -4,7 +4,7 @@ NumPy only and meant to be read, not to be fast. Whole numbers go in at `embed` 
 vector is the mean of; in between nothing is a float, which `strict` has every operation prove.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
@@ -110,14 +110,23 @@ class Oracle:
         """`embed` of each row without its padding: (batch, length) ids to (batch, embedding_size)."""
         return np.stack([self.embed(row[row != PADDING]) for row in np.asarray(inputs)])
 
-    def sites(self, tokens: Sequence[int] | npt.NDArray[np.integer[Any]], *, scores: bool = False) -> dict[str, Codes]:
+    def sites(
+        self,
+        tokens: Sequence[int] | npt.NDArray[np.integer[Any]],
+        *,
+        scores: bool = False,
+        given: Mapping[str, Codes] | None = None,
+        change: Callable[[str, I16], I16] | None = None,
+    ) -> dict[str, Codes]:
         """The codes of every edge for one fresh sequence, (length, width).
 
         scores: those inside attention too, "layers.N.attn.scores" and, with a soft-cap, ".capped", (heads, length,
-        length), the lowest code where a key is not seen. Raises as `feed` does.
+        length), the lowest code where a key is not seen. given: what every node reads instead of what those before it
+        made, all of it in these shapes: what the definition makes of another runner's codes, node by node. change: what
+        becomes of an edge's name and codes before they are read. Raises as `feed` does.
         """
         inside: dict[str, Codes] | None = {} if scores else None
-        found = self._walk(self.start(), tokens, inside)
+        found = self._walk(self.start(), tokens, inside, given, change)
         return found | (inside or {})
 
     def _walk(
@@ -125,16 +134,21 @@ class Oracle:
         state: State,
         tokens: Sequence[int] | npt.NDArray[np.integer[Any]],
         inside: dict[str, Codes] | None,
+        given: Mapping[str, Codes] | None = None,
+        change: Callable[[str, I16], I16] | None = None,
     ) -> dict[str, I16]:
         ids = np.asarray(tokens)
         self._check(ids, state.length)
         self._inside = inside
         edges: dict[str, Codes] = {}
+        read = edges if given is None else {name: self._guarded(value) for name, value in given.items()}
         for node in self.graph.nodes:
             if isinstance(node, Embed):
                 edges[node.y] = self._guarded(self._embed(node, ids, state.length))
             else:
-                edges[node.y] = self._run[type(node)](node, edges, state).astype(np.int16)
+                edges[node.y] = self._run[type(node)](node, read, state).astype(np.int16)
+            if change is not None:
+                edges[node.y] = self._guarded(change(node.y, edges[node.y].view(np.ndarray)))
         state.length += len(ids)
         return {name: value.view(np.ndarray) for name, value in edges.items()}
 
@@ -194,13 +208,13 @@ class Oracle:
         grids = (self._grid(node.q), self._grid(node.k), self._grid(node.v), self._grid(node.y))
         hi, lo = (self._constants[f"{node.y}.{kind}"] for kind in ("hi", "lo"))
         cap = None if node.capped is None else self._constants[f"{node.y}.cap"]
+        base = node.y.removesuffix(".mixed")
+        names = (f"{base}.scores", f"{base}.capped")
         told: list[fixed.I64] | None = None if self._inside is None else []
-        mixed = fixed.attend(
-            edges[node.q], k, v, grids, node, (hi, lo, cap), start=state.length, blas=not self.strict, scores=told
-        )
+        given = [edges[name] for name in names if name in edges]
+        options: dict[str, Any] = {"blas": not self.strict, "scores": told, "given": given}
+        mixed = fixed.attend(edges[node.q], k, v, grids, node, (hi, lo, cap), start=state.length, **options)
         if self._inside is not None:
-            base = node.y.removesuffix(".mixed")
-            names = (f"{base}.scores", f"{base}.capped")
             self._inside |= {name: of.view(np.ndarray) for name, of in zip(names, told or (), strict=False)}
         return mixed
 

@@ -149,12 +149,14 @@ def attend(
     start: int,
     blas: bool = True,
     scores: list[I64] | None = None,
+    given: Sequence[Whole] = (),
 ) -> I64:
     """Attention of queries at positions start, start + 1, .. over all keys from position 0.
 
     q: (queries, heads * head_dim) codes. k, v: (keys, kv_heads * head_dim). grids: of q, k, v and the result.
     constants: hi, lo and, with a soft-cap, cap. scores: is given the codes of scores, and of capped ones where there are
-    any, (heads, queries, keys) each; what is not seen has the lowest code.
+    any, (heads, queries, keys) each; what is not seen has the lowest code. given: codes of scores, and of capped ones, that
+    what comes after them reads instead, in the same shape.
     """
     of_q, of_k, of_v, to = grids
     queries, keys, dim = len(q), len(k), node.head_dim
@@ -172,8 +174,9 @@ def attend(
         for head in range(node.kv_heads):
             part = split_q[first : first + step, head].swapaxes(0, 1)  # (groups, queries, head_dim)
             dots = matmul(part, split_k[:, head], reach(of_q) * reach(of_k), blas=blas)
-            found = _scores(dots, seen, node, constants[2])
-            share = _shares(found[-1], seen, node.probability, constants[0], constants[1])
+            instead = [of[head * groups : (head + 1) * groups, first : first + step] for of in given]
+            found = _scores(dots, instead, node, constants[2])
+            share = _shares((instead or found)[-1], seen, node.probability, constants[0], constants[1])
             mixed = matmul(share, split_v[:, head].T, (node.probability + 1) * reach(of_v), blas=blas)
             heads.append(requantize(mixed, node.out_multiplier, node.out_shift))
             if scores is not None:
@@ -190,16 +193,17 @@ def _seen(place: Whole, keys: int, node: Attend) -> Whole:
     return seen & (age < node.window) if node.window else seen
 
 
-def _scores(dots: I64, seen: Whole, node: Attend, cap: Whole | None) -> list[Whole]:
+def _scores(dots: I64, given: Sequence[Whole], node: Attend, cap: Whole | None) -> list[Whole]:
     found: list[Whole] = [clamp(requantize(dots, node.multiplier, node.shift), node.scores)]
     if cap is not None:
-        found.append(wide(cap)[found[0] + (1 << 15)])
+        found.append(wide(cap)[wide((*given, *found)[0]) + (1 << 15)])
     return found
 
 
 def _shares(scores: Whole, seen: Whole, one: int, hi: Whole, lo: Whole) -> I64:
     """Softmax of (.., queries, keys) codes over what is seen, in units of 1 / one."""
     low = -(1 << 15)
+    scores = wide(scores)  # a difference of two may need 17 bits
     top = np.where(seen, scores, low).max(-1, keepdims=True)
     delta = np.where(seen, top - scores, 0)
     power = (wide(hi)[delta >> 8] * wide(lo)[delta & 255] + (1 << 15)) >> 16

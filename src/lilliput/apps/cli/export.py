@@ -27,6 +27,7 @@ COLUMNS = {
     "local_differ": "differ",
     "local_steps": "most steps",
     "margin": "from the middle",
+    "own_differ": "differ by themselves",
     "differ": "differ end to end",
     "steps": "most steps end to end",
 }
@@ -67,9 +68,10 @@ def command(
     JSON: {"path", "size_bytes", "manifest": {"format", "lilliput", "artifact", "opset", "length", "positions",
            "weight_bits", "models": {file: {"inputs", "outputs"}}, "cache": [..], "sites": {name: {..}}, "files"},
            "agreement": null without --verify, else {"runtime", "positions", "sites": [{"name", "kind", "bits", "codes",
-           "local_differ", "local_steps", "margin", "differ", "steps"}], "argmax_agreement", "fused_argmax_agreement",
-           "cosine", "fused_cosine", "decoded", "decode_local_differ", "decode_local_steps", "decode_differ",
-           "decode_steps", "reasons", "problems"}}
+           "local_differ", "local_steps", "margin", "own_differ", "own_steps", "differ", "steps"}], "moved",
+           "argmax_agreement", "fused_argmax_agreement", "moved_argmax_agreement", "kl", "fused_kl", "moved_kl",
+           "cosine", "fused_cosine", "saturates", "decoded", "decode_local_differ", "decode_local_steps",
+           "decode_differ", "decode_steps", "reasons", "problems"}}
     """
     from lilliput.artifact.read import Artifact
     from lilliput.export import FORMATS
@@ -128,11 +130,18 @@ def _text(found: "Agreement") -> str:
         f"{found.positions} positions in {found.runtime} beside the oracle; a step is one code",
         table(rows, COLUMNS),
     ]
+    explained = not any(row.own_steps > 1 for row in found.sites)
+    follows = "what else differs follows from them" if explained else "and some by more"
+    lines.append(f"{found.moved} codes of edges moved by one step by rounding; {follows}")
     if found.argmax_agreement is not None:
         told = f"{found.argmax_agreement:.1%} of positions, {found.fused_argmax_agreement:.1%} fused"
-        lines.append(f"first token: the same at {told}")
+        lines.append(f"first token: the same at {told}; KL {found.kl:.2g}, {found.fused_kl:.2g} fused")
+        told = f"{found.moved_argmax_agreement:.1%}; KL {found.moved_kl:.2g}"
+        lines.append(f"the oracle beside itself with as many codes moved at random: {told}")
     if found.cosine is not None:
         lines.append(f"vector: a cosine of {found.cosine:.6f} to the oracle's, {found.fused_cosine:.6f} fused")
+    if found.saturates:
+        lines.append("fused kernels saturate on this CPU: set the session option session.x64quantprecision to 1")
     if found.decoded:
         far = f"{found.decode_differ:.2%} of codes differ, by {found.decode_steps} at most"
         near = f"given the oracle's inputs {found.decode_local_differ:.4%}, by {found.decode_local_steps}"
@@ -144,7 +153,8 @@ def _text(found: "Agreement") -> str:
 def _joined(kind: str, rows: "list[SiteRow]") -> dict[str, Any]:
     codes = sum(row.codes for row in rows)
     margins = [row.margin for row in rows if row.margin is not None]
-    share = {key: sum(getattr(row, key) * row.codes for row in rows) / codes for key in ("local_differ", "differ")}
+    keys = ("local_differ", "own_differ", "differ")
+    share = {key: sum(getattr(row, key) * row.codes for row in rows) / codes for key in keys}
     return {
         "kind": kind,
         "sites": len(rows),
@@ -152,6 +162,7 @@ def _joined(kind: str, rows: "list[SiteRow]") -> dict[str, Any]:
         "local_differ": f"{share['local_differ']:.4%}",
         "local_steps": max(row.local_steps for row in rows),
         "margin": f"{max(margins):.4f}" if margins else None,
+        "own_differ": f"{share['own_differ']:.4%}",
         "differ": f"{share['differ']:.2%}",
         "steps": max(row.steps for row in rows),
     }

@@ -219,11 +219,18 @@ def _unlike(runner: "_Runner", answer: Array, meant: Array) -> Iterator[str]:
 
 def _far_off(which: str, said: Mapping[str, float]) -> str | None:
     """What is wrong where an answer is farther from the oracle's than single codes explain."""
-    name, kl = {"": "the graph", "fused_": "the fused graph", "exact_": "the fused graph"}[which], said.get(f"{which}kl")
+    name, kl = (
+        {"": "the graph", "fused_": "the fused graph", "exact_": "the fused graph"}[which],
+        said.get(f"{which}kl"),
+    )
     if kl is None:
         cosine = said[f"{which}cosine"]
         low = not cosine >= COSINE_NEEDED
-        return f"the vector of {name} has a cosine of {cosine:.5f} to the oracle's, less than {COSINE_NEEDED}" if low else None
+        return (
+            f"the vector of {name} has a cosine of {cosine:.5f} to the oracle's, less than {COSINE_NEEDED}"
+            if low
+            else None
+        )
     known = f"more than {FARTHER:.0f} times the {said['moved_kl']:.3g} of single codes moved in the oracle"
     return None if kl <= FARTHER * said["moved_kl"] else f"{name} has a KL divergence of {kl:.3g}, {known}"
 

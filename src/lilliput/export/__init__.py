@@ -2,4 +2,10 @@
 
 from lilliput.core.registry import Registry
 
-FORMATS = Registry("format", **{"onnx-qdq": "lilliput.export.onnx_qdq:OnnxQdq"})
+FORMATS = Registry(
+    "format",
+    **{
+        "onnx-qdq": "lilliput.export.onnx_qdq:OnnxQdq",
+        "onnx-integer": "lilliput.export.onnx_integer:OnnxInteger",
+    },
+)

@@ -39,6 +39,7 @@ OPSET, IR_VERSION = 21, 10
 """The first with QuantizeLinear of 16 bits and weights of 4."""
 IDS, PAST, LENGTH, VECTOR = "input_ids", "past_length", "length", "vector"
 INT4, INT8, INT16 = int(TensorProto.INT4), int(TensorProto.INT8), int(TensorProto.INT16)
+INT64, DOUBLE = int(TensorProto.INT64), int(TensorProto.DOUBLE)
 CODES = {4: INT4, 8: INT8, 16: INT16}
 
 Dim = int | str
@@ -113,7 +114,7 @@ class Phase:
     """Initializers of norms, float32."""
 
 
-def phases(model: IntegerModel, length: int | None) -> list[Phase]:
+def phases(model: IntegerModel, length: int | None, builder: "type[Builder]") -> list[Phase]:
     """What is exported of a model: "encoder", or "prefill" and, where every node looks back only, "decode", which share
     their arrays.
 
@@ -131,10 +132,12 @@ def phases(model: IntegerModel, length: int | None) -> list[Phase]:
         names = ["encoder"]
     else:
         names = ["prefill", "decode"] if all(node.causal for node in attends) else ["prefill"]
-    return [_Builder(model, name, length, shared).build() for name in names]
+    return [builder(model, name, length, shared).build() for name in names]
 
 
-class _Builder:
+class Builder:
+    """One graph of a model."""
+
     def __init__(self, model: IntegerModel, name: str, length: int | None, shared: dict[str, Matrix | None]) -> None:
         self.model, self.graph, self.phase, self.shared = model, model.graph, Phase(name), shared
         self.encoder = model.spec if isinstance(model.spec, EncoderSpec) else None
@@ -162,8 +165,7 @@ class _Builder:
                 case Table():
                     self._table(node)
                 case Multiply():
-                    a, b = self.read(node.a), self.read(node.b)
-                    self.write(node.y, self.op("Mul", a, b, out=f"{node.y}.float"), node.op)
+                    self._multiply(node)
                 case Sum():
                     self._sum(node)
         self._output()
@@ -195,6 +197,10 @@ class _Builder:
                     found = Matrix((codes - top).astype(np.int8), (zeros - top).astype(np.int8), scale, bits)
             self.shared[name] = found
         return self.shared[name]
+
+    def split(self, x: str, parts: list[str], sizes: Sequence[int], name: str) -> None:
+        """Along the last axis."""
+        self.phase.nodes.append(helper.make_node("Split", [x, self.ints(*sizes)], parts, name=name, axis=-1))
 
     def moved(self, x: str, moves: Sequence[Move], out: str) -> str:
         for index, (kind, numbers) in enumerate(moves, 1):
@@ -414,8 +420,7 @@ class _Builder:
         x = self.read(node.x, f"{y}.heads", ("Reshape", (-1, width // node.head_dim, node.head_dim)))
         sizes = [half, half, *([node.head_dim - node.dim] if node.dim < node.head_dim else [])]
         parts = [f"{y}.part{i}" for i in range(len(sizes))]
-        inputs = [x, self.ints(*sizes)]
-        self.phase.nodes.append(helper.make_node("Split", inputs, parts, name=f"{y}.parts", axis=-1))
+        self.split(x, parts, sizes, f"{y}.parts")
         products = {
             a + b: self.op("Mul", part, turn, out=f"{y}.{a}{b}")
             for a, part in zip("ab", parts, strict=False)
@@ -460,6 +465,10 @@ class _Builder:
                 inner = self.op("Mul", x, factor, out=f"{node.y}.inner")
                 self.op("Mul", x, self.op("Sigmoid", inner, out=f"{node.y}.gate"), out=out)
         self.write(node.y, out, node.op)
+
+    def _multiply(self, node: Multiply) -> None:
+        a, b = self.read(node.a), self.read(node.b)
+        self.write(node.y, self.op("Mul", a, b, out=f"{node.y}.float"), node.op)
 
     def _sum(self, node: Sum) -> None:
         x = self.read(node.x[0])

@@ -18,7 +18,7 @@ from lilliput.core.spec import EncoderSpec
 from lilliput.export.base import Format
 from lilliput.export.encodings import encodings
 from lilliput.export.onnx_file import save
-from lilliput.export.onnx_nodes import LENGTH, OPSET, VECTOR, Phase, phases
+from lilliput.export.onnx_nodes import LENGTH, OPSET, VECTOR, Builder, Phase, phases
 
 DTYPES = {
     int(TensorProto.FLOAT): "float32",
@@ -41,6 +41,13 @@ class OnnxQdq(Format):
     """
 
     EXTERNAL_FROM: ClassVar[int] = 1_500_000_000
+    BUILDER: ClassVar[type[Builder]] = Builder
+    EXACT: ClassVar[bool] = False
+    """Whether every code is the definition's, not one near it."""
+    ACTIVATIONS: ClassVar[str] = (
+        "has a fixed grid, as QuantizeLinear and DequantizeLinear, which `*.encodings.json` has in the form that NPU compilers "
+        "take beside a model"
+    )
     length: int | None = None
     external_from: int = EXTERNAL_FROM
 
@@ -55,15 +62,16 @@ class OnnxQdq(Format):
         if self.length is not None and self.length > room:
             what = f"length is {self.length}, and the graph has {room} positions"
             raise ConfigError(what, where="onnx-qdq.length", fix=f"Give at most {room}")
-        made = phases(model, self.length)
+        made = phases(model, self.length, self.BUILDER)
         save(made, folder, self.external_from)
-        for phase in made:
+        for phase in made if not self.EXACT else ():
             text = json.dumps(encodings(phase), indent=1, allow_nan=False)
             (folder / f"{phase.name}.encodings.json").write_text(text + "\n", encoding="utf-8")
         cache = _cache(model) if len(made) == 2 else []
-        (folder / "README.md").write_text(_readme(model, made, self.length, cache), encoding="utf-8")
+        (folder / "README.md").write_text(self._readme(model, made, cache), encoding="utf-8")
         return {
             "opset": OPSET,
+            "exact": self.EXACT,
             "length": self.length,
             "positions": room,
             "weight_bits": model.bits,
@@ -74,6 +82,80 @@ class OnnxQdq(Format):
                 for name, site in made[0].sites.items()
             },
         }
+
+    def _readme(self, model: IntegerModel, made: list[Phase], cache: list[dict[str, Any]]) -> str:
+        length = self.length
+        names = [f"`{phase.name}.onnx`" for phase in made]
+        size = "any number of tokens" if length is None else f"{length} tokens"
+        lines = [
+            "# An integer model as ONNX",
+            "",
+            f"{' and '.join(names)} of a {model.spec.family} model with weights of {model.bits} bits, opset {OPSET}, "
+            f"for {size}; {model.graph.positions} positions at most. Every activation {self.ACTIVATIONS}; `export.json` lists "
+            "the grids, with the files, the inputs and the outputs.",
+            "",
+            "```python",
+            "import json",
+            "from pathlib import Path",
+            "import numpy as np",
+            "import onnxruntime as ort",
+            "",
+            "tokens = [1, 2, 3]  # ids from tokenizer.json",
+            f'{made[0].name} = ort.InferenceSession("{made[0].name}.onnx")',
+        ]
+        if length is None:
+            lines += ["ids = np.array([tokens])"]
+        else:
+            lines += [f"ids = np.zeros((1, {length}), np.int64)  # what stands behind the tokens is not seen by them"]
+            lines += ["ids[0, : len(tokens)] = tokens"]
+        feed = '{"input_ids": ids}'
+        if any(value.name == LENGTH for value in made[0].inputs):
+            feed = '{"input_ids": ids, "length": np.array([len(tokens)])}'
+        if isinstance(model.spec, EncoderSpec):
+            lines += [
+                f'vector = encoder.run(["{VECTOR}"], {feed})[0][0]',
+                "vector /= np.linalg.norm(vector)  # so that products of two are cosines",
+                "```",
+                "",
+                *_ADVICE,
+            ]
+            return "\n".join(lines) + "\n"
+        lines += [
+            f"names = [output.name for output in prefill.get_outputs()]  # {model.graph.output}, then keys and values",
+            f"found = dict(zip(names, prefill.run(None, {feed})))",
+            f'token = int(found["{model.graph.output}"][0, len(tokens) - 1].argmax())',
+        ]
+        if cache:
+            lines += [
+                "",
+                'decode, count = ort.InferenceSession("decode.onnx"), len(tokens)',
+                'cache = json.loads(Path("export.json").read_text())["cache"]',
+            ]
+            if length is None:
+                lines += [
+                    'past = {c["past"]: found[c["new"]] for c in cache}',
+                    "for _ in range(20):",
+                    '    feed = past | {"input_ids": np.array([[token]]), "past_length": np.array([count])}',
+                    "    found = dict(zip(names, decode.run(names, feed)))",
+                    '    past = {c["past"]: np.concatenate([past[c["past"]], found[c["new"]]], axis=2) for c in cache}',
+                ]
+            else:
+                lines += [
+                    'past = {c["past"]: found[c["new"]].copy() for c in cache}  # slots from `count` on are free',
+                    f"while count < {length}:",
+                    '    feed = past | {"input_ids": np.array([[token]]), "past_length": np.array([count])}',
+                    "    found = dict(zip(names, decode.run(names, feed)))",
+                    "    for c in cache:",
+                    '        past[c["past"]][:, :, count] = found[c["new"]][:, :, 0]',
+                ]
+            lines += [f'    token, count = int(found["{model.graph.output}"][0, -1].argmax()), count + 1']
+        lines += [
+            "```",
+            "",
+            "Keys and values are codes. A slot that was never written holds `fill`, the code of zero; it is not seen anyway.",
+            *_ADVICE,
+        ]
+        return "\n".join(lines) + "\n"
 
 
 def _ports(phase: Phase) -> dict[str, Any]:
@@ -96,78 +178,3 @@ def _cache(model: IntegerModel) -> list[dict[str, Any]]:
                 sizes = {"heads": node.kv_heads, "head_dim": node.head_dim, "bits": grid.bits, "fill": grid.zero}
                 found.append({"past": f"past.{edge}", "new": f"new.{edge}"} | sizes)
     return found
-
-
-def _readme(model: IntegerModel, made: list[Phase], length: int | None, cache: list[dict[str, Any]]) -> str:
-    names = [f"`{phase.name}.onnx`" for phase in made]
-    size = "any number of tokens" if length is None else f"{length} tokens"
-    lines = [
-        "# An integer model as ONNX",
-        "",
-        f"{' and '.join(names)} of a {model.spec.family} model with weights of {model.bits} bits, opset {OPSET}, "
-        f"for {size}; {model.graph.positions} positions at most. Every activation has a fixed grid, as QuantizeLinear "
-        "and DequantizeLinear; `export.json` lists them, with the files, the inputs and the outputs. "
-        "`*.encodings.json` has the same ranges in the form that NPU compilers take beside a model.",
-        "",
-        "```python",
-        "import json",
-        "from pathlib import Path",
-        "import numpy as np",
-        "import onnxruntime as ort",
-        "",
-        "tokens = [1, 2, 3]  # ids from tokenizer.json",
-        f'{made[0].name} = ort.InferenceSession("{made[0].name}.onnx")',
-    ]
-    if length is None:
-        lines += ["ids = np.array([tokens])"]
-    else:
-        lines += [f"ids = np.zeros((1, {length}), np.int64)  # what stands behind the tokens is not seen by them"]
-        lines += ["ids[0, : len(tokens)] = tokens"]
-    feed = '{"input_ids": ids}'
-    if any(value.name == LENGTH for value in made[0].inputs):
-        feed = '{"input_ids": ids, "length": np.array([len(tokens)])}'
-    if isinstance(model.spec, EncoderSpec):
-        lines += [
-            f'vector = encoder.run(["{VECTOR}"], {feed})[0][0]',
-            "vector /= np.linalg.norm(vector)  # so that products of two are cosines",
-            "```",
-            "",
-            *_ADVICE,
-        ]
-        return "\n".join(lines) + "\n"
-    lines += [
-        f"names = [output.name for output in prefill.get_outputs()]  # {model.graph.output}, then keys and values",
-        f"found = dict(zip(names, prefill.run(None, {feed})))",
-        f'token = int(found["{model.graph.output}"][0, len(tokens) - 1].argmax())',
-    ]
-    if cache:
-        lines += [
-            "",
-            'decode, count = ort.InferenceSession("decode.onnx"), len(tokens)',
-            'cache = json.loads(Path("export.json").read_text())["cache"]',
-        ]
-        if length is None:
-            lines += [
-                'past = {c["past"]: found[c["new"]] for c in cache}',
-                "for _ in range(20):",
-                '    feed = past | {"input_ids": np.array([[token]]), "past_length": np.array([count])}',
-                "    found = dict(zip(names, decode.run(names, feed)))",
-                '    past = {c["past"]: np.concatenate([past[c["past"]], found[c["new"]]], axis=2) for c in cache}',
-            ]
-        else:
-            lines += [
-                'past = {c["past"]: found[c["new"]].copy() for c in cache}  # slots from `count` on are free',
-                f"while count < {length}:",
-                '    feed = past | {"input_ids": np.array([[token]]), "past_length": np.array([count])}',
-                "    found = dict(zip(names, decode.run(names, feed)))",
-                "    for c in cache:",
-                '        past[c["past"]][:, :, count] = found[c["new"]][:, :, 0]',
-            ]
-        lines += [f'    token, count = int(found["{model.graph.output}"][0, -1].argmax()), count + 1']
-    lines += [
-        "```",
-        "",
-        "Keys and values are codes. A slot that was never written holds `fill`, the code of zero; it is not seen anyway.",
-        *_ADVICE,
-    ]
-    return "\n".join(lines) + "\n"

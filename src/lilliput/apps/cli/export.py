@@ -62,11 +62,11 @@ def command(
     """Write the integer model of ARTIFACT in another runtime's form. Needs lilliput[export].
 
     onnx-qdq: prefill.onnx and decode.onnx, or encoder.onnx, with fixed ranges at every activation, and encodings for NPU
-    compilers.
+    compilers. onnx-integer: the same in whole numbers, code for code what the oracle computes.
 
     \b
-    JSON: {"path", "size_bytes", "manifest": {"format", "lilliput", "artifact", "opset", "length", "positions",
-           "weight_bits", "models": {file: {"inputs", "outputs"}}, "cache": [..], "sites": {name: {..}}, "files"},
+    JSON: {"path", "size_bytes", "manifest": {"format", "lilliput", "artifact", "opset", "exact", "length",
+           "positions", "weight_bits", "models": {file: {"inputs", "outputs"}}, "cache": [..], "sites": {name: {..}}, "files"},
            "agreement": null without --verify, else {"runtime", "positions", "sites": [{"name", "kind", "bits", "codes",
            "local_differ", "local_steps", "margin", "own_differ", "own_steps", "differ", "steps"}], "moved",
            "argmax_agreement", "fused_argmax_agreement", "moved_argmax_agreement", "kl", "fused_kl", "moved_kl",

@@ -16,5 +16,9 @@ class OnnxInteger(OnnxQdq):
     """Options as of `OnnxQdq`."""
 
     BUILDER: ClassVar[type[Builder]] = WholeBuilder
+    ADVICE: ClassVar[tuple[str, ...]] = (
+        "Of graphs for any number of tokens ONNX Runtime plans the memory in a time that grows with the square of their layers:",
+        "set `enable_mem_reuse` of the session options to False, or export a fixed length.",
+    )
     EXACT: ClassVar[bool] = True
     ACTIVATIONS: ClassVar[str] = "is whole numbers on a fixed grid, and what computes them does so in 64 bits"

@@ -42,6 +42,7 @@ class OnnxQdq(Format):
 
     EXTERNAL_FROM: ClassVar[int] = 1_500_000_000
     BUILDER: ClassVar[type[Builder]] = Builder
+    ADVICE: ClassVar[tuple[str, ...]] = _ADVICE
     EXACT: ClassVar[bool] = False
     """Whether every code is the definition's, not one near it."""
     ACTIVATIONS: ClassVar[str] = (
@@ -117,7 +118,7 @@ class OnnxQdq(Format):
                 "vector /= np.linalg.norm(vector)  # so that products of two are cosines",
                 "```",
                 "",
-                *_ADVICE,
+                *self.ADVICE,
             ]
             return "\n".join(lines) + "\n"
         lines += [
@@ -153,7 +154,7 @@ class OnnxQdq(Format):
             "```",
             "",
             "Keys and values are codes. A slot that was never written holds `fill`, the code of zero; it is not seen anyway.",
-            *_ADVICE,
+            *self.ADVICE,
         ]
         return "\n".join(lines) + "\n"
 

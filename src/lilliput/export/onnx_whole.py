@@ -1,10 +1,11 @@
 """An integer graph as ONNX nodes that compute docs/integer.md itself, in 64-bit whole numbers.
 
-Codes of edges, keys and values come and go as in `onnx_nodes`, and so do the two float steps at the ends. In between there
-is no float: where the other form has DequantizeLinear, an operator and QuantizeLinear, this one has the definition's own
+Codes of edges, keys and values come and go as in `onnx_nodes`, and so do the two float steps at the ends. In between
+nothing is rounded but where the definition says so: where the other form has DequantizeLinear, an operator and QuantizeLinear, this one has the definition's own
 sums, tables and shifts, so that any runtime must come to the same codes. A reference for runtimes, not for NPUs.
 
-`>>` is Mod, Sub and Div, since ONNX shifts only numbers without sign. isqrt is the Sqrt of a double, corrected by one:
+Products of matrices that are not 8 bits each are carried by doubles, as the oracle may have them: every sum stays below
+2**53, so each is the whole number, in any order. `>>` is Mod, Sub and Div, since ONNX shifts only numbers without sign. isqrt is the Sqrt of a double, corrected by one:
 below 2**62 its whole part is never farther off.
 """
 
@@ -38,6 +39,11 @@ class WholeBuilder(Builder):
             zero = self.number(self.graph.edges[edge].grid.zero)
             self.made[out] = self.op("Sub", self.cast(moved, INT64, f"{out}.codes"), zero, out=out)
         return self.made[out]
+
+    def product(self, a: str, b: str, out: str) -> str:
+        """a @ b, all sums below 2**53."""
+        wide = [self.cast(x, DOUBLE, f"{out}.{side}") for side, x in (("left", a), ("right", b))]
+        return self.cast(self.op("MatMul", *wide, out=f"{out}.carried"), INT64, out)
 
     def down(self, x: str, divisor: str, out: str) -> str:
         """x / divisor, rounded down."""
@@ -83,8 +89,7 @@ class WholeBuilder(Builder):
         if small and self.graph.edges[node.x].grid.bits == 8:
             total = self.cast(self.op("MatMulInteger", x, weight, out=f"{y}.sums"), INT64, products)
         else:
-            x, wide = self.cast(x, INT64, f"{y}.x"), self.cast(weight, INT64, f"{y}.weight.wide")
-            total = self.op("MatMul", x, wide, out=products)
+            total = self.product(x, weight, products)
         total = self.op("Add", total, self.numbers(f"{y}.bias"), out=f"{y}.total")
         self.settle(y, self.requantize(total, self.numbers(f"{y}.multiplier"), f"{y}.shift", f"{y}.rq"), node.op)
 
@@ -188,7 +193,7 @@ class WholeBuilder(Builder):
         keys, values = (self._joined(edge, node) for edge in (node.k, node.v))
         q = self.whole(node.q, f"{y}.q", ("Reshape", (1, -1, node.heads, size)), turn, *merge)
         k = self.whole(node.k, f"{y}.k", ("Transpose", (0, 1, 3, 2)), codes=keys)
-        x = self.op("MatMul", q, k, out=f"{y}.products")
+        x = self.product(q, k, f"{y}.products")
         x = self.requantize(x, self.number(node.multiplier), node.shift, f"{y}.rq")
         x = self.clamp(x, f"{site}.scores", node.scores, "scores")
         if node.capped is not None:
@@ -200,7 +205,7 @@ class WholeBuilder(Builder):
         x = self.cast(self.moved(x, split, f"{y}.split"), INT64, f"{y}.scores")
         x = self._shares(node, x, self._seen(node))
         x = self.moved(x, merge, f"{y}.merged")
-        x = self.op("MatMul", x, self.whole(node.v, f"{y}.v", codes=values), out=f"{y}.mixture")
+        x = self.product(x, self.whole(node.v, f"{y}.v", codes=values), f"{y}.mixture")
         x = self.requantize(x, self.number(node.out_multiplier), node.out_shift, f"{y}.out")
         self.settle(y, x, node.op, *split, turn, ("Reshape", (-1, node.heads * size)))
 

@@ -455,6 +455,7 @@ class _Runner:
 
     def _load(self, model: Path | bytes, options: ort.SessionOptions) -> ort.InferenceSession:
         options.log_severity_level = 3
+        options.enable_mem_reuse = False  # planning it takes half a minute for 2700 nodes of unknown shapes
         try:
             return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # of a dozen kinds that have no base of their own

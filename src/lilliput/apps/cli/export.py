@@ -132,7 +132,10 @@ def _text(found: "Agreement") -> str:
     ]
     explained = not any(row.own_steps > 1 for row in found.sites)
     follows = "what else differs follows from them" if explained else "and some by more"
-    lines.append(f"{found.moved} codes of edges moved by one step by rounding; {follows}")
+    if any(row.steps for row in found.sites):
+        lines.append(f"{found.moved} codes of edges moved by one step by rounding; {follows}")
+    else:
+        lines.append("every code is the oracle's")
     if found.argmax_agreement is not None:
         told = f"{found.argmax_agreement:.1%} of positions, {found.fused_argmax_agreement:.1%} fused"
         lines.append(f"first token: the same at {told}; KL {found.kl:.2g}, {found.fused_kl:.2g} fused")

@@ -12,6 +12,7 @@ pytest.importorskip("torch", reason="random models are made with lilliput[compre
 onnx = pytest.importorskip("onnx", reason="needs lilliput[export]")
 
 from lilliput.artifact.integer import IntegerModel  # noqa: E402
+from lilliput.core.errors import ConfigError  # noqa: E402
 from lilliput.core.graph import Table  # noqa: E402
 from lilliput.export.onnx_integer import OnnxInteger  # noqa: E402
 from support.families import FAMILIES  # noqa: E402
@@ -107,3 +108,10 @@ def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length
     names: dict[str, Any] = {}
     exec(block[1], names)
     assert names["count"] == (32 if length else 23)
+
+
+def test_a_length_that_is_refused_is_that_of_this_format(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^onnx-integer\.length: "):
+        OnnxInteger(length=0)
+    with pytest.raises(ConfigError, match=r"^onnx-integer\.length: length is 100000, and the graph has"):
+        write(decoder(tmp_path, "llama"), tmp_path / "out", length=100000)

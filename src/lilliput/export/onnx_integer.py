@@ -15,6 +15,7 @@ from lilliput.export.onnx_whole import WholeBuilder
 class OnnxInteger(OnnxQdq):
     """Options as of `OnnxQdq`."""
 
+    NAME: ClassVar[str] = "onnx-integer"
     BUILDER: ClassVar[type[Builder]] = WholeBuilder
     ADVICE: ClassVar[tuple[str, ...]] = (
         "Of graphs for any number of tokens ONNX Runtime plans the memory in a time that grows with the square of their layers:",

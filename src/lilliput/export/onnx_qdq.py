@@ -40,6 +40,7 @@ class OnnxQdq(Format):
     external_from: bytes of arrays from which on they stand in one file beside both graphs.
     """
 
+    NAME: ClassVar[str] = "onnx-qdq"
     EXTERNAL_FROM: ClassVar[int] = 1_500_000_000
     BUILDER: ClassVar[type[Builder]] = Builder
     ADVICE: ClassVar[tuple[str, ...]] = _ADVICE
@@ -55,14 +56,14 @@ class OnnxQdq(Format):
     def __post_init__(self) -> None:
         if self.length is not None and self.length < 1:
             what = f"length is {self.length}, and a prefill has one token at least"
-            raise ConfigError(what, where="onnx-qdq.length", fix="Give a number of tokens, or none for any length")
+            raise ConfigError(what, where=f"{self.NAME}.length", fix="Give a number of tokens, or none for any length")
 
     def write(self, model: IntegerModel, folder: Path) -> dict[str, Any]:
         """See `Format.write`. Raises ConfigError for a length beyond the positions of the graph."""
         room = model.graph.positions
         if self.length is not None and self.length > room:
             what = f"length is {self.length}, and the graph has {room} positions"
-            raise ConfigError(what, where="onnx-qdq.length", fix=f"Give at most {room}")
+            raise ConfigError(what, where=f"{self.NAME}.length", fix=f"Give at most {room}")
         made = phases(model, self.length, self.BUILDER)
         save(made, folder, self.external_from)
         for phase in made if not self.EXACT else ():

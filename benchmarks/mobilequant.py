@@ -64,7 +64,8 @@ APART: dict[str, dict[str, Any]] = {
     "MobileQuant, keys of 16 bits": {**BOTH, "sites": {"*.attn.k_proj": 16, "*.attn.k": 16}},
     "MobileQuant, 5 more edges of 16 bits": {**BOTH, "budget16": 5, "usual16": True},
 }
-"""Not held to the constraint of the others, so never in a group."""
+"""Not held to the constraint of the others, so never in a group. Before the rotation: `rotary16` of the recipes, in the words
+of the lines that are recorded."""
 CONTENDERS = MAIN | ABLATIONS | APART
 GROUPS = {"main": list(MAIN), "ablations": list(ABLATIONS), "all": [*MAIN, *ABLATIONS]}
 FIGURES = ("perplexity", "kl", "nll_increase", "cpu_seconds", "peak_rss_bytes")

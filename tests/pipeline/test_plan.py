@@ -31,7 +31,10 @@ def expected(work: Work, whole: bool = False, max_ram: int | None = None) -> int
 
 
 def test_a_tuner_is_counted_with_its_copies_gradients_and_moments(checkpoint: Checkpoint) -> None:
-    works = {codes: plan(checkpoint, RTN, {"tune": {"batch": 1, "codes": codes}}) for codes in (True, False)}
+    works = {
+        codes: plan(checkpoint, RTN, {"tune": {"batch": 1, "codes": codes, "written": False}})
+        for codes in (True, False)
+    }
     coded = sum(entry.out * entry.columns for entry in works[True].plan.entries.values())
     frozen, moved = (expected(works[codes], whole=True) for codes in (False, True))
     # the number behind a code, its gradient, two moments, and whether it is inside
@@ -39,11 +42,11 @@ def test_a_tuner_is_counted_with_its_copies_gradients_and_moments(checkpoint: Ch
     # three decoders in float32, codes, and the graph of one width
     assert frozen > INTERPRETER_BYTES + 3 * 4 * works[False].parameters + (1 + 8) * coded
     assert expected(plan(checkpoint, RTN)) < frozen
-    more = plan(checkpoint, RTN, {"tune": {"batch": 5, "codes": False}})
+    more = plan(checkpoint, RTN, {"tune": {"batch": 5, "codes": False, "written": False}})
     rows = expected(more, whole=True) - frozen
     assert rows > 4 * 3 * 4 * LENGTH * 512  # four rows more, each with at least its gates, ups and products
     # a stage on the whole model before them leaves another decoder
-    turned = plan(checkpoint, {"hadamard": {}}, RTN, {"tune": {"batch": 1, "codes": False}})
+    turned = plan(checkpoint, {"hadamard": {}}, RTN, {"tune": {"batch": 1, "codes": False, "written": False}})
     assert expected(turned, whole=True) - frozen >= 4 * works[False].parameters
 
 

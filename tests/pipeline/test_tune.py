@@ -18,6 +18,7 @@ STEPS = 5
 RTN = {"rtn": {"bits": [2, 4, 8], "group_size": 32, "end_bits": [4, 8], "shared": True}}
 TUNE = {"tune": {"steps": STEPS, "batch": 2}}
 SWEEP = 4  # the embedding, two blocks, the head
+TEXT = 1  # all that the original writes, at once
 
 
 @pytest.fixture(scope="module")
@@ -82,11 +83,13 @@ def test_the_artifact_holds_what_was_tuned_and_says_so(
     assert kl[0][2] < kl[1][2]
 
 
-@pytest.mark.parametrize("after", [2, SWEEP, SWEEP + 3, SWEEP + STEPS, SWEEP + STEPS + 2])
+@pytest.mark.parametrize(
+    "after", [2, SWEEP, SWEEP + TEXT, SWEEP + TEXT + 3, SWEEP + TEXT + STEPS, SWEEP + TEXT + STEPS + 2]
+)
 def test_killed_anywhere_it_goes_on_to_the_same_bytes(
     after: int, llama: Path, whole: Path, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed in the first sweep, at its end, amid the training, at its end, and in the last sweep."""
+    """Killed in the first sweep, at its end, with the text there, amid the training, at its end, and in the last sweep."""
     monkeypatch.setattr(tune, "EVERY", -1.0)  # a state after every step
     with pytest.raises(Killed):
         compress(llama, tmp_path / "out", progress=Counts(after), **options)
@@ -95,4 +98,4 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(
     assert compress(llama, tmp_path / "out", progress=rest, **options).resumed
     assert digests(tmp_path / "out") == digests(whole)
     # a killed step is done again, and so is the head of a sweep, which is its last step; nothing else is
-    assert rest.done <= 2 * SWEEP + STEPS - after + 2
+    assert rest.done <= 2 * SWEEP + TEXT + STEPS - after + 2

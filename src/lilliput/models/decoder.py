@@ -1,7 +1,8 @@
 """One torch module for every family, driven by a ModelSpec alone.
 
-Used to calibrate, train and check: whole sequences from position 0, causal, no cache. The keys of `state_dict()` are
-the canonical tensor names. Parameters take the dtype asked for; norms and rotations are computed in float32.
+Used to calibrate, train and check: whole sequences from position 0, causal; with a Past also the tokens that come next.
+The keys of `state_dict()` are the canonical tensor names. Parameters take the dtype asked for; norms and rotations are
+computed in float32.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -54,12 +55,30 @@ class Normalize(nn.Module):
         return (y if self.bias is None else y + self.bias.float()).to(x.dtype)
 
 
+class Past:
+    """Keys and values of the tokens a model has read, so that those that follow are read without them.
+
+    count: tokens read. batch: sequences of one length side by side. room: tokens that there is place for.
+    """
+
+    def __init__(self, spec: ModelSpec, batch: int, room: int, dtype: torch.dtype = torch.float32) -> None:
+        shape = (spec.num_layers, batch, spec.num_kv_heads, room, spec.head_dim)
+        self.count, self._keys, self._values = 0, torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
+
+    def take(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep what follows and return all of one layer; (batch, kv_heads, tokens, head_dim) each."""
+        stop = self.count + k.shape[2]
+        self._keys[layer, :, :, self.count : stop] = k
+        self._values[layer, :, :, self.count : stop] = v
+        return self._keys[layer, :, :, :stop], self._values[layer, :, :, :stop]
+
+
 class Attention(nn.Module):
     """Causal attention with grouped heads. `names` are the canonical tensors there are, which decides the biases."""
 
     def __init__(self, spec: ModelSpec, layer: int, names: Collection[str]) -> None:
         super().__init__()
-        self.spec, self.window = spec, spec.windows[layer]
+        self.spec, self.layer, self.window = spec, layer, spec.windows[layer]
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = _linears(spec, layer, names)[:4]
         self.q_norm, self.k_norm = (self._qk_norm(n) for n in (spec.num_heads, spec.num_kv_heads))
 
@@ -71,6 +90,23 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (batch, length, hidden); returns the same shape."""
+        q, k, v = self._heads(x, 0)
+        return self._out(self._attend(q, self._alike(k), self._alike(v)).transpose(1, 2))
+
+    def follow(self, x: Tensor, past: Past) -> Tensor:
+        """As `forward`, behind the tokens of `past`, which takes these."""
+        q, k, v = self._heads(x, past.count)
+        k, v = past.take(self.layer, k, v)
+        if x.shape[1] > 1:
+            return self._out(self._attend(q, self._alike(k), self._alike(v)).transpose(1, 2))
+        # The heads that share keys are queries of one head, so that the keys need no copies.
+        first = max(0, k.shape[2] - self.window) if self.window else 0
+        asked = q.reshape(len(q), k.shape[1], -1, self.spec.head_dim)
+        mixed = self._masked(asked, k[:, :, first:], v[:, :, first:], None)
+        return self._out(mixed.flatten(1, 2)[:, None])
+
+    def _heads(self, x: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of tokens from position `start`: (batch, their heads, length, head_dim) each."""
         spec = self.spec
         q = self.q_proj(x).unflatten(-1, (-1, spec.head_dim))
         k = self.k_proj(x).unflatten(-1, (-1, spec.head_dim))
@@ -78,36 +114,45 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if spec.rotary:
-            q, k = rotate(q, k, spec.rotary)
-        groups = spec.num_heads // spec.num_kv_heads
-        k, v = (t.repeat_interleave(groups, dim=2) if groups > 1 else t for t in (k, v))
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        out: Tensor = self.o_proj(self._attend(q, k, v).transpose(1, 2).flatten(2))
+            q, k = rotate(q, k, spec.rotary, start)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def _alike(self, t: Tensor) -> Tensor:
+        """Keys or values once for every head that reads them."""
+        groups = self.spec.num_heads // self.spec.num_kv_heads
+        return t.repeat_interleave(groups, dim=1) if groups > 1 else t
+
+    def _out(self, mixed: Tensor) -> Tensor:
+        """mixed: (batch, length, heads, head_dim)."""
+        out: Tensor = self.o_proj(mixed.flatten(2))
         return out
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q, k, v: (batch, heads, length, head_dim); returns the same shape."""
-        batch, heads, length, _ = q.shape
+        """q: (batch, heads, queries, head_dim), the last tokens of k, v: (.., length, ..); returns the shape of q."""
+        batch, heads, queries, _ = q.shape
+        length = k.shape[2]
         windowed = 0 < self.window < length
-        if not windowed and self.spec.attn_softcap is None:
+        if not windowed and self.spec.attn_softcap is None and queries == length:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.spec.attn_scale)
-        out = []
+        out, behind = [], length - queries
         step = max(1, SCORES // (batch * heads * (min(2 * self.window, length) if windowed else length)))
-        for start in range(0, length, step):
+        for start in range(behind, length, step):
             stop = min(start + step, length)
             first = max(0, start - self.window + 1) if windowed else 0
             age = torch.arange(start, stop)[:, None] - torch.arange(first, stop)
             seen = (age >= 0) & (age < self.window) if windowed else age >= 0
-            out.append(self._masked(q[:, :, start:stop], k[:, :, first:stop], v[:, :, first:stop], seen.to(q.device)))
+            asked = q[:, :, start - behind : stop - behind]
+            out.append(self._masked(asked, k[:, :, first:stop], v[:, :, first:stop], seen.to(q.device)))
         return torch.cat(out, dim=2)
 
-    def _masked(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
-        """seen: (queries, keys) bool. The soft-cap, where there is one, comes before the mask."""
+    def _masked(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
+        """seen: (queries, keys) bool; None for all. The soft-cap, where there is one, comes before the mask."""
         cap, scale = self.spec.attn_softcap, self.spec.attn_scale
         if cap is None:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
         scores = torch.tanh(q @ k.transpose(2, 3) * (scale / cap)) * cap
-        return torch.softmax(scores.masked_fill(~seen, float("-inf")).float(), dim=-1).to(v.dtype) @ v
+        scores = scores if seen is None else scores.masked_fill(~seen, float("-inf"))
+        return torch.softmax(scores.float(), dim=-1).to(v.dtype) @ v
 
 
 class MLP(nn.Module):
@@ -128,7 +173,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer of the decoder; positions start at 0."""
+    """One layer of the decoder; positions start at 0, or behind what a Past has read."""
 
     spec: AnySpec
     layer: int
@@ -151,7 +196,16 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (batch, length, hidden); returns the same shape."""
         normed = self.attn_norm(x)
-        attn = self.attn(normed)
+        return self._added(x, normed, self.attn(normed))
+
+    def follow(self, x: Tensor, past: Past) -> Tensor:
+        """As `forward`, behind the tokens of `past`, which takes these."""
+        assert isinstance(self.attn, Attention), "an encoder reads its tokens together"
+        normed = self.attn_norm(x)
+        return self._added(x, normed, self.attn.follow(normed, past))
+
+    def _added(self, x: Tensor, normed: Tensor, attn: Tensor) -> Tensor:
+        """What comes in, and what attention and the feed-forward add to it."""
         if self.attn_post_norm is not None:
             attn = self.attn_post_norm(attn)
         if not self.parallel:
@@ -210,8 +264,8 @@ class Decoder(nn.Module):
         """The blocks, in order. Registered as `layers` so that the keys of `state_dict` are the canonical names."""
         return self.layers
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """tokens: (batch, length), integer; returns (batch, length, hidden).
+    def embed(self, tokens: Tensor, start: int = 0) -> Tensor:
+        """tokens: (batch, length), integer, from position `start`; returns (batch, length, hidden).
 
         Raises OutOfResource for a sequence longer than the table of learned positions.
         """
@@ -220,11 +274,11 @@ class Decoder(nn.Module):
             hidden = hidden * self.spec.embed_scale
         if self.spec.position_offset is None:
             return hidden
-        length = tokens.shape[-1]
+        length = start + tokens.shape[-1]
         if length > self.spec.context:
             what = f"a sequence of {length} tokens, and positions are learned for {self.spec.context}"
             raise OutOfResource(what, where=self.spec.family, fix=f"Use at most {self.spec.context} tokens")
-        places = torch.arange(length, device=tokens.device) + self.spec.position_offset
+        places = torch.arange(start, length, device=tokens.device) + self.spec.position_offset
         at: Tensor = self.embed_positions(places)
         return hidden + at
 
@@ -242,11 +296,19 @@ class Decoder(nn.Module):
             hidden = block(hidden)
         return self.finish(hidden)
 
+    def follow(self, tokens: Tensor, past: Past) -> Tensor:
+        """Read the tokens behind those of `past`, (batch, length); return the logits of the last ones, (batch, vocab)."""
+        hidden = self.embed(tokens, past.count)
+        for block in self.layers:
+            hidden = block.follow(hidden, past)  # type: ignore[operator]
+        past.count += tokens.shape[1]
+        return self.finish(hidden[:, -1])
 
-def rotate(q: Tensor, k: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
-    """Turn q and k, (batch, length, heads, head_dim), by their positions 0, 1, ..; the angles are float32."""
+
+def rotate(q: Tensor, k: Tensor, rotary: Rotary, start: int = 0) -> tuple[Tensor, Tensor]:
+    """Turn q and k, (batch, length, heads, head_dim), by their positions start, start + 1, ..; the angles are float32."""
     freqs = torch.tensor(rotary.inv_freq, dtype=torch.float32, device=q.device)
-    angle = torch.arange(q.shape[1], dtype=torch.float32, device=q.device)[:, None] * freqs
+    angle = torch.arange(start, start + q.shape[1], dtype=torch.float32, device=q.device)[:, None] * freqs
     cos, sin = (rotary.scale * part[:, None, :] for part in (angle.cos(), angle.sin()))  # (length, 1, dim / 2)
 
     def turn(x: Tensor) -> Tensor:

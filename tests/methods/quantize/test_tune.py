@@ -1,6 +1,8 @@
 """Tune: it brings a coded model nearer to the original, keeps the store's form, and goes on where it was killed."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from lilliput.data.streams import Batches
 from lilliput.methods.quantize import tune as module
 from lilliput.methods.quantize.tune import Run, Tune
 from lilliput.models import Checkpoint, Decoder, load_decoder
+from lilliput.models.writing import SIDE_BYTES, write
 from lilliput.numerics.grids import nearest
 from lilliput.numerics.nested import Quantized
 from support.families import FAMILIES
@@ -47,12 +50,17 @@ def distance(decoder: Decoder, coded: dict[str, Quantized], bits: int, tokens: T
     return float((exact.exp() * (exact - told)).sum(-1).mean())
 
 
+@pytest.mark.parametrize("written", [True, False])
 @pytest.mark.parametrize("shared", [False, True])
-def test_every_trained_width_comes_nearer_and_the_form_stays(decoder: Decoder, tmp_path: Path, shared: bool) -> None:
+def test_every_trained_width_comes_nearer_and_the_form_stays(
+    decoder: Decoder, tmp_path: Path, shared: bool, written: bool
+) -> None:
     coded, rows = coded_of(decoder, shared), rows_for(decoder)
-    made = Tune(steps=40, batch=6).tune(decoder, decoder, coded, rows, tmp_path, Silent())
+    made = Tune(steps=40, batch=6, written=written).tune(decoder, decoder, coded, rows, tmp_path, Silent())
     tokens = torch.tensor(rows.rows, dtype=torch.int64)
     most = 0.85 if shared else 0.75
+    if written:  # a random model says next to nothing twice, so that only what holds for all text is learnt
+        tokens, most = write(decoder, tokens[:, :12], 24, torch.Generator().manual_seed(99)), 0.95
     assert distance(decoder, made, 2, tokens) < most * distance(decoder, coded, 2, tokens)
     assert distance(decoder, made, 4, tokens) < distance(decoder, coded, 4, tokens)
     assert list(made) == list(coded)
@@ -108,7 +116,8 @@ def test_grids_alone_leave_every_code(decoder: Decoder, tmp_path: Path) -> None:
     assert distance(decoder, made, 2, tokens) < distance(decoder, coded, 2, tokens)
 
 
-def test_a_killed_run_goes_on_to_the_same_numbers(decoder: Decoder, tmp_path: Path) -> None:
+@pytest.mark.parametrize("written", [True, False])
+def test_a_killed_run_goes_on_to_the_same_numbers(decoder: Decoder, tmp_path: Path, written: bool) -> None:
     class Killed(Exception):
         pass
 
@@ -121,19 +130,50 @@ def test_a_killed_run_goes_on_to_the_same_numbers(decoder: Decoder, tmp_path: Pa
             if self.left == 0:
                 raise Killed
 
-    coded, rows, tune = coded_of(decoder), rows_for(decoder), Tune(steps=9, batch=5)
+    coded, rows, tune = coded_of(decoder), rows_for(decoder), Tune(steps=9, batch=5, written=written)
     torch.manual_seed(3)
     whole = tune.tune(decoder, decoder, coded, rows, tmp_path / "whole", Silent())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "EVERY", -1.0)  # a state after every step
         torch.manual_seed(3)
         with pytest.raises(Killed):
-            tune.tune(decoder, decoder, coded, rows, tmp_path / "cut", KillsAt(5))
+            tune.tune(decoder, decoder, coded, rows, tmp_path / "cut", KillsAt(5 + 9 * 5 * written))
     torch.manual_seed(3)
     again = tune.tune(decoder, decoder, coded, rows, tmp_path / "cut", Silent())
     for name, one in whole.items():
         assert torch.equal(one.codes, again[name].codes)
         assert all(torch.equal(one.scale[b], again[name].scale[b]) for b in one.bits)
+
+
+def test_the_original_writes_every_row_anew_and_goes_on_where_it_was_killed(
+    decoder: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "side_by_side", lambda _model, _length: 4)
+
+    def run(folder: str) -> Run:
+        torch.manual_seed(3)
+        return Run(
+            Tune(steps=3, batch=5), decoder, decoder, coded_of(decoder), rows_for(decoder), tmp_path / folder, Silent()
+        )
+
+    rows = run("whole")._written()
+    assert rows.shape == (15, 24)
+    assert len(np.unique(rows[:, module.OPENING :], axis=0)) == 15
+    given = {tuple(row[at : at + 12]) for row in rows_for(decoder).rows for at in range(13)}
+    assert all(tuple(row[:12]) in given for row in rows)
+    real, wrote = module.write, []
+
+    def dies(*given: Any) -> Tensor:
+        wrote.append(given)
+        if len(wrote) == 3:
+            raise KeyboardInterrupt
+        return real(*given)
+
+    monkeypatch.setattr(module, "write", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run("cut")._written()
+    assert np.array_equal(run("cut")._written(), rows)
+    assert len(wrote) == 5  # two, the one that died, and the two that were missing
 
 
 @pytest.mark.parametrize("codes", [True, False])
@@ -149,10 +189,11 @@ def test_the_memory_it_announces_is_what_training_holds(decoder: Decoder, tmp_pa
     held += kept_bytes(lambda: [layer.at(8) for layer in layers], 1024, values)
     weights = sum(q.codes.numel() for q in coded.values())
     grids = sum(s.numel() for q in coded.values() for s in (*q.scale.values(), *q.zero.values()))
-    announced = run.options.held_bytes(weights=weights, grids=grids, row=0, rows=1)
+    announced = replace(run.options, written=False).held_bytes(weights=weights, grids=grids, row=0, rows=1)
     # Scales and zeros of the width that runs are multiplied out, one in six of those there are; untrained ones have no state.
     assert 0.95 * held <= announced <= 1.1 * held
-    assert run.options.held_bytes(weights=0, grids=0, row=7, rows=1) == 28
+    assert run.options.held_bytes(weights=0, grids=0, row=7, rows=1) == SIDE_BYTES
+    assert Tune(written=False).held_bytes(weights=0, grids=0, row=7, rows=1) == 28
 
 
 def test_a_loss_that_is_no_number_names_the_width_and_the_step(decoder: Decoder, tmp_path: Path) -> None:

@@ -1,13 +1,14 @@
 """Tune: trains the codes and the grids of every width together, so that the model says what the original says.
 
-Source: Liu et al., "LLM-QAT: Data-Free Quantization Aware Training", 2023, section 2.2 (the original's output
-distribution is the target); Nair et al., "Matryoshka Quantization", 2025, section 3 (one weight trained through all of
+Source: Liu et al., "LLM-QAT: Data-Free Quantization Aware Training", 2023, sections 2.1 (the original writes the text it
+is trained on) and 2.2 (its output distribution is the target); Nair et al., "Matryoshka Quantization", 2025, section 3 (one weight trained through all of
 its top bits); Chen et al., "EfficientQAT", 2024, section 3.3 (grids trained end to end); straight-through gradients
 after Bengio et al., 2013.
 Deviation: the loss is the sum over the widths of the logarithm of KL, so that a share lost at one width weighs as much as
 the same share at another; KL itself would see the narrowest alone, and with its root the widest still lost what the
 narrow ones gained. Every width has grids of its own where its store does, else a ratio a row; the model is not trained
-on the text, only held to the original on it. Widths beyond those trained keep the original weight's place within the
+on the text, only held to the original on it. What the original writes begins with some tokens of the calibration text, in
+the place of a random one, and is drawn as it is from there on. Widths beyond those trained keep the original weight's place within the
 trained cell. With tables only grids are trained, and codes stay.
 """
 
@@ -28,9 +29,10 @@ from torch.nn import functional as F
 from lilliput.artifact.disk import sync
 from lilliput.core.errors import ConfigError, QualityFailed
 from lilliput.core.progress import Progress
-from lilliput.data.streams import Batches
+from lilliput.data.streams import I32, Batches
 from lilliput.methods.base import Tuner
 from lilliput.models.decoder import Decoder
+from lilliput.models.writing import SIDE_BYTES, side_by_side, write
 from lilliput.numerics.learned import cosine
 from lilliput.numerics.nested import Quantized
 from lilliput.numerics.trainable import Trainable
@@ -38,6 +40,8 @@ from lilliput.numerics.trainable import Trainable
 BETAS = (0.9, 0.95)
 EVERY = 60.0
 """Seconds between saved states."""
+OPENING = 16
+"""Tokens of the calibration text that what the original writes begins with; half of a row where rows are short."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +50,8 @@ class Tune(Tuner):
 
     learning_rate: of the weights behind the codes, in steps of the widest width trained. grid_rate: of the logarithm
     of the scales and of the zeros in steps. widths: those to train for; empty for all up to 4 bits, or for the narrowest
-    where all are wider. codes: false freezes the codes and trains grids alone, which needs far less memory. ends: treat
+    where all are wider. written: the original writes every row of the training, as long as those of the calibration text,
+    which it only takes openings from; false trains on the calibration text itself, again and again. codes: false freezes the codes and trains grids alone, which needs far less memory. ends: treat
     the embedding and the head as well.
     """
 
@@ -55,6 +60,7 @@ class Tune(Tuner):
     learning_rate: float = 0.005
     grid_rate: float = 0.003
     widths: tuple[int, ...] = ()
+    written: bool = True
     codes: bool = True
     ends: bool = True
 
@@ -72,7 +78,8 @@ class Tune(Tuner):
         """What `Trainable` holds, and the graph of one width; see `Method.held_bytes`."""
         moved = 4 * 4  # the number, its gradient and the two moments of Adam
         graph = 4 + 4 + (1 if self.codes else 0)  # the matrix, its codes from their middle, which weights are inside
-        return (graph + (moved if self.codes else 0)) * weights + moved * grids + self.batch * row
+        training = (graph + (moved if self.codes else 0)) * weights + moved * grids + self.batch * row
+        return max(training, SIDE_BYTES) if self.written else training
 
     def tune(
         self,
@@ -133,6 +140,8 @@ class Run:
         """Train what is left to train and return the result."""
         self.original.requires_grad_(False)
         self.student.requires_grad_(False)
+        if self.options.written:
+            self.rows = self._written()
         first = self._load()
         self.progress.begin("tune", self.options.steps, done=first)
         order = self._order(first)
@@ -145,6 +154,32 @@ class Run:
                 saved = time.monotonic()
         made = {n: layer.quantized(layer.serving(self.widths[-1])) for n, layer in self.layers.items()}
         return {n: made.get(n) or self.fixed[n] for n in self.coded}
+
+    def _written(self) -> I32:
+        """A row for every row of every step, written by the original: (steps * batch, length) int32.
+
+        Kept as they are written; how many were there when a run was killed changes none of them.
+        """
+        wanted, length = self.options.steps * self.options.batch, self.rows.shape[1]
+        opening, given = min(OPENING, length // 2), torch.from_numpy(self.rows.astype(np.int64))
+        at_once = -(
+            -wanted // -(-wanted // side_by_side(self.original, length))
+        )  # few and alike, so that few are too many
+        file = self.folder / "written.safetensors"
+        parts = [load_file(file)["rows"]] if file.exists() else []
+        done = sum(map(len, parts))
+        self.progress.begin("text by the original", wanted, done=min(done, wanted))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        while done < wanted:
+            generator = torch.Generator().manual_seed((torch.initial_seed() * 1_000_003 + done) % (1 << 63))
+            row = torch.randint(len(given), (at_once, 1), generator=generator)
+            start = torch.randint(length - opening + 1, (at_once, 1), generator=generator)
+            openings = given[row, start + torch.arange(opening)]
+            parts.append(write(self.original, openings, length, generator).to(torch.int32))
+            _replace(file, {"rows": torch.cat(parts)})
+            self.progress.advance(min(at_once, wanted - done))
+            done += at_once
+        return torch.cat(parts)[:wanted].numpy()
 
     def _order(self, steps: int) -> Iterator[int]:
         """Numbers of rows, shuffled anew each time all were seen, from where so many steps have left off."""
@@ -193,10 +228,7 @@ class Run:
                 state[f"{name}/{key}"] = value.detach()
                 for moment, tensor in self.optimizer.state.get(value, {}).items():
                     state[f"{name}/{key}/{moment}"] = tensor
-        fresh = self._file.with_suffix(".new")
-        save_file({k: v.contiguous() for k, v in state.items()}, fresh)
-        sync(fresh)
-        fresh.replace(self._file)
+        _replace(self._file, state)
 
     def _load(self) -> int:
         """Take up a saved state; return the steps it has behind it."""
@@ -210,6 +242,14 @@ class Run:
                 if all(tensor is not None for tensor in moments.values()):
                     self.optimizer.state[value] = moments
         return int(state["step"])
+
+
+def _replace(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Put tensors in the place of those that file has, if any; on disk when this returns."""
+    fresh = file.with_suffix(".new")
+    save_file({k: v.contiguous() for k, v in tensors.items()}, fresh)
+    sync(fresh)
+    fresh.replace(file)
 
 
 def _step(scale: Tensor) -> float:

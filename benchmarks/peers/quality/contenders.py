@@ -38,6 +38,7 @@ def ours(
 BLOCKS = {"group_size": "$group_size", "ragged": True, "embeddings": False, "head": False}
 """Only the matrices of the blocks, at the group size all are given."""
 NESTED = {**BLOCKS, "shared": True}
+TUNE = {"tune": {"steps": "$steps", "written": True}}
 
 
 def gguf(importance: bool, **ftypes: str) -> Contender:
@@ -58,16 +59,22 @@ CONTENDERS: dict[str, Contender] = {
     "lilliput any_precision": ours({"any_precision": {"bits": [2, 3, 4], **BLOCKS}}, shared=True),
     "lilliput awq": ours({"awq": {}}, {"rtn": {"bits": ["$bits"], **BLOCKS}}),
     "lilliput omniquant": ours({"omniquant": {"bits": ["$bits"], **BLOCKS}}),
-    "lilliput tuned": ours({"gptq": {"bits": ["$bits"], **BLOCKS}}, {"tune": {"steps": "$steps"}}),
-    "lilliput tuned nested": ours({"gptq": {"bits": [2, 3, 4], **NESTED}}, {"tune": {"steps": "$steps"}}, shared=True),
-    "lilliput tuned nested own": ours(
-        {"gptq": {"bits": [2, 3, 4], **BLOCKS}}, {"tune": {"steps": "$steps"}}, shared=True
+    "lilliput tuned": ours({"gptq": {"bits": ["$bits"], **BLOCKS}}, TUNE),
+    "lilliput tuned nested": ours({"gptq": {"bits": [2, 3, 4], **NESTED}}, TUNE, shared=True),
+    "lilliput tuned nested own": ours({"gptq": {"bits": [2, 3, 4], **BLOCKS}}, TUNE, shared=True),
+    "lilliput tuned by heart": ours(
+        {"gptq": {"bits": ["$bits"], **BLOCKS}}, {"tune": {"steps": "$steps", "written": False}}
     ),
     "lilliput tuned mixed": ours(
         {"gptq": {"bits": [2, 3, 4, 5, 6], **BLOCKS}},
-        {"tune": {"steps": "$steps"}},
+        TUNE,
         targets={4: 4.75, 3: 3.8, 2: 2.885},
     ),  # with alignment as many bits as llama.cpp's K_M, whose layers have several widths too
+    "lilliput tuned mixed small": ours(
+        {"gptq": {"bits": [2, 3, 4, 5, 6], **BLOCKS, "group_size": 128}},
+        TUNE,
+        targets={4: 4.3, 3: 3.28, 2: 2.276},
+    ),  # as many bits as groups of 64 have at one width; groups of 128 leave an eighth of a bit to choose with
     "llm-compressor rtn": Contender("llm-compressor", "run_llm_compressor.py", {"method": "rtn"}, learns=False),
     "llm-compressor gptq": Contender("llm-compressor", "run_llm_compressor.py", {"method": "gptq"}),
     "llm-compressor awq": Contender("llm-compressor", "run_llm_compressor.py", {"method": "awq"}),

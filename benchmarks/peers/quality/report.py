@@ -17,11 +17,14 @@ def newest(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def rows(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One row for a contender and width: means over its seeds, and "least_kl", "largest_kl", "seeds"; lines that failed
-    are left out. Widest first, then by KL."""
+    are left out, and seeds that were run with other options than the last one. Widest first, then by KL."""
+    told = [line for line in lines if "error" not in line]
+    options = {(line["bits"], line["contender"]): line.get("options") for line in told}
     groups: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
-    for line in newest(lines):
-        if "error" not in line:
-            groups.setdefault((line["bits"], line["contender"]), []).append(line)
+    for line in (one for one in newest(lines) if "error" not in one):
+        who = (line["bits"], line["contender"])
+        if line.get("options") in (None, options[who]):
+            groups.setdefault(who, []).append(line)
     found = []
     for (bits, contender), group in groups.items():
         row: dict[str, Any] = {"bits": bits, "contender": contender, "seeds": len(group)}

@@ -1,9 +1,13 @@
 """Several budgets, one artifact: ladders built rung by rung, so that every width served keeps to a budget of its own.
 
 At the rung of a label, which is a width the artifact serves, a layer stays at the width it has where that is at least
-the label, and takes a wider one of its recipe where it is not: `numerics.packing.serving_width` read backwards. What
-they take is the knapsack's answer for the loss at that rung. Narrow rungs choose first; of a wider one they only see to
-it that its budget can still be kept.
+the label, and takes a wider one of its recipe where it is not: `numerics.packing.serving_width` read backwards. Narrow
+rungs choose first, and what they choose binds the wider ones: a layer that takes 3 bits at the rung of 2 is at 3 at the
+rung of 3 as well, where it would rather have 4. So every rung is a knapsack of the loss there and of what the layer is
+expected to lose at the later ones, their bytes being paid for at the price they have there; see `Price`.
+
+Source: for prices of bytes, Everett, "Generalized Lagrange Multiplier Method", Operations Research 1963. Deviation: they
+are those of a rung by itself and not sought again for all rungs together; budgets are kept by the knapsacks.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,6 +20,12 @@ from lilliput.pipeline.allocate import Choice, Frontier, fit
 from lilliput.pipeline.plan import entry_of
 
 Ladder = tuple[int, ...]
+Losses = Mapping[str, Mapping[int, float]]
+
+NEAR = 0.02
+"""Share of a budget, to both sides of it, over which the price of a byte is taken: single steps are uneven."""
+TINY = 1e-12
+"""The least loss that shares are taken of."""
 
 
 @dataclass(frozen=True)
@@ -112,32 +122,67 @@ def labels_of(stairs: Sequence[Stair], widths: Sequence[int], budgets: Sequence[
     return labels
 
 
-def climb(
-    stairs: Mapping[str, Stair], losses: Mapping[str, Mapping[int, float]], labels: Ladder, limits: Sequence[int]
-) -> list[Rung]:
+@dataclass(frozen=True)
+class Price:
+    """What the losses and bytes of a rung count: as shares of the least loss the rung would have if it were the only one.
+
+    loss: of a nat. byte: of a byte, what one more would save there.
+    """
+
+    loss: float
+    byte: float
+
+
+def price(stairs: Mapping[str, Stair], losses: Losses, label: int, limit: int, top: int) -> Price:
+    """The price at one rung. losses, limit: as `climb` wants them; top: the label of the last rung."""
+    frontier = Frontier(
+        [
+            [Choice(to[-1], stair.held(to, top), losses[name][to[-1]]) for to in stair.climbs((), label)]
+            for name, stair in stairs.items()
+        ]
+    )
+    ends = [frontier.best(int(limit * (1 + side * NEAR))) or 0 for side in (-1, 0, 1)]
+    (low, least, high), (fewer, _, more) = frontier.loss[ends], frontier.cost[ends]
+    share = 1 / max(float(least), TINY)
+    return Price(share, share * float(low - high) / max(1, int(more - fewer)))
+
+
+def climb(stairs: Mapping[str, Stair], losses: Losses, labels: Ladder, limits: Sequence[int]) -> list[Rung]:
     """Choose every layer's ladder, the narrowest rung first.
 
     losses: nats by layer and width, none above that of a narrower width. labels, limits: of each rung, ascending, and
     the bytes that a copy serving it may hold; what `labels_of` lets pass.
     """
+    top = labels[-1]
+    prices = [price(stairs, losses, label, limit, top) for label, limit in zip(labels, limits, strict=True)]
+
+    def ahead(name: str, ladder: Ladder, at: int) -> float:
+        """The least that a layer is expected to cost at the rungs from `at` on, all in all."""
+        if at == len(labels):
+            return 0.0
+        stair, own, now = stairs[name], losses[name], prices[at]
+        return min(
+            now.loss * own[to[-1]] + now.byte * stair.held(to, top) + ahead(name, to, at + 1)
+            for to in stair.climbs(ladder, labels[at])
+        )
+
     ladders: dict[str, Ladder] = dict.fromkeys(stairs, ())
     rungs: list[Rung] = []
     for at, (label, limit) in enumerate(zip(labels, limits, strict=True)):
         offers = {name: stair.climbs(ladders[name], label) for name, stair in stairs.items()}
-        choices = [
-            [Choice(to[-1], stairs[name].held(to, labels[-1]), losses[name][to[-1]]) for to in offer]
-            for name, offer in offers.items()
-        ]
-        later = [
-            {to[-1]: stairs[name].least(to, labels[at + 1 :], labels[-1]) for to in offer}
-            for name, offer in offers.items()
-        ]
+        choices, later = [], []
+        for name, offer in offers.items():
+            stair, own = stairs[name], losses[name]
+            expected = {to[-1]: prices[at].loss * own[to[-1]] + ahead(name, to, at + 1) for to in offer}
+            choices.append([Choice(to[-1], stair.held(to, top), expected[to[-1]]) for to in offer])
+            later.append({to[-1]: stair.least(to, labels[at + 1 :], top) for to in offer})
         frontier = Frontier(choices)
         point = _choose(frontier, limit, later, limits[at + 1 :])
-        assert point is not None, "the cheapest of every rung fits, and stays within reach"
+        assert point is not None, "the cheapest of every rung fits, and the narrower ones leave it within reach"
         widths = dict(zip(stairs, frontier.widths(point), strict=True))
         ladders = {name: next(to for to in offer if to[-1] == widths[name]) for name, offer in offers.items()}
-        rungs.append(Rung(label, ladders, int(frontier.cost[point]), float(frontier.loss[point])))
+        cost = sum(stairs[name].held(ladder, top) for name, ladder in ladders.items())
+        rungs.append(Rung(label, ladders, cost, sum(losses[name][ladder[-1]] for name, ladder in ladders.items())))
     return rungs
 
 

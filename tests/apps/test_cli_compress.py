@@ -41,6 +41,36 @@ def test_a_dry_run_writes_nothing(checkpoint: str, tmp_path: Path, capsys: pytes
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("bits", ["3,2", "3,3", "0", "2,x", "2.4,", "nan", "inf"])
+def test_a_bad_list_of_budgets_is_refused_in_a_line(
+    checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], bits: str
+) -> None:
+    assert main(["compress", checkpoint, "-o", str(tmp_path / "out"), "--target-bits", bits]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: Invalid value for '--target-bits'")
+    assert f"'{bits}' is neither a number above 0 nor an ascending list of them" in line
+
+
+def test_several_budgets_are_told_apart(checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("the hen and the cat ran on and on\n" * 20)
+    args = [
+        "compress",
+        checkpoint,
+        "-o",
+        str(tmp_path / "out.lilliput"),
+        "--target-bits",
+        "4.5,6.5",
+        "--bits",
+        "2,3,4,8",
+    ]
+    args += ["--calibration", str(text), "--samples", "2", "--length", "16", "--no-gate", "--group-size", "32"]
+    assert main(args) == 0
+    told = capsys.readouterr().out
+    assert "chosen for 3 bits" in told
+    assert "chosen for 4 bits" in told
+
+
 def test_compress_then_measure_against_the_original(
     checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

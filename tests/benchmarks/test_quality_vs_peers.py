@@ -133,6 +133,9 @@ def test_every_recipe_of_ours_can_be_planned(load: Any, source: Path, tmp_path: 
     for contender in ours.values():
         for bits, width in contender.widths.items():
             recipe = filled(contender.options["recipe"], {"bits": bits, "group_size": 64, "steps": 3})
+            target = {**contender.options, **width}.get("target_bits")
+            if target:  # rows as short as these have more overhead
+                target = [most + 0.5 for most in target] if isinstance(target, list) else target + 0.5
             report = compress(
                 wide,
                 tmp_path / "a.lilliput",
@@ -140,22 +143,22 @@ def test_every_recipe_of_ours_can_be_planned(load: Any, source: Path, tmp_path: 
                 calibration=[text],
                 samples=4,
                 length=16,
-                target_bits=width["target_bits"] + 0.5 if width else None,  # rows as short as these have more overhead
+                target_bits=target,
                 dry_run=True,
             )
             assert {layer.name for layer in report.layers if layer.method} >= {"layers.0.mlp.up_proj"}
             widths = {row.bits for row in report.rows}
-            assert bits in widths or width
+            assert bits in widths or target
 
 
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("kind", ["own", "shared", "mixed"])
 def test_our_worker_answers_as_the_peers_do(
     load: Any,
     source: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    shared: bool,
+    kind: str,
 ) -> None:
     worker, ours = load("worker"), load("run_lilliput")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -164,13 +167,16 @@ def test_our_worker_answers_as_the_peers_do(
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
     data = model.calibration(wide, text, length=16, samples=4, seed=3)
-    name = "lilliput rtn nested" if shared else "lilliput rtn"
-    assert contenders.CONTENDERS[name].options["shared"] == shared
+    contender = contenders.CONTENDERS["lilliput rtn" if kind == "own" else "lilliput rtn nested"]
+    if kind == "mixed":
+        stage = {"rtn": {"bits": [2, 3, 4, 5], **contenders.NESTED}}
+        contender = contenders.ours(stage, shared=True, targets=[3.2, 5.3])
+    assert contender.options["shared"] == (kind != "own")
     cut = model.held_out(wide, text, length=32, limit=5)
     original = model.Remembered(open_original(wide))
     divergences = []
     for bits in (4, 2):
-        keep, out = tmp_path / ("shared" if shared else f"own-{bits}"), tmp_path / f"out-{bits}"
+        keep, out = tmp_path / (kind if contender.options["shared"] else f"own-{bits}"), tmp_path / f"out-{bits}"
         keep.mkdir(exist_ok=True)
         job = {
             "model": str(wide),
@@ -180,7 +186,7 @@ def test_our_worker_answers_as_the_peers_do(
             "threads": torch.get_num_threads(),
             "keep": str(keep),
         }
-        job |= {"out": str(out), "options": dict(contenders.CONTENDERS[name].options)}
+        job |= {"out": str(out), "options": dict(contender.options)}
         job |= {"draw": {"text": str(text), "length": 16, "samples": 4, "sha256": data.sha256}}
         monkeypatch.setattr(sys, "argv", ["run_lilliput.py", json.dumps(job)])
         worker.main(ours.quantize, ours.dump, ("lilliput",))

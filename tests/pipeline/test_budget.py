@@ -47,7 +47,7 @@ def test_no_budget_is_passed_and_more_of_it_never_loses_more(llama: Path) -> Non
     work = plan_work(checkpoint, recipe)
     losses, before = made_up(work, "layers.1.mlp.down_proj"), float("inf")
     for tenth in range(38, 100, 7):
-        target = Target(bits=tenth / 10)
+        target = Target(bits=(tenth / 10,))
         named, rows = allocate(recipe, work, target, losses)
         plan = plan_work(checkpoint, named).plan
         (chosen,) = [row for row in rows if row.chosen]
@@ -65,8 +65,8 @@ def test_the_layer_that_feels_most_is_served_better_than_by_one_width_for_all(ll
     recipe = load_recipe(RECIPE)
     work = plan_work(Checkpoint.open(llama), recipe)
     losses = made_up(work, "layers.1.mlp.down_proj")
-    even = next(row for row in allocate(recipe, work, Target(bits=9.0), losses)[1] if row.uniform == 3)
-    named, rows = allocate(recipe, work, Target(bits=even.bits_per_weight + 1e-4), losses)
+    even = next(row for row in allocate(recipe, work, Target(bits=(9.0,)), losses)[1] if row.uniform == 3)
+    named, rows = allocate(recipe, work, Target(bits=(even.bits_per_weight + 1e-4,)), losses)
     (chosen,) = [row for row in rows if row.chosen]
     assert chosen.predicted_kl < 0.5 * even.predicted_kl
     assert named.stages[0].options["layer_bits"]["layers.1.mlp.down_proj"][0] > 3
@@ -77,9 +77,9 @@ def test_a_budget_below_the_smallest_is_refused_with_the_smallest_which_is_possi
     recipe = load_recipe(RECIPE)
     work = plan_work(Checkpoint.open(llama), recipe)
     with pytest.raises(ConfigError, match=rf"^--target-{unit}: .* is below the [\d.,]+ of every layer") as caught:
-        check_target(work, Target(bits=2.0) if unit == "bits" else Target(size=10_000))
+        check_target(work, Target(bits=(2.0,)) if unit == "bits" else Target(size=10_000))
     least = caught.value.what.split("below the ")[1].split(" ")[0].replace(",", "")
-    target = Target(bits=float(least)) if unit == "bits" else Target(size=int(least))
+    target = Target(bits=(float(least),)) if unit == "bits" else Target(size=int(least))
     check_target(work, target)
     named, _ = allocate(recipe, work, target, made_up(work))
     widths = {bits[0] for name, bits in named.stages[0].options["layer_bits"].items() if name.startswith("layers.")}

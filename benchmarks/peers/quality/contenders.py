@@ -1,6 +1,6 @@
 """Who is compared: a line for each contender. Another recipe of ours, or another setting of a peer's, is one more line."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,15 +24,23 @@ class Contender:
 
 
 def ours(
-    *stages: Mapping[str, Any], learns: bool = True, shared: bool = False, targets: Mapping[int, float] | None = None
+    *stages: Mapping[str, Any],
+    learns: bool = True,
+    shared: bool = False,
+    targets: Mapping[int, float] | Sequence[float] = (),
 ) -> Contender:
     """A recipe of ours, "$bits", "$group_size" and "$steps" standing for numbers.
 
     shared: one artifact for all widths. targets: bits a weight by the width it is compared at; layers get widths of their
-    own, among those of the recipe, that keep to it.
+    own, among those of the recipe, that keep to it. Or, for one artifact, those of all its widths, ascending.
     """
-    widths = {bits: {"target_bits": most} for bits, most in targets.items()} if targets else ALL
-    return Contender(OURS, "run_lilliput.py", {"recipe": list(stages), "shared": shared}, widths, learns)
+    options: dict[str, Any] = {"recipe": list(stages), "shared": shared}
+    widths: Mapping[int, Mapping[str, Any]] = ALL
+    if isinstance(targets, Mapping):
+        widths = {bits: {"target_bits": most} for bits, most in targets.items()}
+    elif targets:
+        options["target_bits"] = list(targets)
+    return Contender(OURS, "run_lilliput.py", options, widths, learns)
 
 
 BLOCKS = {"group_size": "$group_size", "ragged": True, "embeddings": False, "head": False}
@@ -75,6 +83,12 @@ CONTENDERS: dict[str, Contender] = {
         TUNE,
         targets={4: 4.3, 3: 3.28, 2: 2.276},
     ),  # as many bits as groups of 64 have at one width; groups of 128 leave an eighth of a bit to choose with
+    "lilliput tuned nested mixed": ours(
+        {"gptq": {"bits": [2, 3, 4, 5, 6], **NESTED}},
+        TUNE,
+        shared=True,
+        targets=[2.42, 3.45, 4.6],
+    ),
     "llm-compressor rtn": Contender("llm-compressor", "run_llm_compressor.py", {"method": "rtn"}, learns=False),
     "llm-compressor gptq": Contender("llm-compressor", "run_llm_compressor.py", {"method": "gptq"}),
     "llm-compressor awq": Contender("llm-compressor", "run_llm_compressor.py", {"method": "awq"}),

@@ -1,7 +1,8 @@
 """Worker of Lilliput: one recipe to one artifact, read back by `Artifact.dequantize`.
 
 options: {"recipe": stages with "$bits" and "$group_size" in place of numbers, "shared": one artifact serves all widths,
-"target_bits": where given, layers get widths of their own for so many bits a weight}.
+"target_bits": where given, layers get widths of their own for so many bits a weight; a list of them, one artifact that
+serves as many widths}.
 """
 
 import json
@@ -55,7 +56,8 @@ def dump(job: dict[str, Any], artifact: Artifact) -> tuple[Mapping[str, Any], di
     data = artifact.manifest.data
     if data is not None and data.sha256 != job["draw"]["sha256"]:
         raise SystemExit("the calibration tokens are not those the peers were given")
-    bits = job["bits"] if "target_bits" not in job["options"] else artifact.bits[0]
+    targets = job["options"].get("target_bits")
+    bits = job["bits"] if targets is None or isinstance(targets, list) else artifact.bits[0]
     weights = {hf_of_ours(f"{name}.weight"): artifact.dequantize(name, bits) for name in artifact.quantized}
     weights |= {hf_of_ours(name): artifact.dequantize(name) for name in artifact.manifest.floats}
     return weights, stored(artifact, bits)

@@ -123,10 +123,13 @@ def pieces(name: str, entry: QuantEntry) -> Iterator[tuple[int, Planned]]:
                 yield below, grid
 
 
-def stored_bytes(entry: QuantEntry) -> int:
-    """Bytes of the tensors of one quantized matrix: fields with their padding and all that grids and tables take."""
-    size = {"U8": 1, "I8": 1, "F16": 2}
-    return sum(size[tensor.dtype] * prod(tensor.shape) for _, tensor in pieces("", entry))
+def stored_bytes(entry: QuantEntry, width: int | None = None) -> int:
+    """Bytes of the tensors of one quantized matrix: fields with their padding and all that grids and tables take.
+
+    width: of its ladder; only what a copy that serves it and the narrower ones holds. None for the widest.
+    """
+    size, most = {"U8": 1, "I8": 1, "F16": 2}, width or entry.bits[-1]
+    return sum(size[tensor.dtype] * prod(tensor.shape) for own, tensor in pieces("", entry) if own <= most)
 
 
 def _bytes(slot: Slot) -> int:

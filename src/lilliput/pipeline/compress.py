@@ -32,7 +32,7 @@ def compress(
     recipe: str | Path | Recipe | Sequence[dict[str, Any]] = "nested",
     bits: Sequence[int] | None = None,
     group_size: int | None = None,
-    target_bits: float | None = None,
+    target_bits: float | Sequence[float] | None = None,
     target_size: int | None = None,
     calibration: Sequence[str | Path] = (),
     field: str | None = None,
@@ -54,7 +54,7 @@ def compress(
     replaced. recipe: see `core.recipe.load_recipe`; bits and group_size change every stage that has them.
     target_bits, target_size: give every layer the width of its ladder that keeps the loss least while the artifact
     stays inside so many bits a quantized weight, scales and tables counted, or so many bytes of tensor files; it then
-    serves one width. Needs calibration text, see docs/budgets.md.
+    serves one width, or, of several ascending target_bits, one for each. Needs calibration text, see docs/budgets.md.
     calibration: text files or a hub dataset for recipes that need one; `samples` rows of `length` tokens are drawn
     from it with `seed`, documents joined end to end or, without `join`, each row from one document; `field` names the
     text in JSONL or Parquet rows. max_ram: bytes of memory to stay below. resume: go on from an interrupted run of the same

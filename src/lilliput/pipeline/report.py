@@ -33,7 +33,8 @@ class BudgetRow(BaseModel):
     """One point of the frontier: the least loss predicted for its size.
 
     size_bytes: of all tensor files. predicted_kl: mean nats a token, the sum of what each layer loses alone.
-    uniform: the width all layers have, for a row that is there to compare with. chosen: what was made.
+    uniform: the width all layers have, for a row that is there to compare with. chosen: what was made. rung: of several
+    budgets, the width that the artifact serves this one under; bits and bytes are then what a copy that serves it holds.
     """
 
     bits_per_weight: float
@@ -41,6 +42,7 @@ class BudgetRow(BaseModel):
     predicted_kl: float
     uniform: int | None = None
     chosen: bool = False
+    rung: int | None = None
 
 
 class CompressReport(BaseModel):
@@ -59,6 +61,6 @@ class CompressReport(BaseModel):
     expected_ram_bytes: int
     work_bytes: int
     frontier: list[BudgetRow] = []
-    """By size, when widths were chosen for a budget."""
+    """By size, when widths were chosen for a budget; for several, only what was chosen and one width for all."""
     resumed: bool = False
     warnings: list[str] = []

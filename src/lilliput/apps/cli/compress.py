@@ -5,12 +5,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lilliput.apps.cli.options import byte_size, common, max_ram, widths
+from lilliput.apps.cli.options import budgets, byte_size, common, max_ram, widths
 from lilliput.apps.cli.output import Output, table
 from lilliput.measure.memory import format_bytes
 
 if TYPE_CHECKING:
     from lilliput.pipeline import CompressReport
+    from lilliput.pipeline.report import BudgetRow
 
 COLUMNS = {"bits": "bits", "size": "size", "bits_per_weight": "bits a weight"}
 OF_DECODERS = {"kl": "KL", "top1_agreement": "top-1 agreement"}
@@ -31,9 +32,10 @@ FRONTIER = {"bits_per_weight": "bits a weight", "size": "size", "predicted_kl": 
 @click.option("--group-size", type=click.IntRange(min=-1), help="Weights that share a scale; -1 for a whole row.")
 @click.option(
     "--target-bits",
-    type=click.FloatRange(min=0, min_open=True),
-    metavar="N",
-    help="Choose every layer's width so that a quantized weight takes at most N bits, scales counted.",
+    callback=budgets,
+    metavar="N[,N...]",
+    help="Choose every layer's width so that a quantized weight takes at most N bits, scales counted; several N give one "
+    "artifact that serves a width for each.",
 )
 @click.option(
     "--target-size",
@@ -71,7 +73,7 @@ def command(
     recipe: str,
     bits: list[int] | None,
     group_size: int | None,
-    target_bits: float | None,
+    target_bits: tuple[float, ...] | None,
     target_size: int | None,
     calibration: tuple[str, ...],
     field: str | None,
@@ -94,7 +96,7 @@ def command(
     JSON: {"path": the artifact, or null after --dry-run, "source", "recipe": [...], "source_bytes", "size_bytes",
            "rows": [{"bits", "size_bytes", "bits_per_weight", "kl", "top1_agreement", "cosine", "error"}],
            "layers": [{"name", "shape", "method", "bits"}], "expected_ram_bytes", "work_bytes", "resumed": bool,
-           "frontier": [{"bits_per_weight", "size_bytes", "predicted_kl", "uniform", "chosen": bool}],
+           "frontier": [{"bits_per_weight", "size_bytes", "predicted_kl", "uniform", "chosen": bool, "rung"}],
            "warnings": [text]}
     """
     if group_size == 0:
@@ -141,10 +143,11 @@ def _text(report: "CompressReport") -> str:
 
 def _frontier(report: "CompressReport") -> list[str]:
     """The least loss predicted at each size, and what one width for all layers would do; nothing without a target."""
-    rows = [
-        row.model_dump()
-        | {"size": format_bytes(row.size_bytes)}
-        | {"note": "chosen" if row.chosen else f"all {row.uniform} bits" if row.uniform else ""}
-        for row in report.frontier
-    ]
+
+    def note(row: "BudgetRow") -> str:
+        if row.chosen:
+            return f"chosen for {row.rung} bits" if row.rung else "chosen"
+        return f"all {row.uniform} bits" if row.uniform else ""
+
+    rows = [row.model_dump() | {"size": format_bytes(row.size_bytes), "note": note(row)} for row in report.frontier]
     return [table(rows, FRONTIER)] if rows else []

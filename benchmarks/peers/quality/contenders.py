@@ -84,11 +84,11 @@ CONTENDERS: dict[str, Contender] = {
         targets={4: 4.3, 3: 3.28, 2: 2.276},
     ),  # as many bits as groups of 64 have at one width; groups of 128 leave an eighth of a bit to choose with
     "lilliput tuned nested mixed": ours(
-        {"gptq": {"bits": [2, 3, 4, 5, 6], **NESTED}},
+        {"gptq": {"bits": [2, 3, 4, 5, 6], **NESTED, "group_size": 128}},
         TUNE,
         shared=True,
-        targets=[2.42, 3.45, 4.6],
-    ),
+        targets=[2.3, 3.33, 4.35],
+    ),  # as many bits as one width for all layers has, nested in groups of 64
     "llm-compressor rtn": Contender("llm-compressor", "run_llm_compressor.py", {"method": "rtn"}, learns=False),
     "llm-compressor gptq": Contender("llm-compressor", "run_llm_compressor.py", {"method": "gptq"}),
     "llm-compressor awq": Contender("llm-compressor", "run_llm_compressor.py", {"method": "awq"}),

@@ -161,7 +161,7 @@ class Run:
         Kept as they are written; how many were there when a run was killed changes none of them.
         """
         wanted, length = self.options.steps * self.options.batch, self.rows.shape[1]
-        opening, given = min(OPENING, length // 2), torch.from_numpy(self.rows.astype(np.int64))
+        opening, given = max(1, min(OPENING, length // 2)), torch.from_numpy(self.rows.astype(np.int64))
         at_once = -(
             -wanted // -(-wanted // side_by_side(self.original, length))
         )  # few and alike, so that few are too many

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -162,9 +163,8 @@ class Run:
         """
         wanted, length = self.options.steps * self.options.batch, self.rows.shape[1]
         opening, given = max(1, min(OPENING, length // 2)), torch.from_numpy(self.rows.astype(np.int64))
-        at_once = -(
-            -wanted // -(-wanted // side_by_side(self.original, length))
-        )  # few and alike, so that few are too many
+        times = ceil(wanted / side_by_side(self.original, length))
+        at_once = ceil(wanted / times)  # all alike, so that few are written in vain
         file = self.folder / "written.safetensors"
         parts = [load_file(file)["rows"]] if file.exists() else []
         done = sum(map(len, parts))

@@ -56,11 +56,11 @@ def measure(codes: bool) -> dict[str, float | None]:
     }
     student = deepcopy(original)
     rows = Batches(np.random.default_rng(0).integers(3, SPEC.vocab_size, (4, 16), dtype=np.int32), 1)
-    tune = Tune(steps=2, batch=1, codes=codes)
+    tune = Tune(steps=2, batch=1, codes=codes, written=False)
     before = rss_bytes()
     known = reset_peak() and before is not None
     with TemporaryDirectory() as folder:
-        tune.tune(original, student, coded, rows, Path(folder), Silent())
+        tune.tune(original, student, coded, rows, Path(folder), Silent(), BITS)
     weights = sum(q.codes.numel() for q in coded.values())
     grids = sum(t.numel() for q in coded.values() for t in (*q.scale.values(), *q.zero.values()))
     announced = tune.held_bytes(weights=weights, grids=grids, row=0, rows=1) / weights

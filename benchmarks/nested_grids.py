@@ -96,7 +96,8 @@ def main() -> None:
             if a.steps:
                 with tempfile.TemporaryDirectory() as folder:
                     torch.manual_seed(0)
-                    made = Tune(steps=a.steps).tune(decoder, decoder, made, data, Path(folder), Silent())
+                    tuner = Tune(steps=a.steps, written=False)
+                    made = tuner.tune(decoder, decoder, made, data, Path(folder), Silent(), bits)
                 report(decoder, made, cut, told | {"steps": a.steps})
 
 

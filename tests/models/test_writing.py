@@ -1,11 +1,13 @@
 """Reading on behind a Past gives the logits of the whole row, in every family; what is written is drawn from them."""
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from lilliput.core.errors import QualityFailed
 from lilliput.models import Checkpoint, Decoder, load_decoder
 from lilliput.models.decoder import Past
 from lilliput.models.writing import SIDE, SIDE_BYTES, side_by_side, write
@@ -26,7 +28,7 @@ def test_reading_on_gives_the_logits_of_the_whole_row(family: str, changes: dict
     write_checkpoint(tmp_path, family, seed=7, **changes)
     decoder = load_decoder(Checkpoint.open(tmp_path)).eval()
     tokens = torch.randint(3, VOCAB, (2, 24), generator=torch.Generator().manual_seed(1))
-    past, at = Past(decoder.spec, 2, 24), 0
+    past, at = Past(24), 0
     with torch.no_grad():
         whole = decoder(tokens)
         for count in (9, 1, 1, 6, 1, 6):  # some at a time, one at a time, some again
@@ -63,6 +65,13 @@ def test_longer_rows_are_written_fewer_at_a_time(llama: Decoder) -> None:
     spec = llama.spec
     assert side_by_side(llama, 16) == SIDE
     length = 1 << 18
-    row = 8 * spec.num_layers * length * spec.num_kv_heads * spec.head_dim
+    row = 8 * spec.num_layers * length * spec.num_kv_heads * spec.head_dim + 16 * VOCAB
     assert side_by_side(llama, length) == SIDE_BYTES // row < SIDE
     assert side_by_side(llama, 1 << 30) == 1
+
+
+def test_a_model_that_says_no_numbers_writes_nothing(llama: Decoder) -> None:
+    sick = deepcopy(llama)
+    sick.final_norm.weight.data[3] = torch.nan
+    with pytest.raises(QualityFailed, match=r"^llama: the model's own logits are not finite at token 5 of a text"):
+        write(sick, torch.tensor([[5, 9, 200, 31]]), 8, torch.Generator().manual_seed(3))

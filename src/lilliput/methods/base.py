@@ -284,12 +284,14 @@ class Tuner(Method, ABC):
         batches: "Batches",
         folder: "Path",
         progress: "Progress",
+        served: Sequence[int],
     ) -> dict[str, Quantized]:
         """Return what should stand in the place of `coded`, with the same widths and group sizes.
 
         original: the float model, left as it was. student: a decoder with the float tensors the artifact will hold,
         the method's own to change. coded: every quantized matrix by canonical name, "embed_tokens" among them.
         batches: (batch, length) int32 token arrays. folder: where progress may be kept so that a killed run goes on.
+        served: widths that the artifact serves, ascending; each layer at its own `Quantized.serving` of them.
         """
 
 

@@ -58,19 +58,23 @@ class Normalize(nn.Module):
 class Past:
     """Keys and values of the tokens a model has read, so that those that follow are read without them.
 
-    count: tokens read. batch: sequences of one length side by side. room: tokens that there is place for.
+    room: tokens that there is place for. count: tokens read, of sequences of one length side by side.
     """
 
-    def __init__(self, spec: ModelSpec, batch: int, room: int, dtype: torch.dtype = torch.float32) -> None:
-        shape = (spec.num_layers, batch, spec.num_kv_heads, room, spec.head_dim)
-        self.count, self._keys, self._values = 0, torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
+    def __init__(self, room: int) -> None:
+        self.room, self.count = room, 0
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
 
     def take(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keep what follows and return all of one layer; (batch, kv_heads, tokens, head_dim) each."""
+        if layer not in self._kept:
+            room = (*k.shape[:2], self.room, k.shape[3])
+            self._kept[layer] = k.new_empty(room), v.new_empty(room)
         stop = self.count + k.shape[2]
-        self._keys[layer, :, :, self.count : stop] = k
-        self._values[layer, :, :, self.count : stop] = v
-        return self._keys[layer, :, :, :stop], self._values[layer, :, :, :stop]
+        for kept, fresh in zip(self._kept[layer], (k, v), strict=True):
+            kept[:, :, self.count : stop] = fresh
+        keys, values = self._kept[layer]
+        return keys[:, :, :stop], values[:, :, :stop]
 
 
 class Attention(nn.Module):

@@ -75,7 +75,8 @@ def run_tuners(
         kept = Store(folder / f"tuned-{index}")
         if not kept.whole:
             progress.say(f"{tuner.name} on the whole model")
-            made = tuner.tune(original, deepcopy(student), coded, data, folder / f"tuning-{index}", progress)
+            kept_at = folder / f"tuning-{index}"
+            made = tuner.tune(original, deepcopy(student), coded, data, kept_at, progress, job.widths)
             for name, codes in made.items():
                 kept.quantized(name, codes, None)
             kept.settle(whole=True)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from lilliput.core.errors import QualityFailed
 from lilliput.core.progress import Silent
 from lilliput.data.streams import Batches
 from lilliput.methods.quantize import tune as module
-from lilliput.methods.quantize.tune import Run, Tune
+from lilliput.methods.quantize.tune import Run, Tune, written
 from lilliput.models import Checkpoint, Decoder, load_decoder
 from lilliput.models.writing import SIDE_BYTES, write
 from lilliput.numerics.grids import nearest
@@ -50,16 +51,16 @@ def distance(decoder: Decoder, coded: dict[str, Quantized], bits: int, tokens: T
     return float((exact.exp() * (exact - told)).sum(-1).mean())
 
 
-@pytest.mark.parametrize("written", [True, False])
+@pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize("shared", [False, True])
 def test_every_trained_width_comes_nearer_and_the_form_stays(
-    decoder: Decoder, tmp_path: Path, shared: bool, written: bool
+    decoder: Decoder, tmp_path: Path, shared: bool, own: bool
 ) -> None:
     coded, rows = coded_of(decoder, shared), rows_for(decoder)
-    made = Tune(steps=40, batch=6, written=written).tune(decoder, decoder, coded, rows, tmp_path, Silent())
+    made = Tune(steps=40, batch=6, written=own).tune(decoder, decoder, coded, rows, tmp_path, Silent(), BITS)
     tokens = torch.tensor(rows.rows, dtype=torch.int64)
     most = 0.85 if shared else 0.75
-    if written:  # a random model says next to nothing twice, so that only what holds for all text is learnt
+    if own:  # a random model says next to nothing twice, so that only what holds for all text is learnt
         tokens, most = write(decoder, tokens[:, :12], 24, torch.Generator().manual_seed(99)), 0.95
     assert distance(decoder, made, 2, tokens) < most * distance(decoder, coded, 2, tokens)
     assert distance(decoder, made, 4, tokens) < distance(decoder, coded, 4, tokens)
@@ -80,7 +81,7 @@ def test_every_trained_width_comes_nearer_and_the_form_stays(
 @pytest.mark.parametrize("shared", [False, True])
 def test_nothing_changes_before_the_first_step(decoder: Decoder, tmp_path: Path, shared: bool) -> None:
     coded = coded_of(decoder, shared)
-    run = Run(Tune(steps=1), decoder, decoder, coded, rows_for(decoder), tmp_path, Silent())
+    run = Run(Tune(steps=1), decoder, decoder, coded, rows_for(decoder).rows, tmp_path, Silent(), BITS)
     for name, layer in run.layers.items():
         again = layer.quantized(coded[name].bits[-1])
         assert torch.equal(again.codes, coded[name].codes)
@@ -96,7 +97,7 @@ def test_rows_of_zeros_do_not_speed_up_the_others(decoder: Decoder, tmp_path: Pa
     try:
         weights[f"{name}.weight"][:40] = 0.0
         coded = coded_of(decoder)
-        run = Run(Tune(steps=1), decoder, decoder, coded, rows_for(decoder), tmp_path, Silent())
+        run = Run(Tune(steps=1), decoder, decoder, coded, rows_for(decoder).rows, tmp_path, Silent(), BITS)
         (rate,) = [g["rate"] for g in run.optimizer.param_groups if g["params"][0] is run.layers[name].weight]
         assert rate <= 0.005 * float(before.std())
         steps = coded[name].scale[coded[name].serving(run.widths[-1])]
@@ -108,7 +109,7 @@ def test_rows_of_zeros_do_not_speed_up_the_others(decoder: Decoder, tmp_path: Pa
 def test_grids_alone_leave_every_code(decoder: Decoder, tmp_path: Path) -> None:
     coded, rows = coded_of(decoder), rows_for(decoder)
     before = {name: value.clone() for name, value in decoder.state_dict().items()}
-    made = Tune(steps=30, codes=False, ends=False).tune(decoder, decoder, coded, rows, tmp_path, Silent())
+    made = Tune(steps=30, codes=False, ends=False).tune(decoder, decoder, coded, rows, tmp_path, Silent(), BITS)
     assert all(torch.equal(value, before[name]) for name, value in decoder.state_dict().items())
     tokens = torch.tensor(rows.rows, dtype=torch.int64)
     assert all(torch.equal(made[n].codes, coded[n].codes) for n in coded)
@@ -116,8 +117,8 @@ def test_grids_alone_leave_every_code(decoder: Decoder, tmp_path: Path) -> None:
     assert distance(decoder, made, 2, tokens) < distance(decoder, coded, 2, tokens)
 
 
-@pytest.mark.parametrize("written", [True, False])
-def test_a_killed_run_goes_on_to_the_same_numbers(decoder: Decoder, tmp_path: Path, written: bool) -> None:
+@pytest.mark.parametrize("own", [True, False])
+def test_a_killed_run_goes_on_to_the_same_numbers(decoder: Decoder, tmp_path: Path, own: bool) -> None:
     class Killed(Exception):
         pass
 
@@ -130,16 +131,16 @@ def test_a_killed_run_goes_on_to_the_same_numbers(decoder: Decoder, tmp_path: Pa
             if self.left == 0:
                 raise Killed
 
-    coded, rows, tune = coded_of(decoder), rows_for(decoder), Tune(steps=9, batch=5, written=written)
+    coded, rows, tune = coded_of(decoder), rows_for(decoder), Tune(steps=9, batch=5, written=own)
     torch.manual_seed(3)
-    whole = tune.tune(decoder, decoder, coded, rows, tmp_path / "whole", Silent())
+    whole = tune.tune(decoder, decoder, coded, rows, tmp_path / "whole", Silent(), BITS)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "EVERY", -1.0)  # a state after every step
         torch.manual_seed(3)
         with pytest.raises(Killed):
-            tune.tune(decoder, decoder, coded, rows, tmp_path / "cut", KillsAt(5 + 9 * 5 * written))
+            tune.tune(decoder, decoder, coded, rows, tmp_path / "cut", KillsAt(5 + 9 * 5 * own), BITS)
     torch.manual_seed(3)
-    again = tune.tune(decoder, decoder, coded, rows, tmp_path / "cut", Silent())
+    again = tune.tune(decoder, decoder, coded, rows, tmp_path / "cut", Silent(), BITS)
     for name, one in whole.items():
         assert torch.equal(one.codes, again[name].codes)
         assert all(torch.equal(one.scale[b], again[name].scale[b]) for b in one.bits)
@@ -150,36 +151,45 @@ def test_the_original_writes_every_row_anew_and_goes_on_where_it_was_killed(
 ) -> None:
     monkeypatch.setattr(module, "side_by_side", lambda _model, _length: 4)
 
-    def run(folder: str) -> Run:
-        torch.manual_seed(3)
-        return Run(
-            Tune(steps=3, batch=5), decoder, decoder, coded_of(decoder), rows_for(decoder), tmp_path / folder, Silent()
-        )
+    given = rows_for(decoder).rows
 
-    rows = run("whole")._written()
+    def run(folder: str) -> npt.NDArray[np.int32]:
+        torch.manual_seed(3)
+        return written(Tune(steps=3, batch=5), decoder, given, tmp_path / folder, Silent())
+
+    rows = run("whole")
     assert rows.shape == (15, 24)
     assert len(np.unique(rows[:, module.OPENING :], axis=0)) == 15
-    given = {tuple(row[at : at + 12]) for row in rows_for(decoder).rows for at in range(13)}
-    assert all(tuple(row[:12]) in given for row in rows)
+    openings = {tuple(row[at : at + 12]) for row in given for at in range(13)}
+    assert all(tuple(row[:12]) in openings for row in rows)
     real, wrote = module.write, []
 
-    def dies(*given: Any) -> Tensor:
-        wrote.append(given)
+    def dies(*asked: Any) -> Tensor:
+        wrote.append(asked)
         if len(wrote) == 3:
             raise KeyboardInterrupt
-        return real(*given)
+        return real(*asked)
 
     monkeypatch.setattr(module, "write", dies)
     with pytest.raises(KeyboardInterrupt):
-        run("cut")._written()
-    assert np.array_equal(run("cut")._written(), rows)
+        run("cut")
+    assert np.array_equal(run("cut"), rows)
     assert len(wrote) == 5  # two, the one that died, and the two that were missing
+
+
+def test_written_rows_begin_as_all_rows_of_the_text_do(decoder: Decoder, tmp_path: Path) -> None:
+    given = rows_for(decoder).rows.copy()
+    given[:, 0] = 7
+    rows = written(Tune(steps=4, batch=5), decoder, given, tmp_path, Silent())
+    assert (rows[:, 0] == 7).all()
+    openings = {tuple(row[at + 1 : at + 12]) for row in given for at in range(13)}
+    assert all(tuple(row[1:12]) in openings for row in rows)
 
 
 @pytest.mark.parametrize("codes", [True, False])
 def test_the_memory_it_announces_is_what_training_holds(decoder: Decoder, tmp_path: Path, codes: bool) -> None:
     coded = coded_of(decoder)
-    run = Run(Tune(steps=2, codes=codes), decoder, decoder, coded, rows_for(decoder), tmp_path, Silent())
+    run = Run(Tune(steps=2, codes=codes), decoder, decoder, coded, rows_for(decoder).rows, tmp_path, Silent(), BITS)
     run._step(0, [0])
     layers = list(run.layers.values())
     trained = [tensor for layer in layers for _, tensor in layer.named()]
@@ -199,7 +209,7 @@ def test_the_memory_it_announces_is_what_training_holds(decoder: Decoder, tmp_pa
 def test_a_loss_that_is_no_number_names_the_width_and_the_step(decoder: Decoder, tmp_path: Path) -> None:
     coded, rows = coded_of(decoder), rows_for(decoder)
     with pytest.raises(QualityFailed, match=r"at 2 bits is (nan|inf) in step \d+"):
-        Tune(steps=30, grid_rate=1e6).tune(decoder, decoder, coded, rows, tmp_path, Silent())
+        Tune(steps=30, grid_rate=1e6).tune(decoder, decoder, coded, rows, tmp_path, Silent(), BITS)
 
 
 def test_layers_of_one_width_each_are_one_model(decoder: Decoder, tmp_path: Path) -> None:
@@ -208,4 +218,23 @@ def test_layers_of_one_width_each_are_one_model(decoder: Decoder, tmp_path: Path
         name: nearest(one.weight.detach(), (2 + at % 3,), 16, sym=False)
         for at, (name, one) in enumerate(linears.items())
     }
-    assert len(Run(Tune(steps=1), decoder, decoder, coded, rows_for(decoder), tmp_path, Silent()).widths) == 1
+    assert (
+        len(Run(Tune(steps=1), decoder, decoder, coded, rows_for(decoder).rows, tmp_path, Silent(), BITS).widths) == 1
+    )
+
+
+@pytest.mark.parametrize(
+    ("served", "ladders"),
+    [((2, 4), [(2, 4), (3, 4), (2, 5)]), ((2, 3, 4), [(2, 3, 5), (3, 6)]), ((6, 8), [(6,), (8,)])],
+)
+def test_the_widths_trained_are_those_served(
+    decoder: Decoder, tmp_path: Path, served: tuple[int, ...], ladders: list[tuple[int, ...]]
+) -> None:
+    """Whatever widths layers have beside them, and whether or not any layer has just that one."""
+    linears = {name: one for block in decoder.blocks for name, one in block.linears().items()}  # type: ignore[operator]
+    coded = {
+        name: nearest(one.weight.detach(), ladders[at % len(ladders)], 16, sym=False)
+        for at, (name, one) in enumerate(linears.items())
+    }
+    run = Run(Tune(steps=1), decoder, decoder, coded, rows_for(decoder).rows, tmp_path, Silent(), served)
+    assert tuple(run.widths) == (served if served[0] < 6 else (6,))

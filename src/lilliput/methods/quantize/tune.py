@@ -1,19 +1,19 @@
 """Tune: trains the codes and the grids of every width together, so that the model says what the original says.
 
-Source: Liu et al., "LLM-QAT: Data-Free Quantization Aware Training", 2023, sections 2.1 (the original writes the text it
-is trained on) and 2.2 (its output distribution is the target); Nair et al., "Matryoshka Quantization", 2025, section 3 (one weight trained through all of
-its top bits); Chen et al., "EfficientQAT", 2024, section 3.3 (grids trained end to end); straight-through gradients
-after Bengio et al., 2013.
+Source: Liu et al., "LLM-QAT: Data-Free Quantization Aware Training", 2023, sections 2.1 (the original writes the text
+that is trained on) and 2.2 (its output distribution is the target); Nair et al., "Matryoshka Quantization", 2025, section
+3 (one weight trained through all of its top bits); Chen et al., "EfficientQAT", 2024, section 3.3 (grids trained end to
+end); straight-through gradients after Bengio et al., 2013.
 Deviation: the loss is the sum over the widths of the logarithm of KL, so that a share lost at one width weighs as much as
 the same share at another; KL itself would see the narrowest alone, and with its root the widest still lost what the
 narrow ones gained. Every width has grids of its own where its store does, else a ratio a row; the model is not trained
-on the text, only held to the original on it. What the original writes begins with some tokens of the calibration text, in
-the place of a random one, and is drawn as it is from there on. Widths beyond those trained keep the original weight's place within the
-trained cell. With tables only grids are trained, and codes stay.
+on the text, only held to the original on it. What the original writes begins with some tokens of the calibration text,
+in the place of a random one, and is drawn as it is from there on. Widths beyond those trained keep the original weight's
+place within the trained cell. With tables only grids are trained, and codes stay.
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import ceil
@@ -49,11 +49,12 @@ OPENING = 16
 class Tune(Tuner):
     """Trains by distillation for `steps` steps of `batch` rows.
 
-    learning_rate: of the weights behind the codes, in steps of the widest width trained. grid_rate: of the logarithm
-    of the scales and of the zeros in steps. widths: those to train for; empty for all up to 4 bits, or for the narrowest
-    where all are wider. written: the original writes every row of the training, as long as those of the calibration text,
-    which it only takes openings from; false trains on the calibration text itself, again and again. codes: false freezes the codes and trains grids alone, which needs far less memory. ends: treat
-    the embedding and the head as well.
+    learning_rate: of the weights behind the codes, in steps of the widest width trained. grid_rate: of the logarithm of
+    the scales and of the zeros in steps. widths: those to train for; empty for all served up to 4 bits, or for the
+    narrowest where all are wider. written: the original writes every row of the training, as long as those of the
+    calibration text, which it only takes openings from; false trains on the calibration text itself, again and again.
+    codes: false freezes the codes and trains grids alone, which needs far less memory. ends: treat the embedding and the
+    head as well.
     """
 
     steps: int = 300
@@ -90,12 +91,44 @@ class Tune(Tuner):
         batches: Batches,
         folder: Path,
         progress: Progress,
+        served: Sequence[int],
     ) -> dict[str, Quantized]:
         """Return codes and grids of the same ladders; see `Tuner.tune`.
 
         Raises QualityFailed, naming the step, when the loss is not finite.
         """
-        return Run(self, original, student, coded, batches, folder, progress).finish()
+        # Before anything is held for the training: the two need not fit side by side.
+        rows = written(self, original, batches.rows, folder, progress) if self.written else batches.rows
+        return Run(self, original, student, coded, rows, folder, progress, served).finish()
+
+
+def written(options: Tune, original: Decoder, given: I32, folder: Path, progress: Progress) -> I32:
+    """A row for every row of every step, written by the original: (steps * batch, length) int32.
+
+    given: (samples, length) rows of the calibration text. Where all of them begin with one token, as a BOS, so does every
+    row. Kept in `folder` as they are written; how many were there when a run was killed changes none of them.
+    """
+    wanted, length = options.steps * options.batch, given.shape[1]
+    opening, rows = max(1, min(OPENING, length // 2)), torch.from_numpy(given.astype(np.int64))
+    times = ceil(wanted / side_by_side(original, length))
+    at_once = ceil(wanted / times)  # all alike, so that few are written in vain
+    file = folder / "written.safetensors"
+    parts = [load_file(file)["rows"]] if file.exists() else []
+    done = sum(map(len, parts))
+    progress.begin("text by the original", wanted, done=min(done, wanted))
+    folder.mkdir(parents=True, exist_ok=True)
+    while done < wanted:
+        generator = torch.Generator().manual_seed((torch.initial_seed() * 1_000_003 + done) % (1 << 63))
+        row = torch.randint(len(rows), (at_once, 1), generator=generator)
+        start = torch.randint(length - opening + 1, (at_once, 1), generator=generator)
+        openings = rows[row, start + torch.arange(opening)]
+        if bool((rows[:, 0] == rows[0, 0]).all()):
+            openings[:, 0] = rows[0, 0]
+        parts.append(write(original, openings, length, generator).to(torch.int32))
+        _replace(file, {"rows": torch.cat(parts)})
+        progress.advance(min(at_once, wanted - done))
+        done += at_once
+    return torch.cat(parts)[:wanted].numpy()
 
 
 class Run:
@@ -107,23 +140,23 @@ class Run:
         original: Decoder,
         student: Decoder,
         coded: Mapping[str, Quantized],
-        batches: Batches,
+        rows: I32,
         folder: Path,
         progress: Progress,
+        served: Sequence[int],
     ) -> None:
         self.options, self.original, self.student, self.coded = options, original, student, coded
-        self.rows, self.folder, self.progress = batches.rows, folder, progress
+        self.rows, self.folder, self.progress = rows, folder, progress
         chosen = [n for n in coded if options.covers(n)]
         weights = student.state_dict()
         self.layers = {
             n: Trainable(weights[f"{n}.weight"].float(), coded[n], options.codes and not coded[n].table) for n in chosen
         }
-        served = sorted({b for n, q in coded.items() for b in q.bits if n.startswith("layers.")})
         usual = [b for b in served if b <= 4] or served[:1]
         self.widths = [b for b in options.widths or usual if b in served]
         if not self.widths:
-            what = f"widths {list(options.widths)} are none of those served, {served}"
-            raise ConfigError(what, "tune.widths", f"Give some of {served}")
+            what = f"widths {list(options.widths)} are none of those served, {list(served)}"
+            raise ConfigError(what, "tune.widths", f"Give some of {list(served)}")
         # With a width of its own for every layer all widths are one and the same model, which counts once.
         self.widths = list({tuple(q.serving(b) for q in coded.values()): b for b in self.widths}.values())
         groups: list[dict[str, Any]] = []
@@ -141,8 +174,6 @@ class Run:
         """Train what is left to train and return the result."""
         self.original.requires_grad_(False)
         self.student.requires_grad_(False)
-        if self.options.written:
-            self.rows = self._written()
         first = self._load()
         self.progress.begin("tune", self.options.steps, done=first)
         order = self._order(first)
@@ -155,31 +186,6 @@ class Run:
                 saved = time.monotonic()
         made = {n: layer.quantized(layer.serving(self.widths[-1])) for n, layer in self.layers.items()}
         return {n: made.get(n) or self.fixed[n] for n in self.coded}
-
-    def _written(self) -> I32:
-        """A row for every row of every step, written by the original: (steps * batch, length) int32.
-
-        Kept as they are written; how many were there when a run was killed changes none of them.
-        """
-        wanted, length = self.options.steps * self.options.batch, self.rows.shape[1]
-        opening, given = max(1, min(OPENING, length // 2)), torch.from_numpy(self.rows.astype(np.int64))
-        times = ceil(wanted / side_by_side(self.original, length))
-        at_once = ceil(wanted / times)  # all alike, so that few are written in vain
-        file = self.folder / "written.safetensors"
-        parts = [load_file(file)["rows"]] if file.exists() else []
-        done = sum(map(len, parts))
-        self.progress.begin("text by the original", wanted, done=min(done, wanted))
-        self.folder.mkdir(parents=True, exist_ok=True)
-        while done < wanted:
-            generator = torch.Generator().manual_seed((torch.initial_seed() * 1_000_003 + done) % (1 << 63))
-            row = torch.randint(len(given), (at_once, 1), generator=generator)
-            start = torch.randint(length - opening + 1, (at_once, 1), generator=generator)
-            openings = given[row, start + torch.arange(opening)]
-            parts.append(write(self.original, openings, length, generator).to(torch.int32))
-            _replace(file, {"rows": torch.cat(parts)})
-            self.progress.advance(min(at_once, wanted - done))
-            done += at_once
-        return torch.cat(parts)[:wanted].numpy()
 
     def _order(self, steps: int) -> Iterator[int]:
         """Numbers of rows, shuffled anew each time all were seen, from where so many steps have left off."""

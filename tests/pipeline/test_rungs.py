@@ -19,7 +19,7 @@ from lilliput.models import Checkpoint
 from lilliput.pipeline import compress
 from lilliput.pipeline.budget import Target, allocate, check_target, largest
 from lilliput.pipeline.plan import Work, entry_of, plan_work
-from lilliput.pipeline.rungs import Stair, climb, labels_of, price
+from lilliput.pipeline.rungs import NEAR, Stair, climb, labels_of, price
 from support.families import FAMILIES
 
 LADDER = [2, 3, 4, 5, 6]
@@ -109,6 +109,11 @@ def test_a_price_is_what_the_rung_by_itself_would_pay() -> None:
     middle = int(np.median([cost for cost, _ in every]))
     found = price(stairs, losses, 3, middle, 3)
     assert found.loss == pytest.approx(1 / min(loss for cost, loss in every if cost <= middle))
+    cheap, dear = int(middle * (1 - NEAR)), int(middle * (1 + NEAR))
+    (low, low_cost), (high, high_cost) = (
+        min((loss, cost) for cost, loss in every if cost <= most) for most in (cheap, dear)
+    )
+    assert found.byte == pytest.approx(found.loss * (low - high) / (high_cost - low_cost))
     assert found.byte > 0
     assert price(stairs, losses, 3, 10 * middle, 3).byte == 0  # all have the widest
 
@@ -135,6 +140,24 @@ def test_a_narrow_rung_leaves_room_for_what_a_wider_one_needs() -> None:
     assert 8 not in {bits for ladder in first.ladders.values() for bits in ladder}
     assert first.ladders["sensitive"] == (3,)
     assert second.cost <= then
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_every_budget_is_kept_where_a_later_one_binds(seed: int) -> None:
+    """What is chosen then need not be the best, but it is there, and no budget is passed."""
+    draw = np.random.default_rng(seed)
+    quantizer = RTN(bits=tuple(LADDER), group_size=32, shared=True)
+    stairs = {f"{n}": Stair((int(draw.integers(1, 5)) * 16, 64), quantizer) for n in range(6)}
+    losses = {name: {b: float(feels) * 3.0**-b for b in LADDER} for name in stairs for feels in [draw.exponential()]}
+    least = [sum(held) for held in zip(*(s.least((), (2, 3), 3) for s in stairs.values()), strict=True)]
+    wide = sum(stair.held((4,), 3) for stair in stairs.values())
+    free = climb(stairs, losses, (2, 3), [wide, 2 * wide])
+    tight = climb(stairs, losses, (2, 3), [wide, int(least[1] * 1.03)])
+    for limits, rungs in (((wide, 2 * wide), free), ((wide, int(least[1] * 1.03)), tight)):
+        assert all(rung.cost <= most for rung, most in zip(rungs, limits, strict=True))
+    # The narrow rung by itself would take what leaves the later one out of reach.
+    assert sum(stairs[n].least(ladder, (3,), 3)[0] for n, ladder in free[0].ladders.items()) > int(least[1] * 1.03)
+    assert tight[0].cost < free[0].cost
 
 
 def test_later_rungs_do_not_change_what_a_copy_of_an_earlier_one_holds() -> None:

@@ -47,7 +47,7 @@ class Target:
             return cls((), size)
         every = tuple(bits) if isinstance(bits, Sequence) else (bits,)
         if not every or not all(map(_positive, every)) or list(every) != sorted(set(every)):
-            fix = "Give 3.2 bits, 1.1GB, or ascending bits such as 2.4,3.4,4.5"
+            fix = "Give 3.2 bits, 1.1GB, or ascending bits such as 2.8,3.6,4.6"
             raise ConfigError(f"the target is {_told(bits)}", where="target", fix=fix)
         return cls(every, None)
 
@@ -64,7 +64,7 @@ def check_target(work: Work, target: Target) -> None:
         what = "a target needs layers to choose widths for, and no stage of the recipe quantizes any"
         raise ConfigError(what, where="target", fix="Use a recipe with a quantizer such as nested")
     if len(target.bits) > 1:
-        _labels(work, target)
+        labels_for(work, target)
         return
     least = {name: min(entries, key=lambda b: stored_bytes(entries[b])) for name, entries in options.items()}
     entries = {name: options[name][bits] for name, bits in least.items()}
@@ -154,7 +154,7 @@ def _nested(
     recipe: Recipe, work: Work, target: Target, losses: Mapping[str, Mapping[int, float]]
 ) -> tuple[Recipe, list[BudgetRow]]:
     """The recipe with the ladder of every layer, and what each rung is predicted to lose. losses: as `climb` wants them."""
-    weights, labels, stairs = _weights(work), _labels(work, target), _stairs(work)
+    weights, labels, stairs = _weights(work), labels_for(work, target), _stairs(work)
     rungs = climb(stairs, losses, labels, [limit_of(bits, weights) for bits in target.bits])
     ladders = rungs[-1].ladders
     entries = {n: entry_of(s.shape, replace(s.quantizer, bits=ladders[n])) for n, s in stairs.items()}
@@ -230,7 +230,7 @@ def _widths(of: Mapping[str, Iterable[int]]) -> list[int]:
     return sorted({bits for name, own in of.items() if name.startswith("layers.") for bits in own})
 
 
-def _labels(work: Work, target: Target) -> tuple[int, ...]:
+def labels_for(work: Work, target: Target) -> tuple[int, ...]:
     """The width that each of several budgets is served under. Raises ConfigError as `labels_of` does."""
     stairs = _stairs(work)
     own = {name: stair.quantizer.bits for name, stair in stairs.items()}

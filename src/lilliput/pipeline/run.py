@@ -31,7 +31,7 @@ from lilliput.methods.sources import CheckpointSource, DecoderSource, Source
 from lilliput.methods.sweep import FLOAT, Job, Outcome, Sweep
 from lilliput.models import Checkpoint, load_encoder
 from lilliput.numerics.nested import Quantized
-from lilliput.pipeline.budget import allocate, largest
+from lilliput.pipeline.budget import allocate, labels_for, largest
 from lilliput.pipeline.card import model_card
 from lilliput.pipeline.gate import (
     UNQUANTIZED,
@@ -75,7 +75,10 @@ def plan_report(
     size_bytes, warnings = plan.total_bytes(), list(checkpoint.notes)
     if options.target and not allocated:
         size_bytes, rows = largest(work, options.target), []
-        warnings.append("no weight was read, so no width is chosen yet; the size is the most it may be")
+        found = "the size is the most it may be"
+        if len(options.target.bits) > 1:
+            found = f"it will serve {', '.join(map(str, labels_for(work, options.target)))} bits, and {found}"
+        warnings.append(f"no weight was read, so no width is chosen yet; {found}")
     if options.calibration and not work.needs_calibration:
         warnings.append(f"the recipe learns nothing from {told_as(checkpoint)}; the calibration files are not used")
     return CompressReport(

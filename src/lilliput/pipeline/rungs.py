@@ -20,6 +20,7 @@ from lilliput.pipeline.allocate import Choice, Frontier, fit
 from lilliput.pipeline.plan import entry_of
 
 Ladder = tuple[int, ...]
+Labels = tuple[int, ...]
 Losses = Mapping[str, Mapping[int, float]]
 
 NEAR = 0.02
@@ -59,7 +60,7 @@ class Stair:
         return self._known[key]
 
     def least(self, ladder: Ladder, labels: Sequence[int], top: int) -> list[int]:
-        """Bytes at the rungs of the labels when the cheapest width is taken at each."""
+        """Bytes at the rungs of the labels when the cheapest width is taken at each, whatever the next one then costs."""
         found = []
         for label in labels:
             ladder = min(self.climbs(ladder, label), key=lambda to: self.held(to, top))
@@ -87,13 +88,13 @@ def up(bits: float) -> str:
     return f"{-(-bits * 100 // 1) / 100:.2f}"
 
 
-def labels_of(stairs: Sequence[Stair], widths: Sequence[int], budgets: Sequence[float], weights: int) -> Ladder:
+def labels_of(stairs: Sequence[Stair], widths: Sequence[int], budgets: Sequence[float], weights: int) -> Labels:
     """The width that each budget is served under: the widest of `widths` that fits it for every layer.
 
     What narrower rungs need beside it, grids of their own or ratios, is counted. widths, budgets: ascending, these in
     bits a weight. Raises ConfigError where no width above that of the budget before fits.
     """
-    labels: Ladder = ()
+    labels: Labels = ()
     for at, budget in enumerate(budgets):
         wider = [bits for bits in widths if not labels or bits > labels[-1]]
         if not wider:
@@ -147,7 +148,7 @@ def price(stairs: Mapping[str, Stair], losses: Losses, label: int, limit: int, t
     return Price(share, share * float(low - high) / max(1, int(more - fewer)))
 
 
-def climb(stairs: Mapping[str, Stair], losses: Losses, labels: Ladder, limits: Sequence[int]) -> list[Rung]:
+def climb(stairs: Mapping[str, Stair], losses: Losses, labels: Labels, limits: Sequence[int]) -> list[Rung]:
     """Choose every layer's ladder, the narrowest rung first.
 
     losses: nats by layer and width, none above that of a narrower width. labels, limits: of each rung, ascending, and
@@ -189,7 +190,10 @@ def climb(stairs: Mapping[str, Stair], losses: Losses, labels: Ladder, limits: S
 def _choose(
     frontier: Frontier, limit: int, later: Sequence[Mapping[int, Sequence[int]]], limits: Sequence[int]
 ) -> int | None:
-    """The least loss that costs at most `limit` and leaves the later rungs inside theirs; None where nothing does.
+    """A point that costs at most `limit` and leaves the later rungs inside theirs; None where none of the frontier does.
+
+    It has the least loss where that alone leaves them; else steps down are taken until they are, and what has less loss
+    may be passed by.
 
     later: of each layer by its width, the least bytes at those rungs.
     """

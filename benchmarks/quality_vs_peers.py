@@ -10,6 +10,7 @@ what the figures mean and what they do not.
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -66,7 +67,7 @@ def main() -> int:
         finished = done(setup) if a.resume else []
         todo = [t for t in tasks(a) if not any(map(t.gave, finished))]
         run(a, folder, todo, {"setup": setup, "model": a.model.resolve().name, **asked})
-    lines = recorded(setup)
+    lines = [line for line in recorded(setup) if meant(line)]
     print("\n" + report.table(lines))
     if a.plot and report.rows(lines):
         report.plot(a.plot, lines)
@@ -201,6 +202,16 @@ def recorded(setup: str) -> list[dict[str, Any]]:
     path = RESULTS / f"{NAME}.jsonl"
     lines = map(json.loads, path.read_text(encoding="utf-8").splitlines()) if path.exists() else []
     return [line for line in lines if line["setup"] == setup]
+
+
+def meant(line: Mapping[str, Any]) -> bool:
+    """Whether a line is of what its contender's name means today, whatever its steps; the oldest do not say."""
+    contender = CONTENDERS.get(line["contender"])
+    if contender is None or "options" not in line:
+        return contender is not None
+    task = Task(line["contender"], contender, line["bits"], line["seed"])
+    said, means = (re.sub(r'"steps": [^,}]*', "", json.dumps(each)) for each in (line["options"], task.options))
+    return said == means
 
 
 def done(setup: str) -> list[dict[str, Any]]:

@@ -293,6 +293,17 @@ def test_only_finished_lines_of_the_same_setup_are_left_out(
     assert program.Task("d", contender, 4, 0, steps=61).gave(finished[1])
 
 
+def test_lines_of_what_a_contender_once_meant_are_no_longer_shown(load: Any) -> None:
+    program = load("quality_vs_peers")
+    task = program.Task("lilliput tuned", program.CONTENDERS["lilliput tuned"], 4, 0, steps=300)
+    told = line("lilliput tuned", 4, 0.1, options=task.options)
+    assert program.meant(told)
+    assert program.meant(line("lilliput tuned", 4, 0.1))  # the oldest lines do not say
+    before = [task.options["recipe"][0], {"tune": {"steps": 300}}]
+    assert not program.meant(told | {"options": {**task.options, "recipe": before}})
+    assert not program.meant(told | {"contender": "nobody"})
+
+
 def test_rows_are_means_over_seeds_of_the_newest_lines(load: Any) -> None:
     report = load("peers.quality.report")
     lines = [line("a", 4, 9.0), line("a", 4, 0.1), line("a", 4, 0.3, seed=1), line("b", 4, 0.05, seed=None)]

@@ -89,6 +89,12 @@ CONTENDERS: dict[str, Contender] = {
         shared=True,
         targets=[2.3, 3.33, 4.35],
     ),  # as many bits as one width for all layers has, nested in groups of 64
+    "lilliput tuned nested mixed larger": ours(
+        {"gptq": {"bits": [2, 3, 4, 5, 6], **NESTED, "group_size": 128}},
+        TUNE,
+        shared=True,
+        targets=[2.33, 3.38, 4.6],
+    ),
     "llm-compressor rtn": Contender("llm-compressor", "run_llm_compressor.py", {"method": "rtn"}, learns=False),
     "llm-compressor gptq": Contender("llm-compressor", "run_llm_compressor.py", {"method": "gptq"}),
     "llm-compressor awq": Contender("llm-compressor", "run_llm_compressor.py", {"method": "awq"}),

@@ -47,6 +47,8 @@ BLOCKS = {"group_size": "$group_size", "ragged": True, "embeddings": False, "hea
 """Only the matrices of the blocks, at the group size all are given."""
 NESTED = {**BLOCKS, "shared": True}
 TUNE = {"tune": {"steps": "$steps", "written": True}}
+LADDERS = {"gptq": {"bits": [2, 3, 4, 5, 6], **NESTED, "group_size": 128}}
+"""What ladders of a nested artifact are chosen from, for budgets."""
 
 
 def gguf(importance: bool, **ftypes: str) -> Contender:
@@ -84,13 +86,13 @@ CONTENDERS: dict[str, Contender] = {
         targets={4: 4.3, 3: 3.28, 2: 2.276},
     ),  # as many bits as groups of 64 have at one width; groups of 128 leave an eighth of a bit to choose with
     "lilliput tuned nested mixed": ours(
-        {"gptq": {"bits": [2, 3, 4, 5, 6], **NESTED, "group_size": 128}},
+        LADDERS,
         TUNE,
         shared=True,
         targets=[2.3, 3.33, 4.35],
     ),  # as many bits as one width for all layers has, nested in groups of 64
     "lilliput tuned nested mixed larger": ours(
-        {"gptq": {"bits": [2, 3, 4, 5, 6], **NESTED, "group_size": 128}},
+        LADDERS,
         TUNE,
         shared=True,
         targets=[2.33, 3.38, 4.6],

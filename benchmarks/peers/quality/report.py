@@ -21,9 +21,9 @@ def rows(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     told = [line for line in lines if "error" not in line]
     options = {(line["bits"], line["contender"]): line.get("options") for line in told}
     groups: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
-    for line in (one for one in newest(lines) if "error" not in one):
+    for line in newest(lines):
         who = (line["bits"], line["contender"])
-        if line.get("options") in (None, options[who]):
+        if "error" not in line and line.get("options") in (None, options[who]):
             groups.setdefault(who, []).append(line)
     found = []
     for (bits, contender), group in groups.items():

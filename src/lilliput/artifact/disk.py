@@ -2,7 +2,8 @@
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from lilliput.artifact.entries import FileEntry, plain_name
@@ -59,6 +60,15 @@ def write_whole(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to; when the context ends that file is on the disk and stands in the place of `path`, if any."""
+    fresh = path.with_suffix(".new")
+    yield fresh
+    sync(fresh)
+    fresh.replace(path)
 
 
 def sync(path: Path) -> None:

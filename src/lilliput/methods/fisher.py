@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lilliput.artifact.disk import sync
+from lilliput.artifact.disk import replacing, sync
 from lilliput.core.errors import InputCorrupt
 from lilliput.core.progress import Progress
 from lilliput.data.streams import I32, Batches
@@ -97,10 +97,8 @@ def _keep(sums: dict[str, Tensor], rows: int, file: Path) -> None:
         if not bool(torch.isfinite(total).all()):
             fix = "Check the model and the calibration text, or use a method that does not need gradients"
             raise InputCorrupt("its gradients are NaN or infinite on the calibration text", where=name, fix=fix)
-    fresh = file.with_suffix(".new")
-    save_file(sums, fresh, metadata={"rows": str(rows)})
-    sync(fresh)
-    fresh.replace(file)
+    with replacing(file) as fresh:
+        save_file(sums, fresh, metadata={"rows": str(rows)})
     sync(file.parent)
 
 

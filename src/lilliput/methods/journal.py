@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lilliput.artifact.disk import sync
+from lilliput.artifact.disk import replacing, sync
 from lilliput.core.errors import InputCorrupt
 
 
@@ -58,11 +58,9 @@ class Journal:
 
     def save(self, state: State) -> None:
         """Replace the saved state by this one; on disk when this returns."""
-        fresh = self._file.with_suffix(".new")
         told = json.dumps({"step": state.step, "records": state.records})
-        save_file({k: v.contiguous() for k, v in state.streams.items()}, fresh, metadata={"state": told})
-        sync(fresh)
-        os.replace(fresh, self._file)
+        with replacing(self._file) as fresh:
+            save_file({k: v.contiguous() for k, v in state.streams.items()}, fresh, metadata={"state": told})
         sync(self._folder)
 
     def forget(self) -> None:

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lilliput.artifact.disk import sync
+from lilliput.artifact.disk import replacing
 from lilliput.core.errors import QualityFailed
 from lilliput.core.progress import Progress
 from lilliput.methods.student import Student
@@ -92,11 +92,9 @@ class Saved:
 
     def save(self, tensors: Mapping[str, Tensor], told: Mapping[str, Any]) -> None:
         """Replace the state; on disk when this returns."""
-        fresh = self.path.with_suffix(".new")
         metadata = {"digest": self.digest, "told": json.dumps(told)}
-        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, fresh, metadata=metadata)
-        sync(fresh)
-        fresh.replace(self.path)
+        with replacing(self.path) as fresh:
+            save_file({k: v.detach().contiguous() for k, v in tensors.items()}, fresh, metadata=metadata)
 
 
 def train(

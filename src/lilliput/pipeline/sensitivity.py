@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lilliput.artifact.disk import sync
+from lilliput.artifact.disk import replacing
 from lilliput.core.errors import InputCorrupt
 from lilliput.core.progress import Progress
 from lilliput.data.streams import I32
@@ -161,10 +161,8 @@ class Sensitivities:
             raise InputCorrupt(f"was damaged ({error})", where=str(self._file), fix=fix) from None
 
     def _save(self, found: Losses) -> None:
-        fresh = self._file.with_suffix(".new")
-        fresh.write_text(json.dumps(found, indent=1), "utf-8")
-        sync(fresh)
-        fresh.replace(self._file)
+        with replacing(self._file) as fresh:
+            fresh.write_text(json.dumps(found, indent=1), "utf-8")
 
 
 def _singly(batch: Tensor) -> Iterator[Tensor]:

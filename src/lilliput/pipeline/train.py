@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lilliput.artifact.disk import sync
+from lilliput.artifact.disk import replacing
 from lilliput.core.errors import ConfigError
 from lilliput.core.progress import Progress
 from lilliput.data.streams import Batches
@@ -61,10 +61,8 @@ def run_model_methods(
                 raise ConfigError(what, where=method.name, fix="Correct its respec")
         else:
             _sweep_in_memory(decoder, run, data, probe, folder, progress)
-        fresh = kept.with_suffix(".new")
-        save_file({k: v.contiguous() for k, v in decoder.state_dict().items()}, fresh)
-        sync(fresh)
-        fresh.replace(kept)
+        with replacing(kept) as fresh:
+            save_file({k: v.contiguous() for k, v in decoder.state_dict().items()}, fresh)
     return decoder, reference
 
 

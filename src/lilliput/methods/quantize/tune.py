@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from lilliput.artifact.disk import sync
+from lilliput.artifact.disk import replacing
 from lilliput.core.errors import ConfigError, QualityFailed
 from lilliput.core.progress import Progress
 from lilliput.data.streams import I32, Batches
@@ -125,7 +125,8 @@ def written(options: Tune, original: Decoder, given: I32, folder: Path, progress
         if bool((rows[:, 0] == rows[0, 0]).all()):
             openings[:, 0] = rows[0, 0]
         parts.append(write(original, openings, length, generator).to(torch.int32))
-        _replace(file, {"rows": torch.cat(parts)})
+        with replacing(file) as fresh:
+            save_file({"rows": torch.cat(parts)}, fresh)
         progress.advance(min(at_once, wanted - done))
         done += at_once
     return torch.cat(parts)[:wanted].numpy()
@@ -234,7 +235,8 @@ class Run:
                 state[f"{name}/{key}"] = value.detach()
                 for moment, tensor in self.optimizer.state.get(value, {}).items():
                     state[f"{name}/{key}/{moment}"] = tensor
-        _replace(self._file, state)
+        with replacing(self._file) as fresh:
+            save_file({k: v.contiguous() for k, v in state.items()}, fresh)
 
     def _load(self) -> int:
         """Take up a saved state; return the steps it has behind it."""
@@ -248,14 +250,6 @@ class Run:
                 if all(tensor is not None for tensor in moments.values()):
                     self.optimizer.state[value] = moments
         return int(state["step"])
-
-
-def _replace(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Put tensors in the place of those that file has, if any; on disk when this returns."""
-    fresh = file.with_suffix(".new")
-    save_file({k: v.contiguous() for k, v in tensors.items()}, fresh)
-    sync(fresh)
-    fresh.replace(file)
 
 
 def _step(scale: Tensor) -> float:

@@ -56,8 +56,10 @@ def distance(decoder: Decoder, coded: dict[str, Quantized], bits: int, tokens: T
 def test_every_trained_width_comes_nearer_and_the_form_stays(
     decoder: Decoder, tmp_path: Path, shared: bool, own: bool
 ) -> None:
+    torch.manual_seed(0)  # what is written, and the order, are drawn from it
     coded, rows = coded_of(decoder, shared), rows_for(decoder)
-    made = Tune(steps=40, batch=6, written=own).tune(decoder, decoder, coded, rows, tmp_path, Silent(), BITS)
+    steps = 80 if own else 40  # at seven seeds 2 bits came to 0.82 to 0.89; after 40 steps to 0.92 to 0.95
+    made = Tune(steps=steps, batch=6, written=own).tune(decoder, decoder, coded, rows, tmp_path, Silent(), BITS)
     tokens = torch.tensor(rows.rows, dtype=torch.int64)
     most = 0.85 if shared else 0.75
     if own:  # a random model says next to nothing twice, so that only what holds for all text is learnt

@@ -120,7 +120,7 @@ def test_four_bit_weights_are_four_bits_in_the_file(models: Any, tmp_path: Path)
 
 
 def test_an_odd_number_of_four_bit_codes_is_packed() -> None:
-    from lilliput.export.onnx_nodes import Blob
+    from lilliput.export.onnx_graph import Blob
 
     codes = np.array([[-8, 7, 3], [-1, 0, 5], [1, 2, -3]], np.int8)
     blob = Blob.int4(codes)

@@ -95,7 +95,7 @@ CONTENDERS: dict[str, Contender] = {
         LADDERS,
         TUNE,
         shared=True,
-        targets=[2.33, 3.38, 4.6],
+        targets=[2.33, 3.42, 4.6],
     ),
     "llm-compressor rtn": Contender("llm-compressor", "run_llm_compressor.py", {"method": "rtn"}, learns=False),
     "llm-compressor gptq": Contender("llm-compressor", "run_llm_compressor.py", {"method": "gptq"}),

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lilliput.core.graph import Grid
-from lilliput.export.onnx_nodes import Phase
+from lilliput.export.onnx_graph import Phase
 
 VERSION = "0.6.1"
 

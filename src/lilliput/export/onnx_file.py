@@ -10,7 +10,7 @@ from onnx import ModelProto, TensorProto, helper
 
 from lilliput.core.errors import Unsupported
 from lilliput.core.version import VERSION
-from lilliput.export.onnx_nodes import IR_VERSION, OPSET, Blob, Phase
+from lilliput.export.onnx_graph import IR_VERSION, OPSET, Blob, Phase
 
 WEIGHTS = "weights.bin"
 INLINE = 1024

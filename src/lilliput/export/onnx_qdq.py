@@ -1,7 +1,7 @@
 """ONNX graphs in which every edge has a QuantizeLinear and a DequantizeLinear: `prefill.onnx` and `decode.onnx`, or
 `encoder.onnx`.
 
-`onnx_nodes` says how nodes become operators, `onnx_file` how they become files, `encodings` what stands beside them.
+`onnx_nodes` says how nodes become operators, `onnx_graph` what these are written with, `onnx_file` how they become files, `encodings` what stands beside them.
 """
 
 import json
@@ -18,7 +18,8 @@ from lilliput.core.spec import EncoderSpec
 from lilliput.export.base import Format
 from lilliput.export.encodings import encodings
 from lilliput.export.onnx_file import save
-from lilliput.export.onnx_nodes import LENGTH, OPSET, VECTOR, Builder, Phase, phases
+from lilliput.export.onnx_graph import LENGTH, OPSET, VECTOR, Phase
+from lilliput.export.onnx_nodes import Builder, phases
 
 DTYPES = {
     int(TensorProto.FLOAT): "float32",

@@ -12,7 +12,8 @@ below 2**62 its whole part is never farther off.
 import numpy as np
 
 from lilliput.core.graph import Attend, Grid, Linear, Multiply, Norm, Rotate, Sum, Table
-from lilliput.export.onnx_nodes import CODES, DOUBLE, INT64, Builder, Move, Site
+from lilliput.export.onnx_graph import CODES, DOUBLE, INT64, Move, Site
+from lilliput.export.onnx_nodes import Builder
 from lilliput.numerics.fixed import TURN_BITS
 
 

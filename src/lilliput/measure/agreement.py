@@ -34,7 +34,7 @@ from lilliput.core.graph import Attend, Grid
 from lilliput.core.progress import Progress, Silent
 from lilliput.core.spec import EncoderSpec
 from lilliput.engine.oracle import Oracle
-from lilliput.export.onnx_nodes import VECTOR
+from lilliput.export.onnx_graph import VECTOR
 
 STEPS_ALLOWED: Final = 1
 MIDDLE: Final = 1 / 8

@@ -19,7 +19,7 @@ from lilliput.models import Checkpoint
 from lilliput.pipeline import compress
 from lilliput.pipeline.budget import Target, allocate, check_target, largest
 from lilliput.pipeline.plan import Work, entry_of, plan_work
-from lilliput.pipeline.rungs import NEAR, Stair, climb, labels_of, price
+from lilliput.pipeline.rungs import NEAR, Stair, climb, labels_of, limit_of, price
 from support.families import FAMILIES
 
 LADDER = [2, 3, 4, 5, 6]
@@ -140,6 +140,36 @@ def test_a_narrow_rung_leaves_room_for_what_a_wider_one_needs() -> None:
     assert 8 not in {bits for ladder in first.ladders.values() for bits in ladder}
     assert first.ladders["sensitive"] == (3,)
     assert second.cost <= then
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_all_rungs_together_are_near_a_bound_that_no_choice_can_pass(seed: int) -> None:
+    """For any prices of bytes, each layer's cheapest ladder less what the budgets are worth bounds all choices inside them."""
+    draw, labels, top = np.random.default_rng(seed), (2, 3, 4), 4
+    quantizer = RTN(bits=tuple(LADDER), group_size=128, shared=True)
+    stairs = {f"{n}": Stair((int(draw.integers(4, 12)) * 64, 256), quantizer) for n in range(40)}
+    falls = {name: draw.uniform(3.5, 4.5) for name in stairs}
+    losses = {
+        name: {b: float(feels * fall**-b) for b in LADDER}
+        for name, fall in falls.items()
+        for feels in [draw.lognormal()]
+    }
+    weights = sum(s.shape[0] * s.shape[1] for s in stairs.values())
+    limits = [limit_of(bits, weights) for bits in (2.33, 3.4, 4.6)]
+    share = np.array([price(stairs, losses, b, most, top).loss for b, most in zip(labels, limits, strict=True)])
+    found = float(share @ [rung.loss for rung in climb(stairs, losses, labels, limits)])
+
+    ways = {name: ladders_of(labels) for name in stairs}
+    cost = [np.array([[stairs[n].held(ladder, top) for ladder in way] for way in ways[n]], float) for n in stairs]
+    lost = [np.array([[losses[n][ladder[-1]] for ladder in way] for way in ways[n]]) @ share for n in stairs]
+    byte, bound = np.full(3, share @ [0.05, 0.02, 0.005] / weights), 0.0
+    for turn in range(400):
+        best = [int(np.argmin(loss + held @ byte)) for loss, held in zip(lost, cost, strict=True)]
+        used = sum(held[at] for held, at in zip(cost, best, strict=True))
+        bound = max(bound, sum(loss[at] for loss, at in zip(lost, best, strict=True)) + float(byte @ (used - limits)))
+        byte = byte * np.exp(20 / (1 + turn / 20) * (used / limits - 1))
+    assert bound > 0
+    assert found < 1.04 * bound
 
 
 @pytest.mark.parametrize("seed", range(12))

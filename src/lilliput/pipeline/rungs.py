@@ -7,7 +7,8 @@ rung of 3 as well, where it would rather have 4. So every rung is a knapsack of 
 expected to lose at the later ones, their bytes being paid for at the price they have there; see `Price`.
 
 Source: for prices of bytes, Everett, "Generalized Lagrange Multiplier Method", Operations Research 1963. Deviation: they
-are those of a rung by itself and not sought again for all rungs together; budgets are kept by the knapsacks.
+are those of a rung by itself and not sought again for all rungs together, which could gain a percent or two (the tests
+hold what is chosen to a bound that no choice can pass); budgets are kept by the knapsacks.
 """
 
 from collections.abc import Mapping, Sequence

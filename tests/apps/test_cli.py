@@ -214,6 +214,30 @@ def test_commas_repeated_flags_and_the_environment_say_the_same() -> None:
     assert parsed("compress", *base, "--bits", "2", "--bits", "8, 2")["bits"] == [2, 8]
     assert parsed("compress", *base, LILLIPUT_COMPRESS_BITS="2,8")["bits"] == [2, 8]
     assert parsed("compress", *base, "--bits", "4", LILLIPUT_COMPRESS_BITS="2,8")["bits"] == [4]
+    assert parsed("compress", *base)["target_bits"] is None
+    assert parsed("compress", *base, "--target-bits", "2.8", "--target-bits", "3.6,4.6")["target_bits"] == (
+        2.8,
+        3.6,
+        4.6,
+    )
+    assert parsed("compress", *base, LILLIPUT_COMPRESS_TARGET_BITS="2.8,3.6")["target_bits"] == (2.8, 3.6)
+
+
+def test_every_option_has_a_twin_of_its_own_name_in_the_environment() -> None:
+    group = click.Context(cli.cli, info_name="lilliput", auto_envvar_prefix="LILLIPUT")
+    seen = 0
+    for verb in cli.cli.list_commands(group):
+        command = cli.cli.get_command(group, verb)
+        assert command is not None
+        context = click.Context(command, info_name=verb, parent=group)
+        for option in (p for p in command.params if isinstance(p, click.Option) and p.name != "help"):
+            flag = next(flag for flag in option.opts if flag.startswith("--"))
+            twin = f"LILLIPUT_{verb}_{flag[2:]}".replace("-", "_").upper()
+            with CliRunner().isolation(env={twin: "7"}):
+                assert option.resolve_envvar_value(context) == "7", twin
+            seen += 1
+    assert seen > 40
+    assert parsed("compress", "m", LILLIPUT_COMPRESS_OUT="there")["target"] == Path("there")
 
 
 @pytest.mark.parametrize(("text", "size"), [("8GiB", 8 << 30), ("500MB", 500_000_000), ("4096", 4096)])

@@ -1,3 +1,4 @@
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,9 @@ from lilliput.methods.base import build_stage
 @pytest.mark.parametrize("name", named())
 def test_every_shipped_recipe_says_what_it_is_for_and_builds(name: str) -> None:
     assert len(named()[name]) > 20
+    text = files("lilliput.recipes").joinpath(f"{name}.yaml").read_text("utf-8")
+    first = next(line for line in text.splitlines() if not line.startswith("#"))
+    assert text[: text.index(first)].replace("\n# ", " ").strip("# .\n") == named()[name]
     assert all(build_stage(stage) for stage in load_recipe(name).stages)
 
 

@@ -10,6 +10,7 @@ method's affair; here they are only carried.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +58,12 @@ class Recipe:
 
 
 def named() -> dict[str, str]:
-    """Names of the recipes we ship to what the first comment line of each says."""
+    """Names of the recipes we ship to what the comment at the head of each says."""
     found = {}
     for entry in sorted(files("lilliput.recipes").iterdir(), key=lambda e: e.name):
         if entry.name.endswith(".yaml"):
-            first = entry.read_text("utf-8").splitlines()[0]
-            found[entry.name.removesuffix(".yaml")] = first.lstrip("# ").rstrip(".")
+            head = takewhile(lambda line: line.startswith("#"), entry.read_text("utf-8").splitlines())
+            found[entry.name.removesuffix(".yaml")] = " ".join(line.lstrip("# ") for line in head).rstrip(".")
     return found
 
 

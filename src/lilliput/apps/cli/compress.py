@@ -23,7 +23,13 @@ FRONTIER = {"bits_per_weight": "bits a weight", "size": "size", "predicted_kl": 
 @click.command("compress")
 @click.argument("model")
 @click.option(
-    "-o", "--out", "target", required=True, type=click.Path(path_type=Path), help="Folder of the new artifact."
+    "-o",
+    "--out",
+    "target",
+    envvar="LILLIPUT_COMPRESS_OUT",  # click would name it after the parameter
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder of the new artifact.",
 )
 @click.option(
     "--recipe", default="nested", show_default=True, help="A name that `lilliput recipes` lists, or a YAML file."
@@ -32,6 +38,7 @@ FRONTIER = {"bits_per_weight": "bits a weight", "size": "size", "predicted_kl": 
 @click.option("--group-size", type=click.IntRange(min=-1), help="Weights that share a scale; -1 for a whole row.")
 @click.option(
     "--target-bits",
+    multiple=True,
     callback=budgets,
     metavar="N[,N...]",
     help="Choose every layer's width so that a quantized weight takes at most N bits, scales counted; several N give one "

@@ -15,7 +15,7 @@ from lilliput.measure.memory import format_bytes
 
 PLAIN = ("numpy", "safetensors", "tokenizers", "jinja2", "pydantic", "pyyaml", "click", "rich")
 EXTRAS = {
-    "compress": ("torch", "transformers", "huggingface-hub", "pyarrow"),
+    "compress": ("torch", "transformers", "huggingface-hub", "pyarrow", "pillow"),
     "serve": ("starlette", "uvicorn"),
     "export": ("onnx", "onnxruntime"),
 }
@@ -24,7 +24,10 @@ WITHOUT = {
     "serve": "serve does not work",
     "export": "export does not work",
 }
-OPS = ("matmul_nested_i8", "quantize_i8", "matmul_nested", "matmul_float", "attention", "norm", "rotary", "activation")
+OPS = (
+    *("matmul_nested_i8", "quantize_i8", "matmul_nested", "matmul_float", "attention", "norm", "rotary", "activation"),
+    *(f"{op}_integer" for op in ("matmul", "attention", "norm", "rotary", "table", "multiply", "sum")),
+)
 VARIABLES = {
     "LILLIPUT_JSON": "--json for every verb",
     "LILLIPUT_QUIET": "--quiet for every verb",

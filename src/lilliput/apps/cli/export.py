@@ -36,8 +36,18 @@ COLUMNS = {
 @common
 @click.command("export")
 @artifact_argument
-@click.option("-o", "--out", "target", type=click.Path(path_type=Path), required=True, help="Folder to write.")
-@click.option("--format", "name", default="onnx-qdq", show_default=True, help="What to write.")
+@click.option(
+    "-o",
+    "--out",
+    "target",
+    envvar="LILLIPUT_EXPORT_OUT",  # click would name these two after their parameters
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Folder to write.",
+)
+@click.option(
+    "--format", "name", envvar="LILLIPUT_EXPORT_FORMAT", default="onnx-qdq", show_default=True, help="What to write."
+)
 @click.option(
     "--length", type=click.IntRange(min=1), help="Tokens of a prefill, slots of a decode; by default any number."
 )

@@ -16,12 +16,12 @@ def byte_size(ctx: click.Context, param: click.Parameter, value: str | None) -> 
     return None if value is None else parse_size(value)
 
 
-def budgets(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[float, ...] | None:
-    """Read "2.8,3.6,4.6", or one number, as bits a weight; the callback of an option."""
+def budgets(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[float, ...] | None:
+    """Read "2.8,3.6,4.6", or one number, as bits a weight; the callback of an option that may be repeated."""
     try:
-        return None if value is None else tuple(float(part) for part in value.split(","))
+        return tuple(float(part) for value in values for part in value.split(",")) or None
     except ValueError:
-        what = f"{value!r} is neither a number nor a list of them. Write 3.2 or 2.8,3.6,4.6."
+        what = f"{','.join(values)!r} is neither a number nor a list of them. Write 3.2 or 2.8,3.6,4.6."
         raise click.BadParameter(what, ctx, param) from None
 
 

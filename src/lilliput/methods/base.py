@@ -300,7 +300,8 @@ class Integers:
     """A model of whole numbers, ready to be lowered (`models.lowering`).
 
     model: the model in float: norms and biases as the method left them, every matrix as it was before it was rounded.
-    codes: every matrix of the spec by canonical name, one width of 4 or 8 bits, one group a row, the zero 0.5.
+    codes: every matrix of the spec by canonical name, one width of 4 or 8 bits, one group a row, zeros that
+    are codes or, where a row is symmetric, 0.5.
     grids: one for every edge of `models.sites.sites`. record: plain data on how it went, for the manifest.
     """
 

@@ -2,6 +2,7 @@
 
     python benchmarks/quality_vs_peers.py --env build/quality-env --work build/quality --methods all --seeds 0,1,2
     python benchmarks/quality_vs_peers.py --again        the table and the plot once more, from the recorded lines
+    python benchmarks/quality_vs_peers.py --again --beside auto-round    and every KL in parts of that contender's
 
 Appends a line for each contender, width and seed to benchmarks/results/quality_vs_peers.jsonl. docs/benchmarks.md says
 what the figures mean and what they do not.
@@ -69,6 +70,8 @@ def main() -> int:
         run(a, folder, todo, {"setup": setup, "model": a.model.resolve().name, **asked})
     lines = [line for line in recorded(setup) if meant(line)]
     print("\n" + report.table(lines))
+    if a.beside:
+        print("\n" + "\n".join(report.beside(report.rows(lines), a.beside)))
     if a.plot and report.rows(lines):
         report.plot(a.plot, lines)
     return 0 if report.rows(lines) else 1
@@ -97,6 +100,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--no-install", action="store_true", help="peers that are not there are reported as such")
     parser.add_argument("--again", action="store_true", help="only print and plot what is recorded for this setup")
+    parser.add_argument("--beside", choices=list(CONTENDERS), metavar="CONTENDER", help="compare all with this one")
     parser.add_argument("--plot", type=Path, default=ROOT / "docs" / "quality.svg")
     a = parser.parse_args()
     names = list(CONTENDERS) if a.methods == "all" else [n.strip() for n in a.methods.split(",")]
@@ -142,11 +146,10 @@ def run(a: argparse.Namespace, folder: Path, todo: list[Task], common: dict[str,
         if "error" not in record:
             try:
                 bits = bits_per_weight(record.pop("stored"), weights)
-                row = model.measure(
-                    model.assemble(folder, load_file(out / "weights.safetensors"), out / "model"), original, cut
-                )
+                given = load_file(out / "weights.safetensors")
+                row, alone = model.measure(model.assemble(folder, given, out / "model"), original, cut)
                 record |= {"linear_bits": bits.linears, "model_bits": bits.model, "original_perplexity": perplexity}
-                record |= row.model_dump(exclude={"bits"}, exclude_none=True)
+                record |= row.model_dump(exclude={"bits"}, exclude_none=True) | {"kl_windows": alone}
             except (ValueError, model.LilliputError) as error:
                 record = {"error": str(error)}
         shutil.rmtree(out, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
@@ -201,8 +202,9 @@ def test_our_worker_answers_as_the_peers_do(
         assert weights.keys() == given.keys()
         assert torch.equal(weights["model.embed_tokens.weight"], given["model.embed_tokens.weight"])  # blocks only
         assert not torch.equal(weights["model.layers.0.mlp.up_proj.weight"], given["model.layers.0.mlp.up_proj.weight"])
-        row = model.measure(model.assemble(wide, weights, out / "model"), original, cut)
+        row, alone = model.measure(model.assemble(wide, weights, out / "model"), original, cut)
         divergences.append(row.kl)
+        assert np.mean(alone) == pytest.approx(row.kl, rel=1e-4)  # windows are of one length
     assert 0 < divergences[0] < divergences[1]
 
 
@@ -221,7 +223,7 @@ def test_the_same_weights_have_no_divergence_and_the_original_runs_once(
     original = model.Remembered(counted)
     given = load_file(source / "model.safetensors")
     folder = model.assemble(source, {k: v for k, v in given.items() if "mlp" in k}, tmp_path / "same")
-    rows = [model.measure(folder, original, cut) for _ in range(2)]
+    rows = [model.measure(folder, original, cut)[0] for _ in range(2)]
     assert len(calls) == len(cut)
     assert rows[0].kl == rows[1].kl == pytest.approx(0, abs=1e-12)
     assert rows[0].top1_agreement == 1
@@ -322,6 +324,23 @@ def test_the_table_shows_every_figure_and_every_failure(load: Any) -> None:
     assert "float model: perplexity 19.500" in text
     assert "| 4 | a | 4.500 | 5.500 | 0.2000 | 0.1000 .. 0.3000 | 20.000 | 0.9000 | 0.50 | 1 |" in text
     assert "- c, 2 bits: `no CPU`" in text
+
+
+def test_two_are_compared_window_by_window(load: Any) -> None:
+    report = load("peers.quality.report")
+    hard = np.linspace(0.01, 0.2, 20)  # windows differ twentyfold, the two nearly not
+    half = 0.5 * hard * np.where(np.arange(20) % 2, 1.02, 0.98)
+    told = [line("peer", 2, float(hard.mean()), kl_windows=hard.tolist(), kl_ci95=[0.05, 0.15])]
+    told += [line("ours", 2, float(half.mean()), s, kl_windows=half.tolist()) for s in (0, 1)]
+    told += [line("ours", 3, 0.01), line("peer", 3, 0.02), line("old", 2, 0.3)]
+    rows = report.rows(told)
+    (found,) = report.beside(rows, "peer")[2:]  # but for those that have no figures of single windows
+    assert found.startswith("| 2 | ours |")
+    ratio, low, high = map(float, re.findall(r"0\.\d{3}", found))
+    assert ratio == pytest.approx(half.sum() / hard.sum(), abs=6e-4)
+    assert low < ratio < high
+    assert high - low < 0.02
+    assert "| 0.1050 ± 0.0500 |" in report.table(told)
 
 
 def test_the_plot_puts_less_divergence_lower_and_fewer_bits_further_left(load: Any, tmp_path: Path) -> None:

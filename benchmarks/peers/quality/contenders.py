@@ -62,6 +62,7 @@ CONTENDERS: dict[str, Contender] = {
     "lilliput rtn nested": ours({"rtn": {"bits": [2, 3, 4, 8], **NESTED}}, learns=False, shared=True),
     "lilliput gptq": ours({"gptq": {"bits": ["$bits"], **BLOCKS}}),
     "lilliput gptq nested": ours({"gptq": {"bits": [2, 3, 4, 8], **NESTED}}, shared=True),
+    "lilliput gptq paper": ours({"gptq": {"bits": ["$bits"], **BLOCKS, "clip": False, "rounds": 0}}),
     "lilliput leanquant": ours({"leanquant": {"bits": ["$bits"], **BLOCKS}}),
     "lilliput leanquant tables": ours(
         {"leanquant": {"bits": ["$bits"], **BLOCKS, "group_size": -1, "nonuniform": True}}
@@ -102,12 +103,20 @@ CONTENDERS: dict[str, Contender] = {
     "llm-compressor awq": Contender("llm-compressor", "run_llm_compressor.py", {"method": "awq"}),
     "gptqmodel gptq": Contender("gptqmodel", "run_gptqmodel.py", {"sym": True}),
     "gptqmodel gptq asym": Contender("gptqmodel", "run_gptqmodel.py", {"sym": False}),
+    "gptqmodel gptq asym mse": Contender("gptqmodel", "run_gptqmodel.py", {"sym": False, "mse": 2.0}),
     "auto-round": Contender("auto-round", "run_auto_round.py", {"sym": False}),
     "auto-round sym": Contender("auto-round", "run_auto_round.py", {"sym": True}),
+    "auto-round best": Contender("auto-round", "run_auto_round.py", {"sym": False, "iters": 1000}),
+    "auto-round best ext": Contender(
+        "auto-round", "run_auto_round.py", {"sym": True, "iters": 1000, "enable_alg_ext": True}
+    ),  # what its authors advise for 2 bits; the extension has no zero points
     "hqq": Contender("hqq", "run_hqq.py", {"axis": 1}, learns=False),
+    "hqq axis 0": Contender("hqq", "run_hqq.py", {"axis": 0}, learns=False),
     "llama.cpp k": gguf(False, b4="Q4_K_M", b3="Q3_K_M", b2="Q2_K"),
     "llama.cpp k imatrix": gguf(True, b4="Q4_K_M", b3="Q3_K_M", b2="Q2_K"),
     "llama.cpp ks imatrix": gguf(True, b4="Q4_K_S", b3="Q3_K_S", b2="Q2_K_S"),
     "llama.cpp iq imatrix": gguf(True, b4="IQ4_XS", b3="IQ3_XXS", b2="IQ2_XS"),
+    "llama.cpp iq s imatrix": gguf(True, b4="IQ4_NL", b3="IQ3_XS", b2="IQ2_S"),
+    "llama.cpp iq m imatrix": gguf(True, b3="IQ3_S", b2="IQ2_M"),
     "quanto": Contender("quanto", "run_quanto.py", widths={4: {}, 2: {}}, learns=False),
 }

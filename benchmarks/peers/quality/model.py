@@ -120,10 +120,12 @@ def assemble(model: Path, weights: Mapping[str, torch.Tensor], out: Path) -> Pat
     return out
 
 
-def measure(folder: Path, original: Runner, cut: Sequence[npt.NDArray[np.int32]]) -> QualityRow:
-    """Perplexity, KL(original || this) and top-1 agreement of a model folder, by our float32 decoder."""
-    (row,) = evaluate(_Once(open_original(folder)), cut, bits=[0], against=original)
-    return row
+def measure(folder: Path, original: Runner, cut: Sequence[npt.NDArray[np.int32]]) -> tuple[QualityRow, list[float]]:
+    """Perplexity, KL(original || this) and top-1 agreement of a model folder, by our float32 decoder; KL of every window."""
+    runner = _Once(Remembered(open_original(folder)))
+    (row,) = evaluate(runner, cut, bits=[0], against=original)
+    alone = [evaluate(runner, [window], bits=[0], against=original)[0].kl or 0.0 for window in cut]
+    return row, [float(f"{kl:.6g}") for kl in alone]
 
 
 def perplexity(original: Runner, cut: Sequence[npt.NDArray[np.int32]]) -> float:

@@ -1,9 +1,11 @@
 """Lines of results to a Markdown table, and to a plot of bits a weight against KL."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from math import ceil, floor, log10
+from math import ceil, floor, log10, sqrt
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 COLOURS = ("#4063d8", "#cb3c33", "#389826", "#9558b2", "#c98a00", "#1a9e9e", "#8c564b", "#d1569a")
 DASHES = ("", "6 3", "2 3", "9 3 2 3")
@@ -32,6 +34,10 @@ def rows(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             known = [line[key] for line in group if line.get(key) is not None]
             row[key] = sum(known) / len(known) if known else None
         row |= {"least_kl": min(line["kl"] for line in group), "largest_kl": max(line["kl"] for line in group)}
+        ends = [line["kl_ci95"] for line in group if line.get("kl_ci95")]
+        row["kl_half"] = sum(high - low for low, high in ends) / (2 * len(ends)) if ends else None
+        windows = [line["kl_windows"] for line in group if line.get("kl_windows")]
+        row["kl_windows"] = np.mean(windows, axis=0).tolist() if len(windows) == len(group) else None
         found.append(row)
     return sorted(found, key=lambda row: (-row["bits"], row["kl"]))
 
@@ -39,6 +45,25 @@ def rows(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def failures(lines: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     """{"contender, n bits": why it did not run} of the lines that failed."""
     return {f"{line['contender']}, {line['bits']} bits": line["error"] for line in newest(lines) if "error" in line}
+
+
+def beside(rows: Sequence[Mapping[str, Any]], other: str) -> list[str]:
+    """Lines of a Markdown table: the KL of every contender in parts of that of `other` at the same width.
+
+    The interval is of the ratio over windows, both on the same ones: what a window does to one it does to the other, so it
+    is far narrower than those of the two by themselves. Rows without figures of single windows are left out.
+    """
+    out = [f"| width | contender | bits a weight, blocks | KL in parts of {other}'s | 95 % |", "|---|---|---|---|---|"]
+    held = {row["bits"]: row for row in rows if row["contender"] == other and row["kl_windows"]}
+    for row in rows:
+        if row["bits"] not in held or not row["kl_windows"] or row["contender"] == other:
+            continue
+        mine, theirs = np.array(row["kl_windows"]), np.array(held[row["bits"]]["kl_windows"])
+        ratio, count = mine.sum() / theirs.sum(), len(mine)
+        half = 1.96 * sqrt(count / (count - 1) * float(((mine - ratio * theirs) ** 2).sum())) / theirs.sum()
+        ends = f"{ratio - half:.3f} to {ratio + half:.3f}"
+        out.append(f"| {row['bits']} | {row['contender']} | {row['linear_bits']:.3f} | {ratio:.3f} | {ends} |")
+    return out
 
 
 def table(lines: Sequence[Mapping[str, Any]]) -> str:
@@ -52,10 +77,11 @@ def table(lines: Sequence[Mapping[str, Any]]) -> str:
     ]
     for row in rows(lines):
         spread = f"{row['least_kl']:.4f} .. {row['largest_kl']:.4f}" if row["seeds"] > 1 else "-"
+        half = "" if row["kl_half"] is None else f" ± {row['kl_half']:.4f}"
         peak = f"{row['peak_rss_bytes'] / 2**20:.0f}" if row["peak_rss_bytes"] else "?"
         spent = "?" if row["cpu_seconds"] is None else f"{row['cpu_seconds'] / 60:.2f}"
         out.append(
-            f"| {row['bits']} | {row['contender']} | {row['linear_bits']:.3f} | {row['model_bits']:.3f} | {row['kl']:.4f} "
+            f"| {row['bits']} | {row['contender']} | {row['linear_bits']:.3f} | {row['model_bits']:.3f} | {row['kl']:.4f}{half} "
             f"| {spread} | {row['perplexity']:.3f} | {row['top1_agreement']:.4f} | {spent} | {peak} |"
         )
     if failed := failures(lines):

@@ -1,4 +1,5 @@
-"""Worker of auto-round: SignRound, with its defaults but the grid. options: {"sym": no zero point}.
+"""Worker of auto-round: SignRound, with its defaults but what is given. options: {"sym": no zero point, then `iters` and
+`enable_alg_ext` by its own names}.
 
 In float32 without mixed precision: in half precision, its default, it did not come to an end on our processors, which have
 no arithmetic of that kind.
@@ -22,7 +23,6 @@ def quantize(job: dict[str, Any]) -> tuple[Any, Any]:
         AutoTokenizer.from_pretrained(job["model"]),
         bits=job["bits"],
         group_size=job["group_size"],
-        sym=job["options"]["sym"],
         dataset=list(rows.split(8)),
         nsamples=len(rows),
         seqlen=rows.shape[1],
@@ -30,6 +30,7 @@ def quantize(job: dict[str, Any]) -> tuple[Any, Any]:
         device_map="cpu",
         enable_torch_compile=False,
         amp=False,
+        **job["options"],
     )
     quantized, _ = tuner.quantize()
     return tuner, quantized
@@ -43,7 +44,9 @@ def dump(job: dict[str, Any], state: tuple[Any, Any]) -> tuple[Mapping[str, Any]
     tuner.save_quantized(str(out), format="auto_round:auto_gptq", inplace=True)
     packed = next(path.parent for path in sorted(out.rglob("*.safetensors")))
     names = {name for name in weights if name.endswith(".weight")}
-    return {name: weights[name] for name in names}, stored(packed)
+    sizes = stored(packed)
+    halves = {name: 2 * weights[name].size for name in sizes if name in names}  # float16 with all others, float32 here
+    return {name: weights[name] for name in names}, sizes | halves
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Worker of GPTQModel: GPTQ, with its defaults but the grid. options: {"sym": no zero point}."""
+"""Worker of GPTQModel: GPTQ, with its defaults but what is given. options: {"sym": no zero point, then `mse`, the power
+of the error its search for ranges sums, 0 for none}.
+"""
 
 import os
 from collections.abc import Mapping
@@ -13,7 +15,7 @@ from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 
 
 def quantize(job: dict[str, Any]) -> Any:
-    config = QuantizeConfig(bits=job["bits"], group_size=job["group_size"], sym=job["options"]["sym"], device="cpu")
+    config = QuantizeConfig(bits=job["bits"], group_size=job["group_size"], device="cpu", **job["options"])
     model = GPTQModel.load(job["model"], config)
     rows = calibration(job)
     model.quantize([{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in rows], batch_size=1)

@@ -47,6 +47,9 @@ BLOCKS = {"group_size": "$group_size", "ragged": True, "embeddings": False, "hea
 """Only the matrices of the blocks, at the group size all are given."""
 NESTED = {**BLOCKS, "shared": True}
 TUNE = {"tune": {"steps": "$steps", "written": True}}
+SMALL = {"gptq": {"bits": [2, 3, 4, 5, 6], **BLOCKS, "group_size": 128}}
+"""What widths a layer are chosen from, for as many bits as groups of 64 have at one width."""
+AS_ONE_WIDTH = {4: 4.3, 3: 3.28, 2: 2.276}
 LADDERS = {"gptq": {"bits": [2, 3, 4, 5, 6], **NESTED, "group_size": 128}}
 """What ladders of a nested artifact are chosen from, for budgets."""
 
@@ -81,11 +84,10 @@ CONTENDERS: dict[str, Contender] = {
         TUNE,
         targets={4: 4.75, 3: 3.8, 2: 2.885},
     ),  # with alignment as many bits as llama.cpp's K_M, whose layers have several widths too
-    "lilliput tuned mixed small": ours(
-        {"gptq": {"bits": [2, 3, 4, 5, 6], **BLOCKS, "group_size": 128}},
-        TUNE,
-        targets={4: 4.3, 3: 3.28, 2: 2.276},
-    ),  # as many bits as groups of 64 have at one width; groups of 128 leave an eighth of a bit to choose with
+    # groups of 128 leave an eighth of a bit to choose with
+    "lilliput tuned mixed small": ours(SMALL, TUNE, targets=AS_ONE_WIDTH),
+    # about as long as auto-round takes with its best settings
+    "lilliput best": ours(SMALL, {"tune": {"steps": 600, "written": True}}, targets=AS_ONE_WIDTH),
     "lilliput tuned nested mixed": ours(
         LADDERS,
         TUNE,

@@ -30,30 +30,35 @@ def row_errors(weight: Tensor, made: Quantized, gram: Tensor) -> Tensor:
     return found.clamp_min_(0)
 
 
-def slow_sweep(weight: Tensor, gram: Tensor, made: Quantized, damping: float) -> Tensor:
-    """One width, one column at a time in the order of the weight, as the paper's algorithm 1 reads, in float64."""
+def slow_sweep(weight: Tensor, gram: Tensor, made: Quantized, damping: float, order: Tensor) -> Tensor:
+    """One width, one column at a time in an order, as the paper's algorithm 1 reads, in float64.
+
+    A column keeps the grid of the group it is in, whenever its turn comes: static groups.
+    """
     bits = made.bits[-1]
-    matrix = damped(gram, damping).double()
+    matrix = damped(gram, damping).double()[order][:, order]
     upper = torch.linalg.cholesky(torch.linalg.inv(matrix), upper=True)
-    work, codes = weight.double().clone(), torch.zeros(weight.shape, dtype=torch.uint8)
+    work, codes = weight.double()[:, order], torch.zeros(weight.shape, dtype=torch.uint8)
     size = weight.shape[1] if made.group_size == -1 else made.group_size
-    for i in range(weight.shape[1]):
-        scale, zero = made.scale[bits][:, i // size].double(), made.zero[bits][:, i // size].double()
+    for i, column in enumerate(order.tolist()):
+        scale, zero = made.scale[bits][:, column // size].double(), made.zero[bits][:, column // size].double()
         middle = (2**bits - 1) / 2
         code = (work[:, i] / scale + middle + zero).round().clamp(0, 2**bits - 1)
         error = (work[:, i] - scale * (code - middle - zero)) / upper[i, i]
         work[:, i:] -= error[:, None] * upper[i, i:][None]
-        codes[:, i] = code.to(torch.uint8)
+        codes[:, column] = code.to(torch.uint8)
     return codes
 
 
 @pytest.mark.parametrize("block", [1, 7, 32, 128])
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_blocks_equal_the_column_by_column_form(bits: int, block: int) -> None:
+@pytest.mark.parametrize("act_order", [False, True])
+def test_blocks_equal_the_column_by_column_form(bits: int, block: int, act_order: bool) -> None:
     weight, gram = layer()
     grid = nearest(weight, (bits,), 32, sym=False)
-    made, losses = sweep(weight, Factor.of(gram, 0.01, act_order=False), grid, block=block)
-    exact = slow_sweep(weight, gram, grid, 0.01)
+    made, losses = sweep(weight, Factor.of(gram, 0.01, act_order), grid, block=block)
+    loudest = torch.argsort(gram.diagonal(), descending=True, stable=True)
+    exact = slow_sweep(weight, gram, grid, 0.01, loudest if act_order else torch.arange(weight.shape[1]))
     assert (
         int((made.codes != exact).sum()) <= 2
     )  # a tie that float32 breaks the other way; what follows makes up for it
@@ -216,7 +221,9 @@ def test_learning_a_shared_grid_loses_little_where_no_input_is_loud() -> None:
     gram = x.T @ x
     factor, full = Factor.of(gram), damped(gram, 0.01)
     one, own = (
-        row_errors(weight, learn(weight, gram, factor, [nearest(weight, (2, 3, 4), 32, False, s)], 0.6, 2, 128), full)
+        row_errors(
+            weight, learn(weight, gram, [(factor, [nearest(weight, (2, 3, 4), 32, False, s)])], 0.6, 2, 128), full
+        )
         for s in (True, False)
     )
     assert bool((one.sum(0) < 1.2 * own.sum(0)).all())
@@ -233,8 +240,20 @@ def test_learning_keeps_for_every_row_the_best_it_saw() -> None:
     factor, full = Factor.of(gram), damped(gram, 0.01)
     whole = nearest(weight, (3,), 32, sym=False)
     starts = [whole, replace(whole, scale={3: (whole.scale[3].float() * 0.8).half()})]
-    each = [row_errors(weight, learn(weight, gram, factor, [one], 0.5, 1, 128), full) for one in starts]
-    both = row_errors(weight, learn(weight, gram, factor, starts, 0.5, 1, 128), full)
+    each = [row_errors(weight, learn(weight, gram, [(factor, [one])], 0.5, 1, 128), full) for one in starts]
+    both = row_errors(weight, learn(weight, gram, [(factor, starts)], 0.5, 1, 128), full)
+    assert torch.allclose(both, torch.minimum(*each), rtol=1e-3)
+    assert bool((each[0] < each[1]).any())
+    assert bool((each[0] > each[1]).any())
+
+
+@pytest.mark.parametrize("bits", [3, 6])
+def test_several_dampings_are_judged_under_the_least_of_them(bits: int) -> None:
+    weight, gram = layer()
+    start, least = nearest(weight, (bits,), 32, sym=False), damped(gram, 0.001)
+    tries = [(Factor.of(gram, damping), [start]) for damping in (0.03, 0.001)]
+    each = [row_errors(weight, learn(weight, gram, [one], 0.0, 0, 128), least) for one in tries]
+    both = row_errors(weight, learn(weight, gram, tries, 0.0, 0, 128), least)
     assert torch.allclose(both, torch.minimum(*each), rtol=1e-3)
     assert bool((each[0] < each[1]).any())
     assert bool((each[0] > each[1]).any())
@@ -244,6 +263,6 @@ def test_learning_keeps_for_every_row_the_best_it_saw() -> None:
 def test_more_rounds_never_serve_a_row_worse(bits: tuple[int, ...]) -> None:
     weight, gram = layer()
     factor, start = Factor.of(gram), nearest(weight, bits, 32, sym=False)
-    made = [learn(weight, gram, factor, [start], 0.0, rounds, 128) for rounds in (1, 3)]
+    made = [learn(weight, gram, [(factor, [start])], 0.0, rounds, 128) for rounds in (1, 3)]
     scores = [row_errors(weight, one, damped(gram, 0.01)).sum(1) for one in made]
     assert bool((scores[1] <= scores[0] * (1 + 1e-3)).all())

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,11 @@ from lilliput.artifact.verify import verify
 from lilliput.core.progress import Silent
 from lilliput.engine import Engine
 from lilliput.methods.base import ModelMethod
+from lilliput.methods.quantize.any_precision import AnyPrecision
+from lilliput.methods.quantize.gptq import GPTQ
+from lilliput.methods.quantize.leanquant import LeanQuant
 from lilliput.models import Checkpoint, Decoder
+from lilliput.numerics.nested import Quantized
 from lilliput.pipeline import compress
 from support.families import FAMILIES, write_checkpoint
 
@@ -465,6 +470,35 @@ def test_layers_are_treated_between_a_rotation_and_the_end(tmp_path: Path, text:
     compress(model, tmp_path / "out", **(wanda(text) | {"recipe": recipe}))  # type: ignore[arg-type]
     head = Artifact.open(tmp_path / "out").dequantize("lm_head", 8)
     assert 0.45 < (np.abs(head) < 0.02 * np.abs(head).max()).mean() < 0.75  # pruned, although the model had none
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        (GPTQ, {"bits": [2, 4], "shared": True}),
+        (LeanQuant, {"bits": [2, 4], "nonuniform": True, "exponents": [2.0], "damps": [], "starts": ["tree"]}),
+        (AnyPrecision, {"bits": [2, 4]}),
+    ],
+    ids=["gptq", "leanquant", "any_precision"],
+)
+def test_layers_that_a_method_makes_worse_are_rounded_and_the_manifest_says_so(
+    method: Any, options: dict[str, Any], llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    solve = method.solve
+
+    def careless(self: Any, weight: torch.Tensor, stat: torch.Tensor | None) -> Quantized:
+        made: Quantized = solve(self, weight, stat)
+        return replace(made, codes=torch.zeros_like(made.codes))
+
+    monkeypatch.setattr(method, "solve", careless)
+    recipe = [{method(bits=(4,)).name: {**options, "group_size": 32, "embeddings": False}}]
+    compress(llama, tmp_path / "out", **(wanda(text) | {"recipe": recipe}))  # type: ignore[arg-type]
+    assert verify(tmp_path / "out").ok
+    records = Artifact.open(tmp_path / "out").manifest.layers
+    assert {"lm_head", "layers.1.mlp.down_proj"} <= {r.name for r in records}
+    for record in records:
+        assert "was worse than rounding to nearest" in record.note
+        assert 0 < record.error[4] < record.error[2] < 1
 
 
 class Liar(Doubles):

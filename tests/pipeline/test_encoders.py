@@ -194,6 +194,39 @@ def test_inspect_and_verify_describe_an_encoder(artifact: Path, capsys: pytest.C
     assert main(["verify", str(artifact)]) == 0
 
 
+SWEPT = [
+    [{"smoothquant": {}}, {"rtn": {"bits": [4], "group_size": 32}}],
+    [{"awq": {"ratios": 4}}, {"rtn": {"bits": [4], "group_size": 32}}],
+    [{"gptq": {"bits": [4], "group_size": 32}}],
+    [{"leanquant": {"bits": [4], "group_size": 32}}],
+    [{"omniquant": {"bits": [4], "group_size": 32, "epochs": 1}}],
+]
+
+
+@pytest.mark.parametrize("recipe", SWEPT, ids=lambda recipe: next(iter(recipe[0])))
+@pytest.mark.parametrize(("family", "tower"), [("bert", None), ("clip", "text"), ("clip", "vision")])
+def test_every_method_of_the_sweep_takes_an_encoder(
+    family: str, tower: str | None, recipe: list[Any], tmp_path: Path
+) -> None:
+    write_encoder(tmp_path / "model", family)
+    if tower == "vision":
+        image = pytest.importorskip("PIL.Image")
+        (tmp_path / "given").mkdir()
+        noise = np.random.default_rng(0).integers(0, 256, (6, 24, 24, 3), dtype=np.uint8)
+        for number, picture in enumerate(noise):
+            image.fromarray(picture).save(tmp_path / "given" / f"{number}.png")
+        given = tmp_path / "given"
+    else:
+        given = tmp_path / "text.txt"
+        given.write_text("the sea and the wind\n" * 5 + "on and on\n" * 5)
+    draw: dict[str, Any] = {"calibration": [given], "samples": 6, "length": 9}
+    report = compress(tmp_path / "model", tmp_path / "out", recipe=recipe, tower=tower, gate=False, **draw)
+    assert verify(tmp_path / "out").ok
+    (row,) = report.rows
+    assert row.cosine is not None
+    assert row.cosine > 0.9
+
+
 def test_methods_that_train_on_next_tokens_are_refused(tmp_path: Path) -> None:
     write_encoder(tmp_path / "model", "bert")
     (tmp_path / "text.txt").write_text("a\n" * 20)

@@ -29,7 +29,7 @@ from lilliput.methods.base import BlockData, BlockMethod, BlockQuantizer, LayerM
 from lilliput.methods.calibration import watching
 from lilliput.methods.fisher import Fisher
 from lilliput.methods.journal import Activations, Journal, State
-from lilliput.methods.safety import remark, safer
+from lilliput.methods.safety import energy, finite, remark, safer
 from lilliput.methods.sources import Frame, Source
 from lilliput.models.decoder import Block, Decoder
 from lilliput.models.encoder import Encoder
@@ -37,6 +37,8 @@ from lilliput.numerics.nested import Quantized
 
 Solved = Tensor | Quantized
 FLOAT = "float"
+_JUDGED = (Statistic.GRAM, Statistic.FISHER)
+"""What a method knows of a layer that also tells whether rounding to nearest would have been nearer."""
 
 
 class Sink(Protocol):
@@ -137,8 +139,8 @@ class Sweep:
     def _embedding(self, state: State) -> None:
         name = self.spec.entrance
         weight = self.source.read(f"{name}.weight")
-        solved = self._solve_tall(name, weight, None)
-        self._put(name, solved, weight, state)
+        solved, output, worse = self._solve_tall(name, weight, None)
+        self._put(name, solved, weight, state, output, worse)
         self._keep("embed_class.weight", "embed_positions.weight", "embed_types.weight")
         self._keep("embed_norm.weight", "embed_norm.bias")
         frame = self.source.frame()
@@ -147,11 +149,11 @@ class Sweep:
         if self.job.calibration is not None:
             rows = rows_of(solved, self.job.feed)
             hidden = (embed(frame, as_inputs(b), rows) for b in self.job.calibration)
-            self._activations(1).write(hidden)
+            self._activations(1).write(finite(name, hidden))
             if self.job.original:
                 exact = rows_of(weight, 0)
                 plain = (embed(frame, as_inputs(b), exact) for b in self.job.calibration)
-                self._activations(1, "original").write(plain)
+                self._activations(1, "original").write(finite(name, plain))
 
     def _block(self, state: State, index: int) -> None:
         block = self.source.block(index)
@@ -180,7 +182,7 @@ class Sweep:
                 assert isinstance(weight, Tensor), "a layer is quantized last"
                 stat, note = stats.get(name, (None, ""))
                 made = method.solve(weight, stat)
-                if isinstance(made, Quantized) and isinstance(method, Quantizer) and method.needs is Statistic.GRAM:
+                if isinstance(made, Quantized) and isinstance(method, Quantizer) and method.needs in _JUDGED:
                     assert stat is not None, "gathered above"
                     made, errors[name], worse = safer(method, weight, made, stat)
                     note = "; ".join(filter(None, (note, worse)))
@@ -199,7 +201,7 @@ class Sweep:
         if self.job.calibration is not None and index + 1 < self.spec.num_layers + self._head_needs():
             self._install(linears, solved, self.job.feed)
             before = self._activations(state.step).batches(self.job.calibration.batch_size)
-            self._activations(state.step + 1).write(block(batch) for batch in before)
+            self._activations(state.step + 1).write(finite(f"layers.{index}", map(block, before)))
 
     def _head(self, state: State, size: int) -> Outcome:
         """Solve the head; nothing after it reads the journal, so a run killed here does this step again."""
@@ -217,9 +219,9 @@ class Sweep:
         weight = self.source.read(f"{name}.weight")
         stat, note = self._head_statistic(frame, state)
         # A tied head was stored with the embedding; solving it again costs less than keeping it all the while.
-        solved = self._solve_tall(name, weight, stat)
+        solved, output, worse = self._solve_tall(name, weight, stat)
         if not tied:
-            self._put(name, solved, weight, state, note=note)
+            self._put(name, solved, weight, state, output, "; ".join(filter(None, (note, worse))))
         self.sink.settle()
         logits = {str(b): project(frame, state.streams[str(b)], solved, b) for b in self.job.rungs}
         logits[FLOAT] = project(frame, state.streams[FLOAT], weight, 0)
@@ -247,7 +249,8 @@ class Sweep:
         batch, targets = self.job.calibration.batch_size, None
         if self.job.original:
             targets = self._activations(state.step + 1, "original")
-            targets.write(block(rows) for rows in self._activations(state.step, "original").batches(batch))
+            rows = self._activations(state.step, "original").batches(batch)
+            targets.write(finite(f"layers.{block.layer}", map(block, rows)))
         return BlockData(self._activations(state.step), targets, batch)
 
     def _prepare(self, block: Block, data: BlockData | None, linears: Mapping[str, nn.Linear]) -> str:
@@ -288,20 +291,35 @@ class Sweep:
         value = gathered.value()
         return value, remark("lm_head", value, gathered)
 
-    def _solve_tall(self, name: str, weight: Tensor, stat: Tensor | None) -> Solved:
-        """Solve the embedding or the head, some rows at a time where the method allows it."""
+    def _solve_tall(self, name: str, weight: Tensor, stat: Tensor | None) -> tuple[Solved, dict[int, float], str]:
+        """Solve the embedding or the head, some rows at a time where the method allows it.
+
+        Returns the result, the relative error of its output by width, and a note.
+        """
         methods = self.job.methods.get(name, ())
         rows = self.job.slice_rows if all(m.rows_alone for m in methods) else weight.shape[0]
         parts: list[Solved] = []
+        left, whole, notes = dict[int, float](), 0.0, list[str]()
         for start in range(0, weight.shape[0], rows):
             part: Solved = weight[start : start + rows]
             for method in methods:
                 assert isinstance(part, Tensor), "a layer is quantized last"
                 own = self._fisher(name, slice(start, start + rows)) if method.needs is Statistic.FISHER else stat
-                part = method.solve(part.to(torch.float32), own)
+                before = part.to(torch.float32)
+                part = method.solve(before, own)
+                if isinstance(part, Quantized) and isinstance(method, Quantizer) and method.needs in _JUDGED:
+                    if own is None:  # the embedding of a method that learns from inputs: ids have no Gram matrix
+                        continue
+                    part, errors, worse = safer(method, before, part, own)
+                    counts = energy(before, own, single=method.needs is Statistic.FISHER)
+                    left = {b: left.get(b, 0.0) + error * counts for b, error in errors.items()}
+                    whole += counts
+                    notes += [f"rows from {start} on: {worse}"] if worse else []
             parts.append(part.to(weight.dtype) if isinstance(part, Tensor) else part)
+        output = {b: error / whole if whole else 0.0 for b, error in left.items()}
         coded = [part for part in parts if isinstance(part, Quantized)]
-        return Quantized.stack(coded) if coded else torch.cat([p for p in parts if isinstance(p, Tensor)])
+        made = Quantized.stack(coded) if coded else torch.cat([p for p in parts if isinstance(p, Tensor)])
+        return made, output, "; ".join(notes)
 
     def _fisher(self, name: str, rows: slice = slice(None)) -> Tensor:
         assert self.job.fisher is not None, "gathered before a sweep whose methods need it"

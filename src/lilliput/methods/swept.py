@@ -39,9 +39,9 @@ class Swept(Quantizer, ABC):
                 what = f"{key} is {getattr(self, key)}"
                 raise ConfigError(what, where=f"{self.name}.{key}", fix=f"Give {least} or more")
 
-    def factor(self, gram: Tensor) -> Factor:
-        """What a sweep needs of the Gram matrix, (in, in) float32."""
-        return Factor.of(gram, self.damp, self.act_order)
+    def factor(self, gram: Tensor, damp: float | None = None) -> Factor:
+        """What a sweep needs of the Gram matrix, (in, in) float32. damp: in the place of the option's."""
+        return Factor.of(gram, self.damp if damp is None else damp, self.act_order)
 
     def even(self, weight: Tensor, importance: Tensor, *, search: bool, square: bool = True) -> Quantized:
         """Evenly spaced levels and the codes nearest to the weights, to start a sweep from.
@@ -56,6 +56,6 @@ class Swept(Quantizer, ABC):
         codes = encode(weight, scale, zero, self.bits[-1], self.group_size)
         return nest(weight, codes, scale, zero, self.bits, self.group_size, importance, self.shared)
 
-    def swept(self, weight: Tensor, gram: Tensor, factor: Factor, starts: Sequence[Quantized]) -> Quantized:
-        """Codes and grids swept from each start, the best of every row."""
-        return learn(weight, gram, factor, starts, self.balance, self.rounds, self.block)
+    def swept(self, weight: Tensor, gram: Tensor, tries: Sequence[tuple[Factor, Sequence[Quantized]]]) -> Quantized:
+        """Codes and grids swept from each start with its factor, the best of every row."""
+        return learn(weight, gram, tries, self.balance, self.rounds, self.block)

@@ -17,8 +17,8 @@ Deviation: there entries are float16; ours are 7 bits over an affine grid, which
 import torch
 from torch import Tensor
 
-from lilliput.numerics.grids import Refit, grouped
-from lilliput.numerics.nested import look_up
+from lilliput.numerics.grids import Refit, grouped, minmax_grid
+from lilliput.numerics.nested import Quantized, look_up
 from lilliput.numerics.packing import LEVEL_BITS, LEVEL_MIDDLE, TABLE_BITS
 
 _TOP = 2**LEVEL_BITS - 1
@@ -72,6 +72,22 @@ def refit(
     weight, importance: as in `grids.Refit`. codes: (out, in) uint8, cut to the width of `table`.
     """
     return Refit(weight, group_size, importance).grid(look_up(table, codes), LEVEL_BITS, sym)
+
+
+def even(weight: Tensor, bits: tuple[int, ...], group_size: int, sym: bool) -> Quantized:
+    """Round to nearest on even levels, as tables: what `grids.nearest` makes, in the form of a matrix with tables.
+
+    weight: (out, in) float32, finite. bits: ascending, up to 4. The levels of a narrower width stand in the middle of
+    their cells, with a scale and a zero refitted.
+    """
+    scale, zero = minmax_grid(weight, LEVEL_BITS, group_size, sym)
+    marks = torch.linspace(0, _TOP, 2 ** bits[-1])
+    tables = {b: round_table(marks.view(2**b, -1).mean(1)[None]).expand(len(weight), -1).contiguous() for b in bits}
+    codes = encode(weight, tables[bits[-1]], scale, zero, group_size)
+    grids = {b: refit(weight, codes >> (bits[-1] - b), tables[b], group_size, sym) for b in bits[:-1]}
+    grids[bits[-1]] = (scale, zero)
+    zeros = {b: z for b, (_, z) in grids.items() if z is not None}
+    return Quantized(codes, bits, group_size, {b: s for b, (s, _) in grids.items()}, zeros, tables)
 
 
 def _undefined(values: Tensor) -> bool:

@@ -393,31 +393,44 @@ def damped(gram: Tensor, damping: float) -> Tensor:
 
 
 def learn(
-    weight: Tensor, gram: Tensor, factor: Factor, starts: Sequence[Quantized], balance: float, rounds: int, block: int
+    weight: Tensor,
+    gram: Tensor,
+    tries: Sequence[tuple[Factor, Sequence[Quantized]]],
+    balance: float,
+    rounds: int,
+    block: int,
 ) -> Quantized:
     """Sweep from each start, refit its grids to the codes and sweep again, `rounds` times; a row keeps the best it saw.
 
     Best: the smallest sum of errors times shares, the shares being those of the first start. rounds: 0 sweeps once and
-    leaves the grids as they are. gram: (in, in) float32.
+    leaves the grids as they are. gram: (in, in) float32. tries: factors of it, each with the starts to sweep with it;
+    whatever damping a factor has, errors are those under the least one.
     """
     loud = gram.diagonal()
     mean = float(loud.mean(dtype=torch.float64))
-    gram = damped(gram, factor.damping if math.isfinite(factor.damping) else 0.01)
+    mean = mean if mean > 0 else 0.0
+    least_damping = min(_had(factor) for factor, _ in tries)
+    gram = damped(gram, least_damping)
     # What rounding alone would cost if inputs were not correlated: enough to weigh widths, and no product with the Gram.
-    first = starts[0]
+    first = tries[0][1][0]
     plain = torch.stack([(weight - first.dequantize(b)).square_() @ loud for b in first.bits], 1)
     shares = balance_shares(plain, balance)
     # A refit of many levels gains next to nothing and costs two products with the Gram matrix.
     fitted = [b for b in first.bits if b <= TABLE_BITS]
     best: Quantized | None = None
     least = torch.full((len(weight),), torch.inf)
-    for grid in starts:
+    for factor, start in ((factor, start) for factor, starts in tries for start in starts):
+        more, grid = (_had(factor) - least_damping) * mean, start
         for round_ in range(max(rounds, 1)):
             if grid.ratio and round_:
                 grid = rebase(weight, grid, gram, fitted, shares[:, : len(fitted)])
                 grid, _ = refit(weight, grid, gram, fitted)
             grid, errors = sweep(weight, factor, grid, shares, block)
-            errors *= mean if mean > 0 else 0.0  # the factor is that of the Gram matrix over this mean
+            errors *= mean  # the factor is that of the Gram matrix over this mean
+            if more:
+                for r, b in enumerate(grid.bits):
+                    errors[:, r] -= more * (weight - grid.dequantize(b)).square_().sum(1)
+                errors.clamp_min_(0)
             if rounds:
                 grid, errors[:, : len(fitted)] = refit(weight, grid, gram, fitted)
             score = (errors * shares).sum(1)
@@ -425,6 +438,11 @@ def learn(
             least = torch.minimum(score, least)
     assert best is not None, "there is a start"
     return best
+
+
+def _had(factor: Factor) -> float:
+    """The damping that errors swept with a factor are counted with."""
+    return factor.damping if math.isfinite(factor.damping) else 0.01
 
 
 def _merge(one: Quantized, other: Quantized, take: Tensor) -> Quantized:

@@ -1,6 +1,7 @@
 """What a method may know of a layer's inputs, gathered batch by batch in constant memory (needs torch).
 
-Nothing here grows with the number of tokens: a norm is one number an input, a Gram matrix one an input pair.
+Nothing here grows with the number of tokens: a norm is one number an input, a Gram matrix one an input pair. An input
+that is all zero, as padding is, says nothing and counts as no token.
 """
 
 from typing import Protocol
@@ -28,7 +29,7 @@ class InputNorm:
     def add(self, inputs: Tensor) -> None:
         """inputs: (tokens, in), any float dtype."""
         self._sum += inputs.to(torch.float64).square().sum(0)
-        self.tokens += inputs.shape[0]
+        self.tokens += _said(inputs)
 
     def value(self) -> Tensor:
         """Return (in,) float32."""
@@ -45,7 +46,7 @@ class InputPeak:
     def add(self, inputs: Tensor) -> None:
         """inputs: (tokens, in), any float dtype."""
         self._peak = torch.maximum(self._peak, inputs.to(torch.float32).abs().amax(0))
-        self.tokens += inputs.shape[0]
+        self.tokens += _said(inputs)
 
     def value(self) -> Tensor:
         """Return (in,) float32."""
@@ -63,8 +64,13 @@ class Gram:
         """inputs: (tokens, in), any float dtype; products are summed in float32."""
         flat = inputs.to(torch.float32)
         self._sum.addmm_(flat.T, flat)
-        self.tokens += flat.shape[0]
+        self.tokens += _said(flat)
 
     def value(self) -> Tensor:
         """Return (in, in) float32, symmetric."""
         return self._sum
+
+
+def _said(inputs: Tensor) -> int:
+    """How many of (tokens, in) inputs are not all zero."""
+    return int((inputs != 0).any(1).sum())

@@ -9,6 +9,7 @@ quantized). Deviation: real text in the place of distilled inputs, and every lay
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -115,6 +116,9 @@ class Sensitivities:
             made = replace(quantizer, bits=(bits,)).solve(weight, self._own(name, quantizer, stat))
             with _instead(module, made):
                 losses[bits] = self._loss(index, hidden)
+            if not math.isfinite(losses[bits]):
+                what = f"at {bits} bits the model says NaN or infinity on the calibration text"
+                raise InputCorrupt(what, where=name, fix="Check the model, or leave this layer out of the recipe")
         found[name] = losses
         self._save(found)
         self._progress.advance(1)
@@ -148,7 +152,7 @@ class Sensitivities:
             logs, exact = self._logs(row, max(index, 0)), self._exact.take([at])
             kl = (exact.exp() * (exact - logs)).sum(-1)
             total, count = total + float(kl.sum(dtype=torch.float64)), count + kl.numel()
-        return max(0.0, total / count)
+        return 0.0 if total < 0 else total / count
 
     def _load(self) -> Losses:
         if not self._file.exists():

@@ -32,7 +32,7 @@ def error(made: Quantized, weight: Tensor, gram: Tensor) -> float:
 
 def test_without_importance_and_search_it_is_gptq_bit_for_bit() -> None:
     weight, gram = layer()
-    lean = LeanQuant(bits=(3,), exponents=(0.0,), search=False, rounds=0).solve(weight, gram)
+    lean = LeanQuant(bits=(3,), exponents=(0.0,), damps=(), search=False, rounds=0).solve(weight, gram)
     other = plain((3,)).solve(weight, gram)
     assert torch.equal(lean.codes, other.codes)
     assert torch.equal(lean.scale[3], other.scale[3])

@@ -13,6 +13,21 @@ def test_one_width_is_plain_round_to_nearest() -> None:
     assert torch.allclose(made.dequantize(2), torch.tensor([[-1.0, 0.0, 0.0, 2.0]]), atol=1e-3)
 
 
+@pytest.mark.parametrize("sym", [False, True])
+@pytest.mark.parametrize("group_size", [-1, 32])
+def test_what_is_on_the_grid_is_left_as_it_is(group_size: int, sym: bool) -> None:
+    method = RTN(bits=(4,), group_size=group_size, sym=sym, ragged=True)
+    once = method.solve(WEIGHT, None).dequantize(4)
+    twice = method.solve(once, None).dequantize(4)
+    assert torch.allclose(twice, once, atol=1e-2 * float((once - WEIGHT).abs().max()))
+
+
+def test_a_group_that_is_a_row_is_the_row() -> None:
+    whole, row = (RTN(bits=(3,), group_size=g, ragged=True).solve(WEIGHT[:, :64], None) for g in (64, -1))
+    assert torch.equal(whole.codes, row.codes)
+    assert torch.equal(whole.scale[3], row.scale[3])
+
+
 def test_symmetric_levels_stand_evenly_around_zero() -> None:
     made = RTN(bits=(2,), group_size=-1, sym=True).solve(torch.tensor([[-3.0, -0.2, 0.2, 1.9]]), None)
     assert torch.allclose(made.dequantize(2), torch.tensor([[-3.0, -1.0, 1.0, 1.0]]), atol=3e-3)

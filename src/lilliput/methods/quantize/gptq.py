@@ -30,4 +30,4 @@ class GPTQ(Swept):
         if stat is None:
             return nearest(weight, self.bits, self.group_size, self.sym, self.shared)
         start = self.even(weight, stat.diagonal(), search=self.clip, square=False)
-        return self.swept(weight, stat, self.factor(stat), [start])
+        return self.swept(weight, stat, [(self.factor(stat), [start])])

@@ -2,7 +2,7 @@
 
 Source: Zhang and Shrivastava, "LeanQuant: Accurate and Scalable Large Language Model Quantization with Loss-error-aware
 Grid", ICLR 2025: importance U_ii^-p of a column (section 3.1), weighted k-means a row (3.2), ranges drawn in (3.3).
-Deviation: exponents and starts are tried, and every row keeps what serves its outputs best after the sweep; ranges are
+Deviation: dampings, exponents and starts are tried, and every row keeps what serves its outputs best after the sweep; ranges are
 searched coarse to fine and by group; uneven levels are those of numerics/codebooks.py, one table a row over grids a group
 of its own; a ladder's narrower tables are the parents of its wider ones. The paper searches at one width a row.
 """
@@ -30,11 +30,12 @@ class LeanQuant(Swept):
 
     nonuniform: levels from a table a row, not evenly spaced, for widths up to 4. exponents: p of the importance U_ii^-p;
     0 counts all columns alike, 2 by the loss of the sweep. starts: where the k-means of tables begins. A row keeps the
-    pair of exponent and start that serves it best. search: draw ranges in; without it, and with exponents [0], this is
+    damping, exponent and start that serve it best. damps: dampings to try beside `damp`. search: draw ranges in; without it, and with exponents [0], this is
     GPTQ without `clip`.
     """
 
     nonuniform: bool = False
+    damps: tuple[float, ...] = (0.001,)
     exponents: tuple[float, ...] = (2.0, 3.0)
     starts: tuple[Init, ...] = ("quantile", "tree")
     search: bool = True
@@ -44,6 +45,9 @@ class LeanQuant(Swept):
         if not self.exponents or not all(0 <= p <= 8 for p in self.exponents):
             what = f"exponents is {list(self.exponents)}, not numbers within 0..8"
             raise ConfigError(what, where=f"{self.name}.exponents", fix="Give some such as [2, 3]")
+        if not all(damp >= 0 for damp in self.damps):
+            what = f"damps is {list(self.damps)}"
+            raise ConfigError(what, where=f"{self.name}.damps", fix="Give numbers of 0 or more, or [] for damp alone")
         if self.nonuniform and not self.starts:
             raise ConfigError("starts is empty", where=f"{self.name}.starts", fix="Give some of quantile, even, tree")
         if self.nonuniform and self.bits[-1] > TABLE_BITS:
@@ -71,9 +75,9 @@ class LeanQuant(Swept):
         """
         if stat is None:
             return next(self._grids(weight, torch.ones(weight.shape[1])))
-        factor = self.factor(stat)
-        starts = [grid for p in self.exponents for grid in self._grids(weight, factor.importance(p))]
-        return self.swept(weight, stat, factor, starts)
+        factors = [self.factor(stat, damp) for damp in (self.damp, *self.damps)]
+        tries = [(f, [grid for p in self.exponents for grid in self._grids(weight, f.importance(p))]) for f in factors]
+        return self.swept(weight, stat, tries)
 
     def _grids(self, weight: Tensor, importance: Tensor) -> Iterator[Quantized]:
         """Grids to sweep on, with the codes of the nearest levels."""

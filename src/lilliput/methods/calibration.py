@@ -6,8 +6,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lilliput.methods.base import BlockData
+from lilliput.core.spec import AnySpec
+from lilliput.methods.base import BlockData, Statistic
 from lilliput.models.decoder import Block
+from lilliput.models.sites import source_of
 from lilliput.numerics.statistics import Accumulator, InputPeak
 
 
@@ -27,6 +29,15 @@ def linear(block: Block, name: str) -> nn.Linear:
     found = block.get_submodule(name)
     assert isinstance(found, nn.Linear), name
     return found
+
+
+def first_readers(spec: AnySpec, needs: Mapping[str, Statistic]) -> dict[str, str]:
+    """For every layer of a block, by canonical name, the first that reads the same edge and needs the same of it.
+
+    What one of them sees the others see, so one statistic serves all.
+    """
+    first: dict[tuple[str, Statistic], str] = {}
+    return {name: first.setdefault((source_of(spec, name), need), name) for name, need in needs.items()}
 
 
 def inputs_of(block: Block, names: Iterable[str], rows: Tensor) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ from lilliput.core.spec import EncoderSpec, ModelSpec
 from lilliput.data.images import Pictures
 from lilliput.data.streams import Batches
 from lilliput.methods.base import BlockData, BlockMethod, BlockQuantizer, LayerMethod, Quantizer, Statistic
-from lilliput.methods.calibration import watching
+from lilliput.methods.calibration import first_readers, watching
 from lilliput.methods.fisher import Fisher
 from lilliput.methods.journal import Activations, Journal, State
 from lilliput.methods.safety import energy, finite, remark, safer
@@ -269,12 +269,13 @@ class Sweep:
             return {}
         assert self.job.calibration is not None, "planning refuses a recipe that lacks its calibration text"
         linears = block.linears()
-        sums = {name: need.accumulator(linears[name].in_features) for name, need in needs.items()}
+        first = first_readers(self.spec, needs)
+        sums = {name: needs[name].accumulator(linears[name].in_features) for name in set(first.values())}
         with watching(linears, sums):
             for batch in self._activations(state.step).batches(self.job.calibration.batch_size):
                 block(batch)
         values = {name: one.value() for name, one in sums.items()}
-        return {name: (value, remark(name, value, sums[name])) for name, value in values.items()}
+        return {name: (values[one], remark(name, values[one], sums[one])) for name, one in first.items()}
 
     def _head_needs(self) -> bool:
         return any(m.needs.streamed for m in self.job.methods.get("lm_head", ()))

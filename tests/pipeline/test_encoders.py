@@ -196,9 +196,9 @@ def test_inspect_and_verify_describe_an_encoder(artifact: Path, capsys: pytest.C
 
 SWEPT = [
     [{"smoothquant": {}}, {"rtn": {"bits": [4], "group_size": 32}}],
-    [{"awq": {"ratios": 4}}, {"rtn": {"bits": [4], "group_size": 32}}],
+    [{"awq": {"ratios": 3, "samples": 2, "length": 8}}, {"rtn": {"bits": [4], "group_size": 32}}],
     [{"gptq": {"bits": [4], "group_size": 32}}],
-    [{"leanquant": {"bits": [4], "group_size": 32}}],
+    [{"leanquant": {"bits": [4], "group_size": 32, "exponents": [2.0], "rounds": 1}}],
     [{"omniquant": {"bits": [4], "group_size": 32, "epochs": 1}}],
 ]
 

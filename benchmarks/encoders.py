@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from harness import emit
+from lilliput.artifact.plan import stored_bytes
 from lilliput.core.recipe import load_recipe
 from lilliput.data.streams import padded
 from lilliput.data.tokenizer import Tokenizer
@@ -50,6 +51,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", default=["rtn", "gptq"], help="those there are of these")
     parser.add_argument("--bits", type=int, nargs="*", default=[2, 3, 4, 8])
     parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--outliers", type=float, default=0.0, help="share of the weights kept beside the codes")
     parser.add_argument("--integer", nargs="*", choices=("recipe", "static", "trained"), default=["recipe"])
     parser.add_argument("--integer-bits", type=int, nargs="*", default=[8, 4], help="of the integer models' weights")
     parser.add_argument(
@@ -72,7 +74,7 @@ def main() -> None:
     original = float_vectors(model, texts)
     rows = [{"method": "float", "bits": 32} | score(original, original, owner)]
     for method in [name for name in asked.methods if name in METHODS]:
-        recipe = [{method: {"bits": asked.bits, "group_size": asked.group_size}}]
+        recipe = [{method: {"bits": asked.bits, "group_size": asked.group_size, "outliers": asked.outliers}}]
         out = asked.work / f"{method}.lilliput"
         shutil.rmtree(out, ignore_errors=True)
         calibration = [] if method == "rtn" else [asked.work / "calibration.txt"]
@@ -81,7 +83,8 @@ def main() -> None:
         for bits in embedder.bits:
             size = embedder.artifact.bytes_at(bits)
             found = score(embedder.texts(texts, bits=bits), original, owner)
-            rows.append({"method": method, "bits": bits, "size_bytes": size} | found)
+            blocks = bits_of_blocks(embedder, bits)
+            rows.append({"method": method, "bits": bits, "size_bytes": size, "bits_per_weight": blocks} | found)
     for kind in asked.integer:
         for bits in asked.integer_bits:
             for budget in asked.budget16 or [None]:
@@ -94,7 +97,14 @@ def main() -> None:
         print(f"| {row['method']} | {row['bits']} | {numbers} | {row.get('size_bytes', '-')} |")
     for row in rows:
         conditions = {"model": model.name, "captions": len(texts), "pictures": len(search), "samples": asked.samples}
-        emit("encoders", group_size=asked.group_size, **conditions, **row)
+        emit("encoders", group_size=asked.group_size, outliers=asked.outliers, **conditions, **row)
+
+
+def bits_of_blocks(embedder: Embedder, bits: int) -> float:
+    """Bits a weight of the blocks' matrices, everything beside the codes counted."""
+    entries = [entry for name, entry in embedder.artifact.manifest.entries.items() if name.startswith("layers.")]
+    stored = sum(stored_bytes(entry, entry.width_at(bits)) for entry in entries)
+    return 8 * stored / sum(entry.out * entry.columns for entry in entries)
 
 
 def integer(

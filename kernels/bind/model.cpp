@@ -6,6 +6,8 @@
 namespace lilliput::bind {
 namespace {
 
+using Starts = nb::ndarray<const uint32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Columns = nb::ndarray<const uint16_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Widths = std::pair<int, std::vector<std::pair<int64_t, int>>>;  // of the prompt; steps
 
 // What a schedule may look at, while it is asked.
@@ -61,6 +63,13 @@ class BoundModel {
                   const Grids& scales, const Grids& zeros, const Grids& tables, const Grids& factors, int64_t out,
                   int64_t columns, int64_t group, const std::optional<Row>& bias) {
     add(name, nested_matrix(name, planes, widths, grid_bytes, scales, zeros, tables, factors, out, columns, group), bias);
+  }
+
+  void add_outliers(const std::string& name, const Starts& first, const Columns& column, const Row& value) {
+    Outliers outliers{{first.data(), first.data() + first.size()},
+                      {column.data(), column.data() + column.size()},
+                      {value.data(), value.data() + value.size()}};
+    model_.add_outliers(name, std::move(outliers));
   }
 
   void finish() { model_.finish(); }
@@ -164,6 +173,7 @@ void bind_model(nb::module_& m) {
       .def("add_nested", &BoundModel::add_nested, "name"_a, "planes"_a, "widths"_a,
             "grid_bytes"_a, "scales"_a, "zeros"_a, "tables"_a,
            "factors"_a, "out"_a, "columns"_a, "group"_a, "bias"_a.none())
+      .def("add_outliers", &BoundModel::add_outliers, "name"_a, "first"_a, "column"_a, "value"_a)
       .def("finish", &BoundModel::finish)
       .def("cache_bytes", &BoundModel::cache_bytes, "positions"_a, "kv"_a)
       .def_prop_ro("threads", &BoundModel::threads)

@@ -41,6 +41,20 @@ NestedView Matrix::at(int bits) const {
   return view;
 }
 
+void Outliers::add(const float* x, int64_t tokens, int64_t ldx, float* y, int64_t ldy, int64_t begin,
+                   int64_t end) const {
+  for (int64_t r = begin; r < end; ++r) {
+    const size_t from = first[static_cast<size_t>(r)], to = first[static_cast<size_t>(r) + 1];
+    if (from == to) continue;
+    for (int64_t t = 0; t < tokens; ++t) {
+      const float* row = x + t * ldx;
+      float sum = 0;
+      for (size_t i = from; i < to; ++i) sum += value[i] * row[column[i]];
+      y[t * ldy + r] += sum;
+    }
+  }
+}
+
 Model::Model(Spec spec, int threads, const std::string& variant, bool int8)
     : spec_(std::move(spec)),
       matmul_nested_(lilliput::matmul_nested(variant)),
@@ -53,6 +67,19 @@ Model::Model(Spec spec, int threads, const std::string& variant, bool int8)
       activation_(lilliput::activation(pick_name("activation", variant))),
       int8_(int8),
       pool_(threads) {}
+
+void Model::add_outliers(const std::string& name, Outliers outliers) {
+  const auto found = matrices_.find(name);
+  if (found == matrices_.end()) throw std::invalid_argument(name + " is missing");
+  Matrix& m = found->second;
+  const auto& first = outliers.first;
+  bool fits = static_cast<int64_t>(first.size()) == m.out() + 1 && first[0] == 0 &&
+              std::is_sorted(first.begin(), first.end()) && first.back() == outliers.value.size() &&
+              outliers.column.size() == outliers.value.size();
+  for (const uint16_t column : outliers.column) fits = fits && column < m.columns();
+  if (!fits) throw std::invalid_argument("the outliers of " + name + " do not fit it");
+  m.outliers = std::move(outliers);
+}
 
 Model::Norm Model::norm_at(const std::string& name, const NormSpec& spec, int64_t size) const {
   const auto weight = vectors_.find(name + ".weight");
@@ -202,6 +229,7 @@ void Model::multiply(std::initializer_list<Job> jobs, const float* x, int64_t to
         matmul_nested_(p->weights, x, tokens, columns, p->to, out, from, to, scratch);
       else
         matmul_float_(m.plain, x, tokens, columns, p->to, out, first, stop);
+      if (!m.outliers.first.empty()) m.outliers.add(x, tokens, columns, p->to, out, first, stop);
       if (m.bias.empty()) continue;
       for (int64_t t = 0; t < tokens; ++t)
         for (int64_t r = first; r < stop; ++r) p->to[t * out + r] += m.bias[static_cast<size_t>(r)];

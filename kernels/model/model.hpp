@@ -39,6 +39,20 @@ struct Spec {
   std::vector<int64_t> windows;
 };
 
+// Numbers that a product adds to what codes mean, whatever the width:
+//
+//     y[t, n] += ((0 + v[0] x[t, c[0]]) + v[1] x[t, c[1]]) + ..,     the outliers of row n in order, in float32
+//
+// x is what comes in, also where the codes are multiplied with it rounded to int8.
+struct Outliers {
+  std::vector<uint32_t> first;  // (rows + 1,): of each row among all; empty for none
+  std::vector<uint16_t> column;
+  std::vector<float> value;
+
+  // Rows begin .. end - 1 of y. x: (tokens, ldx); y: (tokens, ldy).
+  void add(const float* x, int64_t tokens, int64_t ldx, float* y, int64_t ldy, int64_t begin, int64_t end) const;
+};
+
 // A matrix and, where there is one, the bias of its outputs. Pointers belong to the caller.
 struct Matrix {
   bool nested = false;
@@ -48,6 +62,7 @@ struct Matrix {
   const uint8_t* zero[9] = {};
   const uint8_t* table[9] = {};
   const float* factor[9] = {};
+  Outliers outliers;
   std::vector<float> bias;
 
   int64_t out() const { return nested ? fields.out : plain.out; }
@@ -89,6 +104,8 @@ class Model : public Runner {
 
   void add_matrix(const std::string& name, Matrix matrix) { matrices_[name] = std::move(matrix); }
   void add_vector(const std::string& name, std::vector<float> values) { vectors_[name] = std::move(values); }
+  // Of a matrix that was added; throws std::invalid_argument where they do not fit it.
+  void add_outliers(const std::string& name, Outliers outliers);
   // Resolves names to layers and checks every shape. Throws std::invalid_argument naming what is missing or wrong.
   void finish();
 

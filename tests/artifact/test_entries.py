@@ -28,3 +28,14 @@ def test_a_shared_grid_belongs_to_several_even_widths() -> None:
     for wrong in ({"bits": (4,)}, {"bits": (2, 4), "tables": (2,)}):
         with pytest.raises(ValueError, match="a shared grid is one of several widths, none of them with a table"):
             QuantEntry(**given, **wrong)
+
+
+def test_outliers_are_read_at_every_width_and_fit_their_matrix() -> None:
+    given = {"out": 4, "bits": (2, 4), "group_size": 32, "sym": True}
+    entry = QuantEntry(columns=70, outliers=9, **given)
+    beside = ("outlier.counts", "outlier.columns", "outlier.values")
+    assert (entry.parts(2), entry.parts(4)) == (("scale.2", *beside), ("scale.4", *beside))
+    assert QuantEntry(columns=70, **given).parts(2) == ("scale.2",)
+    for columns, outliers in ((70, 281), (1 << 17, 1)):
+        with pytest.raises(ValueError, match=f"{outliers} outliers do not fit"):
+            QuantEntry(columns=columns, outliers=outliers, **given)

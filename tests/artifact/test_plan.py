@@ -2,7 +2,7 @@
 
 import pytest
 
-from lilliput.artifact.plan import Plan
+from lilliput.artifact.plan import Plan, stored_bytes
 from lilliput.artifact.schema import rung_file
 from support.small_artifact import llama_spec, small_plan
 
@@ -61,3 +61,16 @@ def test_a_table_costs_its_bytes_over_the_columns() -> None:
         for b in (2, 3, 4):
             slot, entry = plan.slot(f"{name}.table.{b}"), plan.entries[name]
             assert 8 * (slot.end - slot.begin) / (entry.out * entry.columns) == 8 * 2**b / columns
+
+
+def test_an_outlier_costs_four_bytes_and_a_row_two_in_the_first_rung() -> None:
+    plan = small_plan(SPEC, group_size=64, outliers=0.005)
+    plain = small_plan(SPEC, group_size=64)
+    weights = sum(entry.out * entry.columns for entry in plan.entries.values())
+    cost = sum(32 * entry.outliers + 16 * entry.out for entry in plan.entries.values()) / weights
+    assert rungs(plan, ".outlier.") == pytest.approx([cost, 0, 0, 0])
+    assert [plan.bits_per_weight(b) - plain.bits_per_weight(b) for b in plan.bits] == pytest.approx([cost] * 4)
+    assert 0.16 < cost < 0.164
+    for name, entry in plan.entries.items():
+        more = stored_bytes(entry, 2) - stored_bytes(plain.entries[name], 2)
+        assert more == stored_bytes(entry) - stored_bytes(plain.entries[name]) == 4 * entry.outliers + 2 * entry.out

@@ -177,16 +177,16 @@ def test_a_newer_major_is_refused_by_name(manifest: Manifest) -> None:
 
 
 def test_a_newer_minor_may_say_more_but_not_mean_more(manifest: Manifest) -> None:
-    assert schema.SCHEMA_VERSION == "1.5"  # with the next minor, raise the numbers below
-    newer = manifest.model_copy(update={"schema_version": "1.7"})
+    assert schema.SCHEMA_VERSION == "1.6"  # with the next minor, raise the numbers below
+    newer = manifest.model_copy(update={"schema_version": "1.8"})
     for path in ("carbon_footprint", "source/licence", "files/config.json/mime"):
         read = load_manifest(changed(newer, path, "x"), "m")
         assert read.entries == manifest.entries
-        assert read.schema_version == "1.7"
+        assert read.schema_version == "1.8"
     for path in ("spec/sinks", "spec/kind", "entries/layers.0.attn.q_proj/codebook"):
-        with pytest.raises(Unsupported, match=r"schema 1\.7 says .*Extra inputs.*Update lilliput, this one knows 1\.5"):
+        with pytest.raises(Unsupported, match=r"schema 1\.8 says .*Extra inputs.*Update lilliput, this one knows 1\.6"):
             load_manifest(changed(newer, path, "x"), "m")
-    with pytest.raises(Unsupported, match=r"schema 1\.7 says spec\.activation"):
+    with pytest.raises(Unsupported, match=r"schema 1\.8 says spec\.activation"):
         load_manifest(changed(newer, "spec/activation", "mish"), "m")
 
 
@@ -206,9 +206,16 @@ def test_tables_raise_the_version_only_where_there_are_some(manifest: Manifest, 
     assert "tables" not in said["embed_tokens"]
 
 
+def test_outliers_raise_the_version_only_where_there_are_some(manifest: Manifest, tmp_path: Path) -> None:
+    assert b'"outliers"' not in seal(manifest)
+    written = write_small_artifact(tmp_path / "a", plan=small_plan(llama_spec(layers=1), (2, 4), outliers=0.01))
+    assert written.schema_version == "1.6"
+    assert json.loads(seal(written))["entries"]["layers.0.attn.q_proj"]["outliers"] == 41
+
+
 def test_both_kinds_of_quality_read_back_and_newer_ones_may_say_more(manifest: Manifest) -> None:
     told = {"bits": 4, "inputs": 9, "cosine": 0.9, "cosine_min": 0.8, "error": 0.3, "inputs_are": "sentences"}
-    newer = manifest.model_copy(update={"schema_version": "1.7"})
+    newer = manifest.model_copy(update={"schema_version": "1.8"})
     read = load_manifest(changed(newer, "quality", [told | {"spread": 1.0}]), "m")
     assert read.quality == (EmbeddingQuality(**told),)  # type: ignore[arg-type]
     with pytest.raises(InputCorrupt, match=r"quality\.0\.cosine_min"):

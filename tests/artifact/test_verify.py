@@ -7,9 +7,10 @@ import pytest
 from lilliput.artifact import verify as verifier
 from lilliput.artifact.amend import amend
 from lilliput.artifact.entries import FileEntry
+from lilliput.artifact.read import Artifact
 from lilliput.artifact.schema import load_manifest, seal
 from lilliput.artifact.verify import verify
-from lilliput.core.errors import InputMissing, Unsupported
+from lilliput.core.errors import InputCorrupt, InputMissing, Unsupported
 from support.small_artifact import llama_spec, small_plan, write_small_artifact
 
 PLAN = small_plan(
@@ -174,6 +175,36 @@ def test_ratios_of_rows_outside_are_zero(tmp_path: Path) -> None:
     raw[len(layout.head) + layout.slots["embed_tokens.ratio.3"].end - 1] = 128  # row 271 of 261
     (tmp_path / "a" / "bits-3.safetensors").write_bytes(raw)
     assert "embed_tokens.ratio.3: a value outside the matrix is not zero" in "\n".join(verify(tmp_path / "a").problems)
+
+
+@pytest.mark.parametrize(
+    ("part", "index", "values", "message"),
+    [
+        ("counts", 0, [7], "the rows have"),
+        ("columns", -1, [16], "an outlier stands in column 16 of 16"),
+        ("columns", 0, [9, 9], "the outliers of a row do not ascend"),
+        ("values", 0, [0x7C00], "an outlier is not finite"),
+        ("values", 0, [0x7BFF], ""),
+    ],
+)
+def test_outliers_stand_in_their_matrix_and_are_finite(
+    tmp_path: Path, part: str, index: int, values: list[int], message: str
+) -> None:
+    plan = small_plan(llama_spec(layers=1, hidden=16, heads=1, kv_heads=1, inter=24), (2,), outliers=0.5)
+    write_small_artifact(tmp_path / "a", plan=plan)
+    assert verify(tmp_path / "a").ok
+    name = "layers.0.attn.q_proj"
+    file = tmp_path / "a" / "bits-2.safetensors"
+    raw, layout = bytearray(file.read_bytes()), plan.files[file.name]
+    slot = layout.slots[f"{name}.outlier.{part}"]
+    held = np.frombuffer(raw, np.uint16, (slot.end - slot.begin) // 2, len(layout.head) + slot.begin)
+    held[index : index + len(values) or None] = values
+    file.write_bytes(raw)
+    told = "\n".join(verify(tmp_path / "a").problems)
+    assert (f"{name}: {message}" in told) is bool(message)
+    if message:
+        with Artifact.open(tmp_path / "a") as artifact, pytest.raises(InputCorrupt, match=message):
+            artifact.dequantize(name)
 
 
 def test_a_damaged_artifact_is_not_amended_into_a_good_one(copy: Path) -> None:

@@ -1,5 +1,6 @@
-"""Artifacts with tables of levels, or with shared grids, from the file to the logits: torch, NumPy and the engine read the same weights."""
+"""Artifacts with tables of levels, shared grids or outliers, from the file to the logits: torch, NumPy and the engine read the same weights."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,13 +8,16 @@ import pytest
 import torch
 
 from lilliput.artifact.read import Artifact
+from lilliput.core.errors import InputCorrupt
 from lilliput.engine import Engine, Sampling, load, native
 from lilliput.models.decoder import Decoder
 from lilliput.numerics.divergence import divergence
 from lilliput.numerics.nested import Quantized
+from lilliput.numerics.outliers import Outliers
 from support.small_artifact import (
     llama_spec,
     random_linear,
+    random_outliers,
     random_ratios,
     random_tables,
     small_plan,
@@ -28,6 +32,8 @@ PLANS = {
     "shared": small_plan(SPEC, (2, 3, 4, 8), shared=True, ladders={"embed_tokens": (4, 8)}),
     "bytes": small_plan(SPEC, (2, 3, 4, 8), tables=(2,), ladders={"embed_tokens": (4, 8)}, grid_bits=8),
     "shared bytes": small_plan(SPEC, (2, 3, 4, 8), shared=True, ladders={"embed_tokens": (4, 8)}, grid_bits=8),
+    "outliers": small_plan(SPEC, (2, 3, 4, 8), outliers=0.02),
+    "outliers, shared bytes": small_plan(SPEC, (2, 3, 4, 8), shared=True, grid_bits=8, outliers=0.02),
     "symmetric, some": small_plan(SPEC, (2, 3, 4, 8), tables=(3,), ladders={"embed_tokens": (3,)}, sym=True),
 }
 TOKENS = [int(t) for t in np.random.default_rng(0).integers(0, 261, 41)]
@@ -48,6 +54,10 @@ def torch_logits(artifact: Artifact, bits: int) -> np.ndarray:
         codes, scale, zero = random_linear(entry, rng)
         table, ratio = random_tables(entry, rng), random_ratios(entry, rng)
         parts = [{b: torch.from_numpy(v) for b, v in grid.items()} for grid in (scale, zero, table, ratio)]
+        beside = random_outliers(entry, rng)
+        if beside is not None:
+            counts, columns = (torch.from_numpy(a.astype(np.int32)) for a in (beside.counts, beside.columns))
+            parts.append(Outliers(counts, columns, torch.from_numpy(beside.values)))
         grid = Quantized(torch.from_numpy(codes), entry.bits, entry.group_size, *parts)
         state[f"{name}.weight"] = grid.dequantize(entry.width_at(bits))
         assert np.array_equal(artifact.dequantize(name, bits), state[f"{name}.weight"].numpy())
@@ -107,3 +117,28 @@ def test_a_shared_grid_counts_among_the_bytes_a_token_reads(tmp_path: Path) -> N
     own, one = Engine(tmp_path / "a"), Engine(tmp_path / "b")
     rows = sum(entry.out for entry in small_plan(SPEC, (2, 8)).entries.values())
     assert [one.weight_bytes(b) - own.weight_bytes(b) for b in (2, 8)] == [rows, rows]
+
+
+def test_outliers_count_among_the_bytes_a_token_reads_at_every_width(tmp_path: Path) -> None:
+    plans = [small_plan(SPEC, (2, 8), outliers=share) for share in (0, 0.01)]
+    for name, plan in zip("ab", plans, strict=True):
+        write_small_artifact(tmp_path / name, plan=plan)
+    plain, more = Engine(tmp_path / "a"), Engine(tmp_path / "b")
+    entries = plans[1].entries.values()
+    size = sum(2 * entry.out + 4 * entry.outliers for entry in entries)
+    weights = sum(entry.out * entry.columns for entry in entries)
+    for bits in (2, 8):
+        assert more.weight_bytes(bits) - plain.weight_bytes(bits) == size
+        assert plans[1].bits_per_weight(bits) - plans[0].bits_per_weight(bits) == pytest.approx(8 * size / weights)
+
+
+def test_the_engine_refuses_outliers_that_stand_outside_their_matrix(tmp_path: Path) -> None:
+    write_small_artifact(tmp_path / "a", plan=small_plan(SPEC, (2,), outliers=0.01))
+    with Artifact.open(tmp_path / "a") as artifact:
+        floats = {name: artifact.tensor(name) for name in artifact.manifest.floats}
+        linears = {name: artifact.linear(name) for name in artifact.manifest.entries}
+    name, m = next(iter(linears.items()))
+    assert m.outliers is not None
+    far = replace(m.outliers, columns=np.full_like(m.outliers.columns, m.columns))
+    with pytest.raises(InputCorrupt, match=f"{name}: an outlier stands in column 64 of 64"):
+        native.Model(SPEC, floats, linears | {name: replace(m, outliers=far)}, threads=1)

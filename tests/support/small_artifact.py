@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from lilliput.artifact.entries import FloatEntry, QuantEntry, SourceInfo
 from lilliput.artifact.publish import partial_of, publish
 from lilliput.artifact.schema import Manifest
+from lilliput.artifact.stored import StoredOutliers
 from lilliput.artifact.write import ArtifactWriter, Plan
 from lilliput.core.spec import ModelSpec, Norm, Rotary
 from lilliput.numerics.packing import zero_step
@@ -71,11 +72,12 @@ def small_plan(
     tables: Sequence[int] = (),
     shared: bool = False,
     grid_bits: Literal[8, 16] = 16,
+    outliers: float = 0,
 ) -> Plan:
     """Plan with every block matrix quantized, the embedding too where `ladders` names it.
 
     tables: widths at which the matrices that have them have tables. shared: those with several widths share a grid.
-    grid_bits: of scales and zeros where a row has several groups.
+    grid_bits: of scales and zeros where a row has several groups. outliers: their share in blocks.
     """
     ladders = dict(ladders or {})
     shapes = {"embed_tokens": (spec.vocab_size, spec.hidden_size)}
@@ -91,6 +93,7 @@ def small_plan(
                 out=out, columns=columns, bits=own, group_size=group_size, sym=sym,
                 tables=tuple(b for b in own if b in tables), shared=shared and len(own) > 1,
                 grid_bits=16 if group_size == -1 or columns <= group_size else grid_bits,
+                outliers=round(outliers * out * columns) if name.startswith("layers.") else 0,
             )  # fmt: skip
         else:
             floats[f"{name}.weight"] = FloatEntry(dtype=float_dtype, shape=(out, columns))
@@ -144,6 +147,17 @@ def random_ratios(entry: QuantEntry, rng: np.random.Generator) -> dict[int, np.n
     return {b: rng.integers(115, 142, entry.out, dtype=np.uint8) for b in entry.bits if "ratio" in entry.grids(b)}
 
 
+def random_outliers(entry: QuantEntry, rng: np.random.Generator) -> StoredOutliers | None:
+    """Numbers of std about 1 anywhere in the matrix, one in its last place; draws nothing where there are none."""
+    if not entry.outliers:
+        return None
+    size = entry.out * entry.columns
+    place = np.sort([*rng.choice(size - 1, entry.outliers - 1, replace=False), size - 1])
+    counts = np.bincount(place // entry.columns, minlength=entry.out).astype(np.uint16)
+    values = rng.standard_normal(entry.outliers).astype(np.float16)
+    return StoredOutliers(counts, (place % entry.columns).astype(np.uint16), values)
+
+
 def random_float(entry: FloatEntry, rng: np.random.Generator) -> np.ndarray:
     """Values near 1 for vectors, small ones for matrices, in the entry's dtype (BF16 as uint16)."""
     values = rng.standard_normal(entry.shape).astype(np.float32) * 0.1
@@ -158,7 +172,8 @@ def fill(writer: ArtifactWriter, seed: int = 0) -> None:
     """Put random numbers into every tensor of the plan."""
     rng = np.random.default_rng(seed)
     for name, entry in writer.plan.entries.items():
-        writer.put_quantized(name, *random_linear(entry, rng), random_tables(entry, rng), random_ratios(entry, rng))
+        grids = *random_linear(entry, rng), random_tables(entry, rng), random_ratios(entry, rng)
+        writer.put_quantized(name, *grids, random_outliers(entry, rng))
     for name, left in writer.plan.floats.items():
         writer.put_float(name, random_float(left, rng))
 

@@ -37,6 +37,8 @@ def inconsistencies(
     if isinstance(spec, ModelSpec) and spec.tied_head and "lm_head.weight" in floats:
         yield "lm_head.weight is stored although the head is tied"
     for name, entry in entries.items():
+        if entry.outliers and not name.startswith("layers."):
+            yield f"{name} has outliers, which only the matrices of blocks have"
         unused = _unused(entry.bits, bits)
         if bits and unused:
             yield f"{name} has the width {unused[0]}, which no width of {list(bits)} uses"

@@ -22,6 +22,7 @@ from pydantic import (
 
 from lilliput.numerics.packing import TABLE_BITS, fields_of, serving_width
 
+OUTLIER_PARTS = ("counts", "columns", "values")
 _LARGEST = 1 << 40
 _fields_of = cache(fields_of)
 
@@ -59,7 +60,8 @@ class QuantEntry(Frozen):
 
     group_size -1 is one group a row. sym: the grids have no zeros. tables: widths whose levels stand in a table (1.1).
     shared: the grid of the narrowest width serves all, each with a ratio for every row (1.4). grid_bits: of a scale and
-    of a zero; scales of 8 bits have a unit for every row, and there are several groups (1.5).
+    of a zero; scales of 8 bits have a unit for every row, and there are several groups (1.5). outliers: numbers in
+    half precision that every width adds (1.6).
     """
 
     out: Size
@@ -70,6 +72,7 @@ class QuantEntry(Frozen):
     tables: Annotated[tuple[int, ...], Field(max_length=TABLE_BITS)] = ()
     shared: bool = False
     grid_bits: Literal[8, 16] = 16
+    outliers: Annotated[int, Field(ge=0, le=_LARGEST)] = 0
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
@@ -81,6 +84,8 @@ class QuantEntry(Frozen):
             raise ValueError("a shared grid is one of several widths, none of them with a table")
         if self.grid_bits == 8 and self.groups == 1:
             raise ValueError("a scale of 8 bits is one of several in its row")
+        if self.outliers > self.out * self.columns or (self.outliers and self.columns > 1 << 16):
+            raise ValueError(f"{self.outliers} outliers do not fit ({self.out}, {self.columns})")
         return self
 
     def grids(self, width: int) -> tuple[str, ...]:
@@ -92,10 +97,11 @@ class QuantEntry(Frozen):
         return (*own, "table") if width in self.tables else own
 
     def parts(self, width: int) -> tuple[str, ...]:
-        """Tensors, besides fields, that are read at one width of the ladder, as "kind.width"."""
+        """Tensors, besides fields, that are read at one width of the ladder, as "kind.width", and "outlier.part"."""
         widths = sorted({self.bits[0], width}) if self.shared else [width]
         kinds = [(kind, own) for own in widths for kind in self.grids(own)]
-        return tuple(f"{kind}.{own}" for kind, own in kinds if own == width or kind != "ratio")
+        beside = tuple(f"outlier.{part}" for part in OUTLIER_PARTS) if self.outliers else ()
+        return (*(f"{kind}.{own}" for kind, own in kinds if own == width or kind != "ratio"), *beside)
 
     @property
     def groups(self) -> int:

@@ -292,6 +292,8 @@ class _Check:
         if matrix is None:
             raise _Fault(f"{node.matrix} is not a quantized matrix")
         bits = matrix.bits[-1]
+        if matrix.outliers is not None:
+            raise _Fault(f"{node.matrix} has outliers, which are no whole numbers")
         if len(matrix.bits) > 1 or bits not in WIDTHS or matrix.groups != 1 or matrix.table:
             raise _Fault(f"{node.matrix} has not one width of 4 or 8 bits and one group a row")
         zeros = whole_zeros(matrix)

@@ -9,7 +9,7 @@ from typing import Any
 
 from lilliput.artifact.consistency import inconsistencies
 from lilliput.artifact.container import PAGE, Layout, Planned, Slot
-from lilliput.artifact.entries import FloatEntry, QuantEntry
+from lilliput.artifact.entries import OUTLIER_PARTS, FloatEntry, QuantEntry
 from lilliput.artifact.schema import FLOAT_FILE, Manifest, rung_file
 from lilliput.core.errors import ConfigError
 from lilliput.core.spec import AnySpec
@@ -81,7 +81,7 @@ class Plan:
         return [FLOAT_FILE, *(rung_file(b) for b in self.bits if bits is None or b <= bits)]
 
     def bits_per_weight(self, bits: int) -> float:
-        """Bits read for one quantized weight at width `bits`: fields with their padding and all that grids and tables take."""
+        """Bits read for one quantized weight at width `bits`: fields with their padding and all that stands beside them."""
         self.files_at(bits)
         read = weights = 0
         for name, entry in self.entries.items():
@@ -121,14 +121,19 @@ def pieces(name: str, entry: QuantEntry) -> Iterator[tuple[int, Planned]]:
                 elif kind in ("ratio", "unit"):
                     grid = Planned(f"{name}.{kind}.{below}", "U8", (tiles, ROWS))
                 yield below, grid
+    if entry.outliers:
+        shapes = {"counts": ("U16", entry.out), "columns": ("U16", entry.outliers), "values": ("F16", entry.outliers)}
+        for part in OUTLIER_PARTS:
+            dtype, size = shapes[part]
+            yield entry.bits[0], Planned(f"{name}.outlier.{part}", dtype, (size,))
 
 
 def stored_bytes(entry: QuantEntry, width: int | None = None) -> int:
-    """Bytes of the tensors of one quantized matrix: fields with their padding and all that grids and tables take.
+    """Bytes of the tensors of one quantized matrix: fields with their padding and all that stands beside them.
 
     width: of its ladder; only what a copy that serves it and the narrower ones holds. None for the widest.
     """
-    size, most = {"U8": 1, "I8": 1, "F16": 2}, width or entry.bits[-1]
+    size, most = {"U8": 1, "I8": 1, "F16": 2, "U16": 2}, width or entry.bits[-1]
     return sum(size[tensor.dtype] * prod(tensor.shape) for own, tensor in pieces("", entry) if own <= most)
 
 

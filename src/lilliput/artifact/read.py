@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lilliput.artifact.container import Container
+from lilliput.artifact.entries import OUTLIER_PARTS, QuantEntry
 from lilliput.artifact.folder import Folder
 from lilliput.artifact.integer import GRAPH_LIMIT, IntegerModel, parse_graph, read_constants
 from lilliput.artifact.plan import Plan
@@ -28,6 +29,7 @@ from lilliput.artifact.schema import (
     rung_file,
 )
 from lilliput.artifact.stored import StoredLinear as StoredLinear
+from lilliput.artifact.stored import StoredOutliers
 from lilliput.artifact.stored import StoredTensor as StoredTensor
 from lilliput.core.errors import ConfigError, InputCorrupt, InputMissing
 from lilliput.core.graph import Graph
@@ -131,7 +133,13 @@ class Artifact:
             table=stored("table"),
             ratio=stored("ratio"),
             unit=stored("unit"),
+            outliers=self._outliers(name, entry),
         )
+
+    def _outliers(self, name: str, entry: QuantEntry) -> StoredOutliers | None:
+        if not entry.outliers:
+            return None
+        return StoredOutliers(*(self.tensor(f"{name}.outlier.{part}").data for part in OUTLIER_PARTS))
 
     def read_ahead(self, bits: int | None = None) -> None:
         """Ask the system to have in memory soon what a runner reads at `bits` (None: the widest here).

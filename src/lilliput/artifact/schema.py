@@ -34,7 +34,7 @@ from lilliput.artifact.entries import (
 from lilliput.core.errors import InputCorrupt, Unsupported
 from lilliput.core.spec import AnySpec, EncoderSpec, PatchInputs
 
-SCHEMA_VERSION = "1.5"
+SCHEMA_VERSION = "1.6"
 MANIFEST_FILE = "manifest.json"
 INDEX_FILE = "model.safetensors.index.json"
 FLOAT_FILE = "float.safetensors"
@@ -130,6 +130,8 @@ def version_of(
     integer: bool = False,
 ) -> str:
     """Return the oldest schema version that has all these say; `integer`: with a graph."""
+    if any(entry.outliers for entry in entries.values()):
+        return "1.6"
     if any(entry.grid_bits != 16 for entry in entries.values()):
         return "1.5"
     if any(entry.shared for entry in entries.values()):

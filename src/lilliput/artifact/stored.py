@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lilliput.core.errors import InputCorrupt
 from lilliput.numerics.packing import (
     LEVEL_MIDDLE,
     RATIO_ONE,
@@ -41,6 +42,36 @@ class StoredTensor:
 
 
 @dataclass(frozen=True)
+class StoredOutliers:
+    """Numbers that every width of a matrix adds to what its codes mean. All arrays are read-only views.
+
+    counts: (out,) uint16, how many a row has. columns: (n,) uint16, row after row, ascending within one. values: (n,)
+    float16.
+    """
+
+    counts: npt.NDArray[np.uint16]
+    columns: npt.NDArray[np.uint16]
+    values: npt.NDArray[np.float16]
+
+    def places(self, width: int) -> npt.NDArray[np.int64]:
+        """Where they stand in a matrix of `width` columns laid out row after row: (n,), ascending.
+
+        Raises ValueError where they do not stand in such a matrix, or one of them is not finite.
+        """
+        counts = self.counts.astype(np.int64)
+        if int(counts.sum()) != len(self.columns):
+            raise ValueError(f"the rows have {int(counts.sum())} outliers together, and {len(self.columns)} are there")
+        if int(self.columns.max(initial=0)) >= width:
+            raise ValueError(f"an outlier stands in column {int(self.columns.max())} of {width}")
+        found: npt.NDArray[np.int64] = np.repeat(np.arange(len(counts)) * width, counts) + self.columns
+        if (np.diff(found) <= 0).any():
+            raise ValueError("the outliers of a row do not ascend")
+        if not np.isfinite(self.values).all():
+            raise ValueError("an outlier is not finite")
+        return found
+
+
+@dataclass(frozen=True)
 class StoredLinear:
     """One quantized matrix as stored, as far as its widest width in `bits` needs it. All arrays are read-only views.
 
@@ -49,7 +80,7 @@ class StoredLinear:
     symmetric; float16, or where there are units uint8 and int8, as numerics/packing.py has them. unit[b]: uint8 (row
     tiles, 16) beside each scale, or none. group_size: -1 is one group a row. bias: (out,) or None. table[b]: uint8 (row tiles, 16, 2**b) for
     the widths that have one. ratio[b]: uint8 (row tiles, 16) for all widths, where the scale and zero of the narrowest
-    serve all; else empty.
+    serve all; else empty. outliers: or None.
     """
 
     name: str
@@ -66,12 +97,15 @@ class StoredLinear:
     table: Mapping[int, npt.NDArray[np.uint8]] = field(default_factory=dict)
     ratio: Mapping[int, npt.NDArray[np.uint8]] = field(default_factory=dict)
     unit: Mapping[int, npt.NDArray[np.uint8]] = field(default_factory=dict)
+    outliers: StoredOutliers | None = None
 
     def grids(self, width: int) -> list[npt.NDArray[Any]]:
-        """What is read at one width of the ladder besides fields: scales, zeros, units, tables and ratios."""
+        """What is read at one width of the ladder besides fields: scales, zeros, units, tables, ratios and outliers."""
         own = self.grid_at(width)
         found = [grid[own] for grid in (self.scale, self.zero, self.unit) if own in grid]
-        return found + [grid[width] for grid in (self.table, self.ratio) if width in grid]
+        found += [grid[width] for grid in (self.table, self.ratio) if width in grid]
+        beside = self.outliers
+        return found + ([beside.counts, beside.columns, beside.values] if beside is not None else [])
 
     def grid_at(self, width: int) -> int:
         """The width whose scale and zero serve `width`: the narrowest, where the grid is shared."""
@@ -116,7 +150,8 @@ class StoredLinear:
     def dequantize(self, bits: int) -> npt.NDArray[np.float32]:
         """Return the (out, columns) float32 matrix at the artifact's width `bits`: scale * (c - (2**w - 1) / 2 - zero).
 
-        Where the width w has a table: scale * (table[c] - 63.5 - zero). Where it has a ratio: with it applied.
+        Where the width w has a table: scale * (table[c] - 63.5 - zero). Where it has a ratio: with it applied. Outliers
+        are added to that. Raises InputCorrupt where these are none.
         """
         width, count, total = self.width_at(bits), 0, 0
         while total < width:
@@ -132,7 +167,19 @@ class StoredLinear:
         if zero is not None:
             values -= self._spread(zero, None if ratios is None else ratios[1])
         values *= self._spread(self.scales(own), None if ratios is None else ratios[0])
+        if self.outliers is not None:
+            values.reshape(-1)[self.outlier_places()] += self.outliers.values.astype(np.float32)
         return values
+
+    def outlier_places(self) -> npt.NDArray[np.int64]:
+        """Where the outliers stand in the matrix laid out row after row; none without. Raises InputCorrupt."""
+        if self.outliers is None:
+            return np.empty(0, np.int64)
+        try:
+            return self.outliers.places(self.columns)
+        except ValueError as error:
+            fix = "Copy the artifact again from its source, or make it again"
+            raise InputCorrupt(str(error), self.name, fix) from None
 
     def _spread(self, rows: npt.NDArray[np.float32], factor: npt.NDArray[np.float32] | None) -> npt.NDArray[np.float32]:
         size = self.columns if self.group_size == -1 else self.group_size

@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from lilliput.artifact.container import Container
-from lilliput.artifact.entries import FileEntry, QuantEntry
+from lilliput.artifact.entries import OUTLIER_PARTS, FileEntry, QuantEntry
 from lilliput.artifact.folder import Folder
 from lilliput.artifact.plan import Plan
 from lilliput.artifact.read import Artifact, open_tensors
@@ -26,6 +26,7 @@ from lilliput.artifact.schema import (
     rung_file,
     schedule_misfit,
 )
+from lilliput.artifact.stored import StoredOutliers
 from lilliput.core.errors import InputCorrupt, InputMissing
 from lilliput.numerics.packing import INPUTS, LEVEL_BITS, ROWS, UNIT_MOST, unpack_fields
 
@@ -176,6 +177,8 @@ class _Check:
                     self._say("a code outside the matrix is not zero", f"{file.where}: {name}")
             elif entry and kind == "table":
                 self._table(entry, file, name)
+            elif entry and kind == "outlier":
+                self._outliers(entry, file, name)
             elif entry and kind in ("ratio", "unit"):
                 self._rows(entry, file, name, UNIT_MOST if kind == "unit" else 255)
             elif entry:
@@ -187,6 +190,16 @@ class _Check:
             self._say("a value outside the matrix is not zero", f"{file.where}: {name}")
         if int(values.max()) > most:
             self._say(f"a unit is {int(values.max())}, beyond {most}", f"{file.where}: {name}")
+
+    def _outliers(self, entry: QuantEntry, file: Container, name: str) -> None:
+        module, _, last = name.rpartition(".outlier.")
+        if last != OUTLIER_PARTS[-1]:  # all three are looked at together
+            return
+        parts = (file.view(f"{module}.outlier.{part}") for part in OUTLIER_PARTS)
+        try:
+            StoredOutliers(*parts).places(entry.columns)
+        except ValueError as error:
+            self._say(str(error), f"{file.where}: {module}")
 
     def _grid(self, entry: QuantEntry, file: Container, name: str) -> None:
         values = file.view(name)  # (row tiles, groups, 16)

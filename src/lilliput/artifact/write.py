@@ -15,6 +15,7 @@ from pydantic import JsonValue
 from lilliput.artifact.container import PlannedFile, check_free_space
 from lilliput.artifact.disk import JOURNAL_FILE, hash_all, read_manifest, sync, write_whole
 from lilliput.artifact.entries import (
+    OUTLIER_PARTS,
     DataInfo,
     EmbeddingQuality,
     IntegerInfo,
@@ -25,6 +26,7 @@ from lilliput.artifact.entries import (
 )
 from lilliput.artifact.plan import Plan as Plan
 from lilliput.artifact.schema import INDEX_FILE, MANIFEST_FILE, Manifest, seal, version_of
+from lilliput.artifact.stored import StoredOutliers
 from lilliput.core.errors import ConfigError, OutOfResource, QualityFailed
 from lilliput.numerics.packing import (
     LEVEL_BITS,
@@ -94,13 +96,14 @@ class ArtifactWriter:
         zero: Mapping[int, F16] | None = None,
         table: Mapping[int, npt.NDArray[np.uint8]] | None = None,
         ratio: Mapping[int, npt.NDArray[np.uint8]] | None = None,
+        outliers: StoredOutliers | None = None,
     ) -> None:
         """Write one quantized matrix.
 
         codes: (out, columns) uint8 of max(bits) bits; scale[b], and zero[b] unless the entry is symmetric: (out,
         groups) float16 for each width of the entry's ladder, or, where the entry is shared, for the narrowest, and
         ratio[b]: (out,) uint8 for each. table[b]: (out, 2**b) uint8 for each of its `tables`. Where its `grid_bits` are
-        8, scales and zeros are such as bytes can say.
+        8, scales and zeros are such as bytes can say. outliers: as many as the entry has, or None.
         Raises QualityFailed when a scale or zero is not finite, ValueError when something does not fit the entry,
         OutOfResource when the disk is full.
         """
@@ -119,6 +122,7 @@ class ArtifactWriter:
                 raise ValueError(f"{name}: the ratio is {rows.dtype} {rows.shape}, not uint8 {(entry.out,)}")
         for bits in entry.tables:
             _check_table(name, bits, entry, table[bits])
+        _check_outliers(name, entry, outliers)
         for row in range(0, entry.out, self._rows(entry)):
             packed = pack_fields(codes[row : row + self._rows(entry)], entry.fields)
             for index, field in enumerate(packed):
@@ -129,6 +133,9 @@ class ArtifactWriter:
             self._write(f"{name}.table.{bits}", tile_table(table[bits]))
         for bits, rows in ratio.items():
             self._write(f"{name}.ratio.{bits}", tile_rows(rows))
+        if outliers is not None:
+            for part in OUTLIER_PARTS:
+                self._write(f"{name}.outlier.{part}", getattr(outliers, part))
         self._fresh.append(name)
 
     def put_float(self, name: str, array: npt.NDArray[Any]) -> None:
@@ -310,3 +317,21 @@ def _check_table(name: str, bits: int, entry: QuantEntry, table: npt.NDArray[np.
         raise ValueError(f"{name}: the table is {table.dtype} {table.shape}, not uint8 {(entry.out, 1 << bits)}")
     if int(table.max()) >= 1 << LEVEL_BITS or (table[:, 1:] < table[:, :-1]).any():
         raise ValueError(f"{name}: the table for {bits} bits goes beyond {LEVEL_BITS} bits, or down along a row")
+
+
+def _check_outliers(name: str, entry: QuantEntry, outliers: StoredOutliers | None) -> None:
+    if (0 if outliers is None else len(outliers.values)) != entry.outliers:
+        raise ValueError(f"{name}: there are not the {entry.outliers} outliers of the entry")
+    if outliers is None:
+        return
+    shapes = {"counts": (entry.out,), "columns": (entry.outliers,), "values": (entry.outliers,)}
+    for part, shape in shapes.items():
+        array, dtype = getattr(outliers, part), np.float16 if part == "values" else np.uint16
+        if array.dtype != dtype or array.shape != shape:
+            raise ValueError(
+                f"{name}: {part} of outliers are {array.dtype} {array.shape}, not {dtype.__name__} {shape}"
+            )
+    try:
+        outliers.places(entry.columns)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None

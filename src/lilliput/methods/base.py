@@ -20,6 +20,7 @@ from torch import Tensor
 from lilliput.core.errors import ConfigError
 from lilliput.methods import METHODS
 from lilliput.numerics.nested import Quantized
+from lilliput.numerics.outliers import MOST_COLUMNS
 from lilliput.numerics.statistics import Accumulator, Gram, InputNorm
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 
 ENDS = ("embed_tokens", "embed_patches", "lm_head")
 """The matrices that are no block's."""
+MOST_OUTLIERS = 0.1
+"""Of the weights; each costs two to ten times what it would as a wider code."""
 
 
 class Statistic(Enum):
@@ -143,7 +146,8 @@ class Quantizer(LayerMethod):
     without it a group size that does not divide is refused. end_bits: the widths of the embedding and the head,
     which lose more than the blocks do; empty for the same as `bits`. layer_bits: ladders of single layers by a
     pattern of their name, the first that matches counts; the artifact still serves `bits`, each layer at its
-    narrowest width of at least that, or else its widest.
+    narrowest width of at least that, or else its widest. outliers: the share of a block's weights, those that cost the
+    narrowest width most, that keep in half precision what their codes do not reach; see `methods/outliers.py`.
     """
 
     bits: tuple[int, ...] = (2, 3, 4, 8)
@@ -153,6 +157,7 @@ class Quantizer(LayerMethod):
     ragged: bool = False
     end_bits: tuple[int, ...] = ()
     layer_bits: dict[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
+    outliers: float = 0.0
     embeddings: bool = True
     head: bool = True
 
@@ -165,6 +170,9 @@ class Quantizer(LayerMethod):
         if self.shared and self.tables:
             what = "shared with tables of levels, which have grids of their own at every width"
             raise ConfigError(what, where=f"{self.name}.shared", fix="Leave one of the two out")
+        if not 0 <= self.outliers <= MOST_OUTLIERS:
+            what, fix = f"outliers is {self.outliers}", f"Give a share from 0 to {MOST_OUTLIERS}, such as 0.005"
+            raise ConfigError(what, where=f"{self.name}.outliers", fix=fix)
         if self.group_size != -1 and (self.group_size < 4 or self.group_size % 4):
             what = f"group_size is {self.group_size}"
             fix = "Give -1 for whole rows, or 32, 64 or 128 (any multiple of 4 works, those are fast)"
@@ -182,11 +190,24 @@ class Quantizer(LayerMethod):
         return own or self.bits
 
     def at(self, name: str) -> Self:
-        """The configuration for the layer of that name, with its `ladder`."""
-        return replace(self, bits=self.ladder(name), end_bits=(), layer_bits={})
+        """The configuration for the layer of that name, with its `ladder`; the ends have no outliers."""
+        outliers = 0.0 if name in ENDS else self.outliers
+        return replace(self, bits=self.ladder(name), end_bits=(), layer_bits={}, outliers=outliers)
+
+    def kept(self, out: int, columns: int) -> int:
+        """How many outliers a matrix of that shape has."""
+        return round(self.outliers * out * columns)
 
     def check(self, name: str, out: int, columns: int) -> None:
-        """Refuse a group size that does not divide the inputs, unless the last group may be shorter."""
+        """Refuse a group size that does not divide the inputs, unless the last group may be shorter; and outliers in
+        rows of more than 65536.
+        """
+        if self.outliers and columns > MOST_COLUMNS:
+            what, fix = (
+                f"{columns} columns are more than outliers can name",
+                f"Use at most {MOST_COLUMNS}, or exclude it",
+            )
+            raise ConfigError(what, where=name, fix=fix)
         if self.group_size != -1 and columns % self.group_size and not self.ragged:
             smaller = [str(g) for g in (128, 64, 32, 16) if g < self.group_size and columns % g == 0]
             use = f"Use group_size {' or '.join(smaller)}" if smaller else "Use group_size -1"
@@ -234,6 +255,12 @@ class BlockQuantizer(Quantizer, ABC):
 
     original: ClassVar[bool] = False
     """As in BlockMethod."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.outliers:
+            what, fix = f"{self.name} keeps no outliers", "Leave the option out, or use gptq"
+            raise ConfigError(what, where=f"{self.name}.outliers", fix=fix)
 
     @property
     def reads_text(self) -> bool:

@@ -6,6 +6,7 @@ inputs gives without the inputs: tr((W - Q) G (W - Q)^T).
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -47,14 +48,16 @@ def safer(
 
     stat: what the method was given, a Gram matrix or, of Statistic.FISHER, what each weight counts. Nearer: the smaller
     mean over the widths of the logarithm of the error, so that no width outweighs the others. Where the method makes
-    tables, rounding to nearest is on even levels written as tables.
+    tables, rounding to nearest is on even levels written as tables; where `solved` has outliers, beside the same ones.
     """
     single = method.needs is Statistic.FISHER
     errors = output_errors(weight, solved, stat, single=single)
+    rest = weight if solved.outliers is None else solved.outliers.taken_from(weight)
     if solved.table:
-        plain = even(weight, method.bits, method.group_size, method.sym)
+        plain = even(rest, method.bits, method.group_size, method.sym)
     else:
-        plain = nearest(weight, method.bits, method.group_size, method.sym, bool(solved.ratio))
+        plain = nearest(rest, method.bits, method.group_size, method.sym, bool(solved.ratio))
+    plain = replace(plain, outliers=solved.outliers)
     rival = output_errors(weight, plain, stat, single=single)
     if not all(map(math.isfinite, errors.values())) or mean_log(errors) > mean_log(rival):
         told = ", ".join(f"{b} bits {errors[b]:.3g} against {rival[b]:.3g}" for b in method.bits)

@@ -25,6 +25,7 @@ from lilliput.core.progress import Progress
 from lilliput.core.spec import EncoderSpec, ModelSpec
 from lilliput.data.images import Pictures
 from lilliput.data.streams import Batches
+from lilliput.methods import outliers
 from lilliput.methods.base import BlockData, BlockMethod, BlockQuantizer, LayerMethod, Quantizer, Statistic
 from lilliput.methods.calibration import first_readers, watching
 from lilliput.methods.fisher import Fisher
@@ -181,7 +182,7 @@ class Sweep:
                 weight = solved[name]
                 assert isinstance(weight, Tensor), "a layer is quantized last"
                 stat, note = stats.get(name, (None, ""))
-                made = method.solve(weight, stat)
+                made = outliers.solve(method, weight, stat)
                 if isinstance(made, Quantized) and isinstance(method, Quantizer) and method.needs in _JUDGED:
                     assert stat is not None, "gathered above"
                     made, errors[name], worse = safer(method, weight, made, stat)
@@ -307,7 +308,7 @@ class Sweep:
                 assert isinstance(part, Tensor), "a layer is quantized last"
                 own = self._fisher(name, slice(start, start + rows)) if method.needs is Statistic.FISHER else stat
                 before = part.to(torch.float32)
-                part = method.solve(before, own)
+                part = outliers.solve(method, before, own)
                 if isinstance(part, Quantized) and isinstance(method, Quantizer) and method.needs in _JUDGED:
                     if own is None:  # the embedding of a method that learns from inputs: ids have no Gram matrix
                         continue

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lilliput.numerics.outliers import Outliers
 from lilliput.numerics.packing import LEVEL_MIDDLE, RATIO_ONE, serving_width
 
 _CHUNK = 1 << 22  # codes looked up at once: their int64 indices take 32 MiB
@@ -29,6 +30,8 @@ class Quantized:
     ratio[b]: (out,) uint8 for every width, or for none. With ratios there are a scale and a zero only of the narrowest
     width a. At width b a row's scales are those times f = (128 + ratio) / 256 * 2**(a - b), its zeros those over f, so
     that the middle of a group stays where it is. Such a matrix has no tables.
+
+    outliers: a few numbers in half precision that every width adds to what its codes mean, or None.
     """
 
     codes: Tensor
@@ -38,6 +41,7 @@ class Quantized:
     zero: Mapping[int, Tensor] = field(default_factory=dict)
     table: Mapping[int, Tensor] = field(default_factory=dict)
     ratio: Mapping[int, Tensor] = field(default_factory=dict)
+    outliers: Outliers | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -69,7 +73,8 @@ class Quantized:
         zero = {b: z[index] for b, z in self.zero.items()}
         table = {b: t[index] for b, t in self.table.items()}
         ratio = {b: r[index] for b, r in self.ratio.items()}
-        return Quantized(self.codes[index], self.bits, self.group_size, scale, zero, table, ratio)
+        outliers = None if self.outliers is None else self.outliers.rows(index)
+        return Quantized(self.codes[index], self.bits, self.group_size, scale, zero, table, ratio, outliers)
 
     @staticmethod
     def stack(parts: Sequence["Quantized"]) -> "Quantized":
@@ -79,7 +84,10 @@ class Quantized:
         zero = {b: torch.cat([p.zero[b] for p in parts]) for b in first.zero}
         table = {b: torch.cat([p.table[b] for p in parts]) for b in first.table}
         ratio = {b: torch.cat([p.ratio[b] for p in parts]) for b in first.ratio}
-        return Quantized(torch.cat([p.codes for p in parts]), first.bits, first.group_size, scale, zero, table, ratio)
+        kept = [p.outliers for p in parts if p.outliers is not None]
+        outliers = Outliers.stack(kept) if kept else None
+        codes = torch.cat([p.codes for p in parts])
+        return Quantized(codes, first.bits, first.group_size, scale, zero, table, ratio, outliers)
 
     def marks(self, bits: int, codes: Tensor | None = None) -> Tensor:
         """Where codes stand at one width, in steps from the middle: (out, in) float32, fresh memory.
@@ -94,7 +102,7 @@ class Quantized:
     def dequantize(self, bits: int) -> Tensor:
         """Return the (out, in) float32 matrix at one width: scale * (c_b - (2**b - 1) / 2 - zero).
 
-        Where the width has a table: scale * (table[c_b] - 63.5 - zero).
+        Where the width has a table: scale * (table[c_b] - 63.5 - zero). Outliers are added to that.
         """
         mark = self.marks(bits)
         out, columns = mark.shape
@@ -105,7 +113,8 @@ class Quantized:
         if zero is not None:
             whole = whole.sub_(zero[..., None])
         whole = whole.mul_(scale[..., None])
-        return whole.view(out, groups * size)[:, :columns].contiguous()
+        dense = whole.view(out, groups * size)[:, :columns].contiguous()
+        return dense if self.outliers is None else self.outliers.added(dense)
 
 
 def look_up(table: Tensor, codes: Tensor) -> Tensor:

@@ -48,12 +48,15 @@ class _Level(torch.autograd.Function):
 class Trainable:
     """Codes of one matrix as something an optimiser may move.
 
-    weight: (out, in) float32 that the codes stand for, left as it was; a copy is first pulled into the cell of its code,
+    Outliers stay as they are. weight: (out, in) float32 that codes and outliers stand for, left as it was; a copy is first pulled into the cell of its code,
     so that training starts from `coded` as it is. codes: train them; else only grids.
     """
 
     def __init__(self, weight: Tensor, coded: Quantized, codes: bool) -> None:
-        self._coded = coded
+        self._coded, self._outliers = coded, coded.outliers
+        if self._outliers is not None:
+            self._places_of = self._outliers.places(weight.shape[1])
+            weight = self._outliers.taken_from(weight)
         widest = coded.bits[-1]
         self.weight = weight.detach()  # where codes are trained, another takes its place below
         self._steps: Tensor | None = None
@@ -114,7 +117,10 @@ class Trainable:
             codes, inside = self._codes()
             own, _ = grouped(coded.marks(bits, codes), coded.group_size)
         value: Tensor = _Level.apply(self.weight, scale, zero, own, inside)  # type: ignore[no-untyped-call]
-        return value
+        if self._outliers is None:
+            return value
+        beside = self._outliers.values.float()
+        return value.flatten().index_add(0, self._places_of, beside).view_as(value)
 
     @torch.no_grad()
     def quantized(self, trained: int) -> Quantized:
@@ -129,7 +135,7 @@ class Trainable:
         scale = {b: stored_scale(coded.scale[b].float() * torch.exp(log)) for b, log in self._log.items()}
         zero = {b: stored_zero(z / self._unit, counted_bits(b, coded.table)) for b, z in self._zero.items()}
         ratio = {b: round_ratio(ratio_of(r) * torch.exp(self._times[b])) for b, r in coded.ratio.items()}
-        return Quantized(codes, coded.bits, coded.group_size, scale, zero, coded.table, ratio)
+        return Quantized(codes, coded.bits, coded.group_size, scale, zero, coded.table, ratio, coded.outliers)
 
     def _places(self, weight: Tensor) -> Tensor:
         """Where weights stand on the widest grid: (out, groups, size), whole numbers at its codes."""

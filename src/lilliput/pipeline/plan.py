@@ -183,6 +183,7 @@ def entry_of(shape: tuple[int, int], quantizer: Quantizer) -> QuantEntry:
         tables=quantizer.tables,
         shared=quantizer.shared and len(quantizer.bits) > 1,
         grid_bits=8 if in_bytes(group_count(shape[1], quantizer.group_size)) else 16,
+        outliers=quantizer.kept(*shape),
     )
 
 

@@ -17,6 +17,7 @@ from lilliput.artifact.amend import amend
 from lilliput.artifact.entries import DataInfo, EmbeddingQuality, IntegerInfo, LayerRecord, QualityEntry, SourceInfo
 from lilliput.artifact.publish import publish
 from lilliput.artifact.schema import SCHEMA_VERSION, Manifest, version_of
+from lilliput.artifact.stored import StoredOutliers
 from lilliput.artifact.write import ArtifactWriter
 from lilliput.core.errors import QualityFailed
 from lilliput.core.progress import Progress
@@ -31,6 +32,7 @@ from lilliput.methods.sources import CheckpointSource, DecoderSource, Source
 from lilliput.methods.sweep import FLOAT, Job, Outcome, Sweep
 from lilliput.models import Checkpoint, load_encoder
 from lilliput.numerics.nested import Quantized
+from lilliput.numerics.outliers import Outliers
 from lilliput.pipeline.budget import allocate, labels_for, largest
 from lilliput.pipeline.card import model_card
 from lilliput.pipeline.gate import (
@@ -353,7 +355,7 @@ class Tensors:
         zero = {b: z.numpy() for b, z in value.zero.items()}
         table = {b: t.numpy() for b, t in value.table.items()}
         ratio = {b: r.numpy() for b, r in value.ratio.items()}
-        self._writer.put_quantized(name, value.codes.numpy(), scale, zero, table, ratio)
+        self._writer.put_quantized(name, value.codes.numpy(), scale, zero, table, ratio, _stored(value.outliers))
 
     def floating(self, name: str, value: Tensor) -> None:
         """Write a tensor in the dtype its entry has; bfloat16 goes as its bits."""
@@ -367,3 +369,10 @@ class Tensors:
     def settle(self) -> None:
         """Have it on disk."""
         self._writer.sync()
+
+
+def _stored(outliers: Outliers | None) -> StoredOutliers | None:
+    if outliers is None:
+        return None
+    counts, columns = (part.numpy().astype(np.uint16) for part in (outliers.counts, outliers.columns))
+    return StoredOutliers(counts, columns, outliers.values.numpy())

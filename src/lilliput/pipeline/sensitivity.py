@@ -22,6 +22,7 @@ from lilliput.artifact.disk import replacing
 from lilliput.core.errors import InputCorrupt
 from lilliput.core.progress import Progress
 from lilliput.data.streams import I32
+from lilliput.methods import outliers
 from lilliput.methods.base import LayerMethod, Quantizer, Statistic
 from lilliput.methods.calibration import first_readers, watching
 from lilliput.methods.fisher import Fisher
@@ -113,7 +114,8 @@ class Sensitivities:
             weight = changed
         losses = {}
         for bits in quantizer.bits:
-            made = replace(quantizer, bits=(bits,)).solve(weight, self._own(name, quantizer, stat))
+            made = outliers.solve(replace(quantizer, bits=(bits,)), weight, self._own(name, quantizer, stat))
+            assert isinstance(made, Quantized), "a quantizer makes codes"
             with _instead(module, made):
                 losses[bits] = self._loss(index, hidden)
             if not math.isfinite(losses[bits]):

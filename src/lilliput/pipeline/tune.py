@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lilliput.artifact.disk import sync
+from lilliput.artifact.entries import OUTLIER_PARTS
 from lilliput.core.progress import Progress
 from lilliput.core.spec import ModelSpec
 from lilliput.data.streams import Batches
@@ -26,6 +27,7 @@ from lilliput.methods.sources import DecoderSource, Source
 from lilliput.methods.sweep import FLOAT, Job, Sweep
 from lilliput.models import Checkpoint, Decoder, load_decoder
 from lilliput.numerics.nested import Quantized
+from lilliput.numerics.outliers import Outliers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +120,8 @@ class Store:
         tensors = {"codes": value.codes} | ({} if weight is None else {"weight": weight})
         for kind in ("scale", "zero", "table", "ratio"):
             tensors |= {f"{kind}.{b}": t for b, t in getattr(value, kind, {}).items()}
+        if value.outliers is not None:
+            tensors |= {f"outlier.{part}": getattr(value.outliers, part) for part in OUTLIER_PARTS}
         self._save(f"{name}.coded", tensors, {"bits": list(value.bits), "group_size": value.group_size})
 
     def floating(self, name: str, value: Tensor) -> None:
@@ -148,11 +152,14 @@ class Store:
         found = {}
         for name, tensors, told in self._load("coded"):
             parts: dict[str, dict[int, Tensor]] = {}
+            beside = [tensors.pop(f"outlier.{part}") for part in OUTLIER_PARTS if f"outlier.{part}" in tensors]
+            outliers = Outliers(*beside) if beside else None
             for key, tensor in tensors.items():
                 kind, _, width = key.partition(".")
                 if width:
                     parts.setdefault(kind, {})[int(width)] = tensor
-            found[name] = Quantized(tensors["codes"], tuple(told["bits"]), told["group_size"], **parts)
+            bits, group_size = tuple(told["bits"]), told["group_size"]
+            found[name] = Quantized(tensors["codes"], bits, group_size, **parts, outliers=outliers)
         return found
 
     def _save(self, stem: str, tensors: Mapping[str, Tensor], told: Mapping[str, Any]) -> None:

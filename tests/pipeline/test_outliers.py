@@ -1,0 +1,92 @@
+"""Outliers from a recipe to the engine: stored, counted, trained around, and kept over a kill."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lilliput.artifact.read import Artifact
+from lilliput.artifact.verify import verify
+from lilliput.engine import load
+from lilliput.methods.outliers import solve
+from lilliput.methods.quantize.rtn import RTN
+from lilliput.models import Checkpoint, load_decoder
+from lilliput.numerics.nested import Quantized
+from lilliput.pipeline import compress
+from lilliput.pipeline.tune import Store
+from support.families import FAMILIES
+
+SHARE = 0.02
+GPTQ = {"gptq": {"bits": [2, 4], "group_size": 32, "end_bits": [4], "outliers": SHARE}}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    FAMILIES["llama"](folder, 0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    text = tmp_path_factory.mktemp("text") / "text.txt"
+    text.write_text("The old man and the child went on and on, and the sea and the wind went with them. " * 60)
+    return {"calibration": [text], "samples": 4, "length": 24, "gate": False}
+
+
+@pytest.mark.parametrize("tuned", [False, True])
+def test_the_engine_says_what_the_stored_weights_say(
+    tuned: bool, llama: Path, options: dict[str, Any], tmp_path: Path
+) -> None:
+    recipe = [GPTQ, *([{"tune": {"steps": 3, "batch": 2}}] if tuned else [])]
+    compress(llama, tmp_path / "out", recipe=recipe, **options)
+    assert verify(tmp_path / "out").ok
+    artifact = Artifact.open(tmp_path / "out")
+    assert artifact.manifest.schema_version == "1.6"
+    for name, entry in artifact.manifest.entries.items():
+        assert entry.outliers == (round(SHARE * entry.out * entry.columns) if name.startswith("layers.") else 0)
+    decoder = load_decoder(Checkpoint.open(llama))
+    tokens = [3, 17, 44, 91, 12, 60, 5, 8]
+    for bits in (2, 4):
+        state = {f"{n}.weight": torch.from_numpy(artifact.dequantize(n, bits)) for n in artifact.quantized}
+        decoder.load_state_dict(decoder.state_dict() | state)
+        with torch.no_grad():
+            expected = decoder(torch.tensor([tokens]))[0].numpy()
+        said = load(tmp_path / "out", activations="float").logits(tokens, bits=bits)
+        np.testing.assert_allclose(said, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+
+
+def test_training_leaves_the_outliers_as_they_were(llama: Path, options: dict[str, Any], tmp_path: Path) -> None:
+    compress(llama, tmp_path / "plain", recipe=[GPTQ], **options)
+    compress(llama, tmp_path / "tuned", recipe=[GPTQ, {"tune": {"steps": 3, "batch": 2}}], **options)
+    plain, tuned = (Artifact.open(tmp_path / name) for name in ("plain", "tuned"))
+    moved = 0
+    for name in plain.quantized:
+        before, after = plain.linear(name), tuned.linear(name)
+        moved += not np.array_equal(before.dequantize(2), after.dequantize(2))
+        for one, other in zip(before.grids(2)[-3:], after.grids(2)[-3:], strict=True):
+            assert before.outliers is None or np.array_equal(one, other)
+    assert moved
+
+
+def test_a_budget_counts_them(llama: Path, options: dict[str, Any], tmp_path: Path) -> None:
+    recipe = [{"gptq": GPTQ["gptq"] | {"bits": [2, 3, 4], "end_bits": [2, 4]}}]
+    report = compress(llama, tmp_path / "out", recipe=recipe, target_bits=4.6, **options)
+    plan = Artifact.open(tmp_path / "out").plan
+    assert any(entry.outliers for entry in plan.entries.values())
+    assert plan.bits_per_weight(plan.bits[0]) <= 4.6
+    assert report.rows[0].bits_per_weight == pytest.approx(plan.bits_per_weight(plan.bits[0]), abs=1e-3)
+
+
+def test_work_put_aside_is_taken_up_with_them(llama: Path, tmp_path: Path) -> None:
+    weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
+    made = solve(RTN(bits=(2, 4), group_size=32, outliers=SHARE), weight, None)
+    assert isinstance(made, Quantized)
+    store = Store(tmp_path / "kept")
+    store.quantized("layers.0.mlp.up_proj", made, weight)
+    store.settle(whole=True)
+    again = Store(tmp_path / "kept").coded()["layers.0.mlp.up_proj"]
+    for bits in (2, 4):
+        assert torch.equal(again.dequantize(bits), made.dequantize(bits))

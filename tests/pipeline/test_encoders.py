@@ -197,7 +197,7 @@ def test_inspect_and_verify_describe_an_encoder(artifact: Path, capsys: pytest.C
 SWEPT = [
     [{"smoothquant": {}}, {"rtn": {"bits": [4], "group_size": 32}}],
     [{"awq": {"ratios": 3, "samples": 2, "length": 8}}, {"rtn": {"bits": [4], "group_size": 32}}],
-    [{"gptq": {"bits": [4], "group_size": 32}}],
+    [{"gptq": {"bits": [4], "group_size": 32, "outliers": 0.01}}],
     [{"leanquant": {"bits": [4], "group_size": 32, "exponents": [2.0], "rounds": 1}}],
     [{"omniquant": {"bits": [4], "group_size": 32, "epochs": 1}}],
 ]

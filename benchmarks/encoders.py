@@ -51,7 +51,9 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", default=["rtn", "gptq"], help="those there are of these")
     parser.add_argument("--bits", type=int, nargs="*", default=[2, 3, 4, 8])
     parser.add_argument("--group-size", type=int, default=64)
-    parser.add_argument("--shared", action="store_true", help="one grid for all widths, as in the recipes for nested artifacts")
+    parser.add_argument(
+        "--shared", action="store_true", help="one grid for all widths, as in the recipes for nested artifacts"
+    )
     parser.add_argument("--outliers", type=float, default=0.0, help="share of the weights kept beside the codes")
     parser.add_argument("--integer", nargs="*", choices=("recipe", "static", "trained"), default=["recipe"])
     parser.add_argument("--integer-bits", type=int, nargs="*", default=[8, 4], help="of the integer models' weights")
@@ -75,7 +77,12 @@ def main() -> None:
     original = float_vectors(model, texts)
     rows = [{"method": "float", "bits": 32} | score(original, original, owner)]
     for method in [name for name in asked.methods if name in METHODS]:
-        options = {"bits": asked.bits, "group_size": asked.group_size, "shared": asked.shared, "outliers": asked.outliers}
+        options = {
+            "bits": asked.bits,
+            "group_size": asked.group_size,
+            "shared": asked.shared,
+            "outliers": asked.outliers,
+        }
         recipe = [{method: options}]
         out = asked.work / f"{method}.lilliput"
         shutil.rmtree(out, ignore_errors=True)

@@ -41,7 +41,8 @@ struct Spec {
 
 // Numbers that a product adds to what codes mean, whatever the width:
 //
-//     y[t, n] += ((0 + v[0] x[t, c[0]]) + v[1] x[t, c[1]]) + ..,     the outliers of row n in order, in float32
+//     s[k]     = ((0 + v[k] x[t, c[k]]) + v[k + 4] x[t, c[k + 4]]) + ..,     the outliers of row n in order, in float32
+//     y[t, n] += (s[0] + s[1]) + (s[2] + s[3])
 //
 // x is what comes in, also where the codes are multiplied with it rounded to int8.
 struct Outliers {

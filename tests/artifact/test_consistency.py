@@ -1,5 +1,5 @@
 from lilliput.artifact.consistency import inconsistencies
-from lilliput.artifact.entries import FloatEntry
+from lilliput.artifact.entries import FloatEntry, QuantEntry
 from lilliput.core.spec import EncoderSpec, Norm, TokenInputs
 
 
@@ -29,4 +29,15 @@ def test_an_encoder_is_whole_or_refused() -> None:
     many = spec.model_copy(update={"num_layers": 10**9})
     assert list(inconsistencies(many, {}, floats, ())) == [
         f"spec has {10**9} layers but there are {len(floats)} tensors"
+    ]
+
+
+def test_only_matrices_of_blocks_have_outliers() -> None:
+    spec, floats = encoder()
+    left = {name: entry for name, entry in floats.items() if name != "embed_tokens.weight"}
+    plain = QuantEntry(out=20, columns=8, bits=(4,), group_size=-1, sym=False)
+    assert list(inconsistencies(spec, {"embed_tokens": plain}, left, (4,))) == []
+    kept = plain.model_copy(update={"outliers": 3})
+    assert list(inconsistencies(spec, {"embed_tokens": kept}, left, (4,))) == [
+        "embed_tokens has outliers, which only the matrices of blocks have"
     ]

@@ -36,6 +36,6 @@ def test_outliers_are_read_at_every_width_and_fit_their_matrix() -> None:
     beside = ("outlier.counts", "outlier.columns", "outlier.values")
     assert (entry.parts(2), entry.parts(4)) == (("scale.2", *beside), ("scale.4", *beside))
     assert QuantEntry(columns=70, **given).parts(2) == ("scale.2",)
-    for columns, outliers in ((70, 281), (1 << 17, 1)):
+    for columns, outliers in ((70, 36), (1 << 16, 1)):
         with pytest.raises(ValueError, match=f"{outliers} outliers do not fit"):
             QuantEntry(columns=columns, outliers=outliers, **given)

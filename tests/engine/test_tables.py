@@ -126,9 +126,10 @@ def test_outliers_count_among_the_bytes_a_token_reads_at_every_width(tmp_path: P
     plain, more = Engine(tmp_path / "a"), Engine(tmp_path / "b")
     entries = plans[1].entries.values()
     size = sum(2 * entry.out + 4 * entry.outliers for entry in entries)
+    held = sum(4 * entry.out + 6 * entry.outliers for entry in entries)  # float32, and where rows begin
     weights = sum(entry.out * entry.columns for entry in entries)
     for bits in (2, 8):
-        assert more.weight_bytes(bits) - plain.weight_bytes(bits) == size
+        assert more.weight_bytes(bits) - plain.weight_bytes(bits) == held
         assert plans[1].bits_per_weight(bits) - plans[0].bits_per_weight(bits) == pytest.approx(8 * size / weights)
 
 
@@ -142,3 +143,32 @@ def test_the_engine_refuses_outliers_that_stand_outside_their_matrix(tmp_path: P
     far = replace(m.outliers, columns=np.full_like(m.outliers.columns, m.columns))
     with pytest.raises(InputCorrupt, match=f"{name}: an outlier stands in column 64 of 64"):
         native.Model(SPEC, floats, linears | {name: replace(m, outliers=far)}, threads=1)
+
+
+def test_the_kernels_check_outliers_themselves(tmp_path: Path) -> None:
+    write_small_artifact(tmp_path / "a", plan=small_plan(SPEC, (2,)))
+    core, name = Engine(tmp_path / "a")._model._core, "layers.0.attn.q_proj"
+    first = np.zeros(65, np.uint32)
+    first[1:] = 2
+    column, value = np.array([3, 63], np.uint16), np.ones(2, np.float32)
+    for wrong in (
+        (first[:-1], column, value),
+        (np.r_[first[:-1], first[-1:] + 1], column, value),
+        (np.r_[first[:2], first[:1], first[3:]], column, value),
+        (first, column + np.uint16(1), value),
+        (first, column[:1], value),
+        (first, column, value[:1]),
+    ):
+        with pytest.raises(ValueError, match=f"the outliers of {name} do not fit it"):
+            core.add_outliers(name, *wrong)
+    with pytest.raises(ValueError, match="is missing"):
+        core.add_outliers("layers.9.attn.q_proj", first, column, value)
+    core.add_outliers(name, first, column, value)
+
+
+def test_a_product_by_itself_refuses_outliers(tmp_path: Path) -> None:
+    write_small_artifact(tmp_path / "a", plan=small_plan(SPEC, (2,), outliers=0.01))
+    with Artifact.open(tmp_path / "a") as artifact:
+        m = artifact.linear("layers.0.attn.q_proj")
+    with pytest.raises(ValueError, match="has outliers, which a product by itself does not add"):
+        native.matmul_nested(m, 2, np.zeros((1, 64), np.float32))

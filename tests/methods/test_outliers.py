@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from lilliput.core.errors import ConfigError
-from lilliput.methods import METHODS
+from lilliput.methods import METHODS, outliers
 from lilliput.methods.base import BlockQuantizer, Quantizer, Statistic, build
-from lilliput.methods.outliers import solve
+from lilliput.methods.outliers import choose, solve
 from lilliput.methods.safety import output_errors, safer
 from lilliput.numerics.nested import Quantized
 
@@ -74,6 +74,36 @@ def test_the_codes_are_those_of_what_is_left(name: str) -> None:
     assert torch.equal(made.dequantize(2), made.outliers.added(rest.dequantize(2)))
 
 
+def test_turns_find_a_better_choice_than_distance_from_the_middle(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randn(48, 256, generator=draw) * torch.randn(48, 256, generator=draw).abs()
+    weight *= (torch.rand(48, 4, generator=draw) + 0.3).repeat_interleave(64, 1)  # groups are not alike
+    method = method_of("rtn", bits=[2], group_size=64, outliers=SHARE)
+    errors = []
+    for rounds in (1, outliers.ROUNDS):
+        monkeypatch.setattr(outliers, "ROUNDS", rounds)
+        errors.append(float((weight - coded(method, weight, None).dequantize(2)).square().sum()))
+    assert errors[1] < 0.95 * errors[0]
+
+
+def test_any_precision_chooses_where_an_error_counts() -> None:
+    draw = torch.Generator().manual_seed(0)
+    weight, counts = torch.randn(OUT, COLUMNS, generator=draw), torch.full((OUT, COLUMNS), 1e-3)
+    counts[:, ::8] = 1.0
+    made = coded(method_of("any_precision", outliers=SHARE), weight, counts)
+    assert made.outliers is not None
+    assert float((made.outliers.columns % 8 == 0).float().mean()) > 0.9
+    plain = choose(method_of("rtn", outliers=SHARE), weight, None)
+    assert float((plain.columns % 8 == 0).float().mean()) < 0.4
+
+
+def test_a_share_of_less_than_one_weight_is_none() -> None:
+    weight, _, _ = case()
+    method = method_of("rtn", outliers=1e-5)
+    assert method.kept(OUT, COLUMNS) == 0
+    assert coded(method, weight, None).outliers is None
+
+
 def test_wider_widths_do_not_change_the_choice() -> None:
     weight, _, x = case(2)
     gram = x.T @ x
@@ -124,5 +154,5 @@ def test_what_solves_blocks_together_says_that_it_keeps_none(name: str) -> None:
 
 
 def test_rows_too_long_to_name_a_column_are_refused() -> None:
-    with pytest.raises(ConfigError, match="70000 columns are more than outliers can name"):
-        method_of("rtn", outliers=SHARE, group_size=-1).check("layers.0.mlp.down_proj", 16, 70000)
+    with pytest.raises(ConfigError, match="65536 columns are more than outliers can name"):
+        method_of("rtn", outliers=SHARE, group_size=-1).check("layers.0.mlp.down_proj", 16, 65536)

@@ -38,6 +38,8 @@ def test_training_starts_from_the_matrix_with_its_outliers_and_keeps_them() -> N
         layer = Trainable(WEIGHT, coded, codes)
         for bits in (2, 4):
             assert torch.allclose(layer.at(bits), coded.dequantize(bits), atol=1e-6)
+        left = (layer.weight.detach() - made.dequantize(4))[CHOSEN].abs()  # not what the outliers have taken away
+        assert not codes or float(left.max()) < 0.51 * float(made.scale[4].max())
         layer.at(4).square().sum().backward()
         assert all(value.grad is not None for name, value in layer.named() if name.endswith(".4"))
         assert layer.quantized(4).outliers is SOME

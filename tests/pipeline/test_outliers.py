@@ -1,11 +1,13 @@
-"""Outliers from a recipe to the engine: stored, counted, trained around, and kept over a kill."""
+"""Outliers from a recipe to the engine: stored, counted, trained around, and taken up again."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lilliput.artifact.read import Artifact
 from lilliput.artifact.verify import verify
@@ -58,6 +60,12 @@ def test_the_engine_says_what_the_stored_weights_say(
         np.testing.assert_allclose(said, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
 
+def test_a_share_of_less_than_one_weight_is_none(llama: Path, options: dict[str, Any], tmp_path: Path) -> None:
+    recipe = [{"rtn": {"bits": [2, 4], "group_size": 32, "outliers": 1e-5}}]
+    compress(llama, tmp_path / "out", recipe=recipe, gate=False)
+    assert not any(entry.outliers for entry in Artifact.open(tmp_path / "out").manifest.entries.values())
+
+
 def test_training_leaves_the_outliers_as_they_were(llama: Path, options: dict[str, Any], tmp_path: Path) -> None:
     compress(llama, tmp_path / "plain", recipe=[GPTQ], **options)
     compress(llama, tmp_path / "tuned", recipe=[GPTQ, {"tune": {"steps": 3, "batch": 2}}], **options)
@@ -73,7 +81,17 @@ def test_training_leaves_the_outliers_as_they_were(llama: Path, options: dict[st
 
 def test_a_budget_counts_them(llama: Path, options: dict[str, Any], tmp_path: Path) -> None:
     recipe = [{"gptq": GPTQ["gptq"] | {"bits": [2, 3, 4], "end_bits": [2, 4]}}]
-    report = compress(llama, tmp_path / "out", recipe=recipe, target_bits=4.6, **options)
+    weights = load_file(llama / "model.safetensors")
+    for name, weight in weights.items():  # long tails, which outliers take away
+        if "_proj" in name:
+            weight.view(-1)[::97] *= 20
+    folder = Path(shutil.copytree(llama, tmp_path / "model"))
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    report = compress(folder, tmp_path / "out", recipe=recipe, target_bits=4.6, **options)
+    plain = [{"gptq": recipe[0]["gptq"] | {"outliers": 0.0}}]
+    other = compress(folder, tmp_path / "other", recipe=plain, target_bits=4.6, **options)
+    kl = [[row.predicted_kl for row in r.frontier if row.uniform == 2] for r in (report, other)]
+    assert kl[0][0] < 0.7 * kl[1][0]  # what a layer loses was measured with its outliers
     plan = Artifact.open(tmp_path / "out").plan
     assert any(entry.outliers for entry in plan.entries.values())
     assert plan.bits_per_weight(plan.bits[0]) <= 4.6

@@ -84,7 +84,7 @@ class QuantEntry(Frozen):
             raise ValueError("a shared grid is one of several widths, none of them with a table")
         if self.grid_bits == 8 and self.groups == 1:
             raise ValueError("a scale of 8 bits is one of several in its row")
-        if self.outliers > self.out * self.columns or (self.outliers and self.columns > 1 << 16):
+        if 8 * self.outliers > self.out * self.columns or (self.outliers and self.columns >= 1 << 16):
             raise ValueError(f"{self.outliers} outliers do not fit ({self.out}, {self.columns})")
         return self
 

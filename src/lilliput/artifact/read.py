@@ -144,8 +144,8 @@ class Artifact:
     def read_ahead(self, bits: int | None = None) -> None:
         """Ask the system to have in memory soon what a runner reads at `bits` (None: the widest here).
 
-        That is every field, all of the grid and the table of that width and the float tensors, in the order they are used, and
-        no byte of a wider width. Raises as `linear` does.
+        That is every field, all of the grid and the table of that width, outliers and the float tensors, in the order they are
+        used, and no byte of a wider width. Raises as `linear` does.
         """
         names = list(self.manifest.floats)
         for name, entry in self.manifest.entries.items():

@@ -22,6 +22,8 @@ from lilliput.numerics.packing import (
     zero_step,
 )
 
+_ROWS = 1 << 12
+"""Rows whose outliers are looked at together."""
 _HALF_UNIT = -20
 """A scale's byte times 16 is a float16 of its number times 2 to this; see `scale_numbers`."""
 
@@ -53,21 +55,32 @@ class StoredOutliers:
     columns: npt.NDArray[np.uint16]
     values: npt.NDArray[np.float16]
 
-    def places(self, width: int) -> npt.NDArray[np.int64]:
-        """Where they stand in a matrix of `width` columns laid out row after row: (n,), ascending.
+    def first(self) -> npt.NDArray[np.int64]:
+        """Number of the first outlier of every row among all, and how many there are: (out + 1,)."""
+        return np.concatenate([[0], np.cumsum(self.counts, dtype=np.int64)])
 
-        Raises ValueError where they do not stand in such a matrix, or one of them is not finite.
+    def check(self, width: int) -> None:
+        """Raise ValueError where they do not stand in a matrix of `width` columns, or one is not finite.
+
+        Looks at some rows at a time, so that it takes little memory.
         """
-        counts = self.counts.astype(np.int64)
-        if int(counts.sum()) != len(self.columns):
-            raise ValueError(f"the rows have {int(counts.sum())} outliers together, and {len(self.columns)} are there")
+        first = self.first()
+        if first[-1] != len(self.columns):
+            raise ValueError(f"the rows have {first[-1]} outliers together, and {len(self.columns)} are there")
         if int(self.columns.max(initial=0)) >= width:
             raise ValueError(f"an outlier stands in column {int(self.columns.max())} of {width}")
-        found: npt.NDArray[np.int64] = np.repeat(np.arange(len(counts)) * width, counts) + self.columns
-        if (np.diff(found) <= 0).any():
-            raise ValueError("the outliers of a row do not ascend")
-        if not np.isfinite(self.values).all():
-            raise ValueError("an outlier is not finite")
+        for row in range(0, len(self.counts), _ROWS):
+            some = self.counts[row : row + _ROWS]
+            columns = self.columns[first[row] : first[row + len(some)]].astype(np.int64)
+            if (np.diff(np.repeat(np.arange(len(some)) * width, some) + columns) <= 0).any():
+                raise ValueError("the outliers of a row do not ascend")
+            if not np.isfinite(self.values[first[row] : first[row + len(some)]]).all():
+                raise ValueError("an outlier is not finite")
+
+    def places(self, width: int) -> npt.NDArray[np.int64]:
+        """Where they stand in a matrix of `width` columns laid out row after row: (n,), ascending. Raises as `check`."""
+        self.check(width)
+        found: npt.NDArray[np.int64] = np.repeat(np.arange(len(self.counts)) * width, self.counts) + self.columns
         return found
 
 
@@ -168,15 +181,15 @@ class StoredLinear:
             values -= self._spread(zero, None if ratios is None else ratios[1])
         values *= self._spread(self.scales(own), None if ratios is None else ratios[0])
         if self.outliers is not None:
-            values.reshape(-1)[self.outlier_places()] += self.outliers.values.astype(np.float32)
+            self.check_outliers()
+            values.reshape(-1)[self.outliers.places(self.columns)] += self.outliers.values.astype(np.float32)
         return values
 
-    def outlier_places(self) -> npt.NDArray[np.int64]:
-        """Where the outliers stand in the matrix laid out row after row; none without. Raises InputCorrupt."""
-        if self.outliers is None:
-            return np.empty(0, np.int64)
+    def check_outliers(self) -> None:
+        """Raise InputCorrupt where the outliers, if there are some, do not stand in the matrix."""
         try:
-            return self.outliers.places(self.columns)
+            if self.outliers is not None:
+                self.outliers.check(self.columns)
         except ValueError as error:
             fix = "Copy the artifact again from its source, or make it again"
             raise InputCorrupt(str(error), self.name, fix) from None

@@ -197,7 +197,7 @@ class _Check:
             return
         parts = (file.view(f"{module}.outlier.{part}") for part in OUTLIER_PARTS)
         try:
-            StoredOutliers(*parts).places(entry.columns)
+            StoredOutliers(*parts).check(entry.columns)
         except ValueError as error:
             self._say(str(error), f"{file.where}: {module}")
 

@@ -320,9 +320,9 @@ def _check_table(name: str, bits: int, entry: QuantEntry, table: npt.NDArray[np.
 
 
 def _check_outliers(name: str, entry: QuantEntry, outliers: StoredOutliers | None) -> None:
-    if (0 if outliers is None else len(outliers.values)) != entry.outliers:
-        raise ValueError(f"{name}: there are not the {entry.outliers} outliers of the entry")
     if outliers is None:
+        if entry.outliers:
+            raise ValueError(f"{name}: the {entry.outliers} outliers of the entry are not there")
         return
     shapes = {"counts": (entry.out,), "columns": (entry.outliers,), "values": (entry.outliers,)}
     for part, shape in shapes.items():
@@ -332,6 +332,6 @@ def _check_outliers(name: str, entry: QuantEntry, outliers: StoredOutliers | Non
                 f"{name}: {part} of outliers are {array.dtype} {array.shape}, not {dtype.__name__} {shape}"
             )
     try:
-        outliers.places(entry.columns)
+        outliers.check(entry.columns)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None

@@ -308,8 +308,8 @@ class Engine:
         return rows, tuple(widths)
 
     def weight_bytes(self, bits: int | None = None) -> int:
-        """Bytes of weights read for one decoded token at `bits`: fields, scales, zeros, ratios and levels of that width, and
-        every float tensor. Tables of which a token reads one row do not count, the embedding only where it is no head.
+        """Bytes of weights read for one decoded token at `bits`: fields, scales, zeros, ratios and levels of that width,
+        outliers as they are in memory, and every float tensor. Tables of which a token reads one row do not count, the embedding only where it is no head.
         """
         width = self._width(bits)
         skipped = {"embed_positions"} | (set() if self.spec.tied_head else {"embed_tokens"})
@@ -322,6 +322,8 @@ class Engine:
                 if have < own:
                     total, have = total + plane.nbytes, have + field
             total += sum(grid.nbytes for grid in linear.grids(own))
+            if linear.outliers is not None:  # values are float32 there, and 32 bits say where a row begins
+                total += linear.outliers.values.nbytes + linear.outliers.counts.nbytes
         return total
 
     def kv_bytes(self, tokens: int) -> int:

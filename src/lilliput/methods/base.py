@@ -200,7 +200,7 @@ class Quantizer(LayerMethod):
 
     def check(self, name: str, out: int, columns: int) -> None:
         """Refuse a group size that does not divide the inputs, unless the last group may be shorter; and outliers in
-        rows of more than 65536.
+        rows of more than 65535.
         """
         if self.outliers and columns > MOST_COLUMNS:
             what, fix = (

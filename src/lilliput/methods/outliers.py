@@ -28,7 +28,7 @@ _LARGEST = 65504.0
 
 def solve(method: LayerMethod, weight: Tensor, stat: Tensor | None) -> Tensor | Quantized:
     """Return what should stand in a weight's place, as `LayerMethod.solve`, with the outliers that the method is asked for."""
-    if not isinstance(method, Quantizer) or not method.outliers:
+    if not isinstance(method, Quantizer) or not method.kept(*weight.shape):
         return method.solve(weight, stat)
     outliers = choose(method, weight, stat if method.needs is Statistic.FISHER else None)
     return replace(method.solve(outliers.taken_from(weight), stat), outliers=outliers)
@@ -45,7 +45,7 @@ def choose(method: Quantizer, weight: Tensor, counts: Tensor | None) -> Outliers
         cost = (weight - made).square_()
         most = (cost if counts is None else cost.mul_(counts)).flatten().topk(method.kept(*weight.shape)).indices
         chosen.zero_().view(-1)[most] = True
-        made = _fitted(method, torch.where(chosen, made, weight), counts)
+        made = _coded(method, weight, torch.where(chosen, made, weight), counts)
     return Outliers.at(chosen, (weight - made).clamp_(-_LARGEST, _LARGEST))
 
 
@@ -56,12 +56,12 @@ def _middles(weight: Tensor, group_size: int) -> Tensor:
     return mean.expand_as(full).reshape(len(weight), -1)[:, : weight.shape[1]]
 
 
-def _fitted(method: Quantizer, weight: Tensor, counts: Tensor | None) -> Tensor:
-    """The matrix on a grid of the narrowest width, from the ends of its groups on fitted to it."""
+def _coded(method: Quantizer, weight: Tensor, rest: Tensor, counts: Tensor | None) -> Tensor:
+    """The levels nearest to `weight` on grids of the narrowest width that are fitted to `rest`, from its ends on."""
     bits, size = method.bits[0], method.group_size
-    scale, zero = minmax_grid(weight, bits, size, method.sym)
-    fit = Refit(weight, size, counts)
+    scale, zero = minmax_grid(rest, bits, size, method.sym)
+    fit = Refit(rest, size, counts)
     for _ in range(TURNS):
-        scale, zero = fit.grid(encode(weight, scale, zero, bits, size), bits, method.sym)
+        scale, zero = fit.grid(encode(rest, scale, zero, bits, size), bits, method.sym)
     codes = encode(weight, scale, zero, bits, size)
     return Quantized(codes, (bits,), size, {bits: scale}, {} if zero is None else {bits: zero}).dequantize(bits)

@@ -85,6 +85,7 @@ class Quantized:
         table = {b: torch.cat([p.table[b] for p in parts]) for b in first.table}
         ratio = {b: torch.cat([p.ratio[b] for p in parts]) for b in first.ratio}
         kept = [p.outliers for p in parts if p.outliers is not None]
+        assert len(kept) in (0, len(parts)), "all parts of a matrix have outliers, or none"
         outliers = Outliers.stack(kept) if kept else None
         codes = torch.cat([p.codes for p in parts])
         return Quantized(codes, first.bits, first.group_size, scale, zero, table, ratio, outliers)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MOST_COLUMNS = 1 << 16
-"""Columns that a stored number, 16 bits, can name."""
+MOST_COLUMNS = (1 << 16) - 1
+"""Columns of a matrix that may have some: 16 bits number one, and count a row that is full."""
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ class Trainable:
         self._coded, self._outliers = coded, coded.outliers
         if self._outliers is not None:
             self._places_of = self._outliers.places(weight.shape[1])
-            weight = self._outliers.taken_from(weight)
+            weight = self._outliers.taken_from(weight) if codes else weight  # else only its shape counts
         widest = coded.bits[-1]
         self.weight = weight.detach()  # where codes are trained, another takes its place below
         self._steps: Tensor | None = None

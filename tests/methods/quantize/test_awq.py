@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,14 @@ def test_a_ladder_is_judged_by_all_its_widths_or_by_the_one_asked_for(tmp_path: 
                 found[b] += output_error(block, data, rtn, b)
     assert errors[2][2] < errors[0][2]  # it does best what it was asked for,
     assert errors[0][8] < errors[2][8]  # at the cost of the other
+
+
+def test_what_will_keep_outliers_is_not_clipped(tmp_path: Path) -> None:
+    block = tiny_block()
+    after = {n: replace(q, outliers=0.01) for n, q in followed_by(block, bits=(2,)).items()}
+    before = state(block)
+    assert "clipped" not in AWQ(ratios=1).apply(block, calibration(tmp_path, block), after)
+    assert all(torch.equal(value, before[name]) for name, value in state(block).items())
 
 
 def test_a_layer_that_stays_float_is_neither_rounded_nor_clipped(tmp_path: Path) -> None:

@@ -40,7 +40,12 @@ def stored(m: StoredLinear) -> tuple[Any, ...]:
 
 
 def nested(m: StoredLinear, bits: int) -> tuple[Any, ...]:
-    """The arguments that stand for a matrix cut to the width it runs at when `bits` are asked for."""
+    """The arguments that stand for a matrix cut to the width it runs at when `bits` are asked for.
+
+    Raises ValueError for one with outliers, which only a model adds.
+    """
+    if m.outliers is not None:
+        raise ValueError(f"{m.name} has outliers, which a product by itself does not add")
     bits = m.width_at(bits)
     count = next(n for n in range(1, len(m.fields) + 1) if sum(m.fields[:n]) == bits)
     own = m.grid_at(bits)

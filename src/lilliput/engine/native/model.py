@@ -107,9 +107,8 @@ class Model:
     def _add_nested(self, name: str, m: StoredLinear, bias: F32 | None) -> None:
         self._core.add_nested(name, *stored(m), m.out, m.columns, group_of(m), bias)
         if m.outliers is not None:
-            m.outlier_places()  # refuses what an engine could not follow
-            first = np.concatenate([[0], np.cumsum(m.outliers.counts, dtype=np.int64)]).astype(np.uint32)
-            columns = np.ascontiguousarray(m.outliers.columns)
+            m.check_outliers()
+            first, columns = m.outliers.first().astype(np.uint32), np.ascontiguousarray(m.outliers.columns)
             self._core.add_outliers(name, first, columns, as_floats(m.outliers.values))
 
     @property

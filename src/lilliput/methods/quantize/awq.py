@@ -76,7 +76,8 @@ class AWQ(BlockMethod):
             told.append(f"{pair.divided} {ratio:.3g}")
         clipped = 0
         for name, grid in grids.items() if self.clip else ():
-            if not name.endswith(("q_proj", "k_proj")):
+            # What clipping would draw in, outliers keep as it is.
+            if not name.endswith(("q_proj", "k_proj")) and not grid.outliers:
                 clipped += self._clip(linear(block, name), inputs[name].flatten(0, -2), grid)
         ends = [f"ratio: {', '.join(told)}"] if told else []
         return "; ".join(ends + ([f"{clipped} layers clipped"] if clipped else []))

@@ -66,10 +66,8 @@ class BoundModel {
   }
 
   void add_outliers(const std::string& name, const Starts& first, const Columns& column, const Row& value) {
-    Outliers outliers{{first.data(), first.data() + first.size()},
-                      {column.data(), column.data() + column.size()},
-                      {value.data(), value.data() + value.size()}};
-    model_.add_outliers(name, std::move(outliers));
+    model_.add_outliers(name, {first.data(), first.data() + first.size()},
+                        {column.data(), column.data() + column.size()}, {value.data(), value.data() + value.size()});
   }
 
   void finish() { model_.finish(); }

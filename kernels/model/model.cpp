@@ -41,18 +41,45 @@ NestedView Matrix::at(int bits) const {
   return view;
 }
 
-void Outliers::add(const float* x, int64_t tokens, int64_t ldx, float* y, int64_t ldy, int64_t begin,
+Outliers Outliers::of(const std::vector<uint32_t>& starts, const std::vector<uint16_t>& columns,
+                      const std::vector<float>& values, int64_t rows, int64_t inputs) {
+  bool fits = static_cast<int64_t>(starts.size()) == rows + 1 && starts[0] == 0 &&
+              std::is_sorted(starts.begin(), starts.end()) && starts.back() == values.size() &&
+              columns.size() == values.size();
+  for (const uint16_t column : columns) fits = fits && column < inputs;
+  if (!fits) throw std::invalid_argument("its outliers do not fit it");
+  Outliers made;
+  made.first.push_back(0);
+  for (int64_t base = 0; base < rows; base += kTileRows) {
+    const int64_t count = std::min(kTileRows, rows - base);
+    bool more = true;
+    for (uint32_t nth = 0; more; ++nth) {
+      more = false;
+      for (int64_t r = 0; r < count; ++r) {
+        const size_t at = starts[static_cast<size_t>(base + r)] + static_cast<size_t>(nth);
+        if (at >= starts[static_cast<size_t>(base + r + 1)]) continue;
+        more = true;
+        made.row.push_back(static_cast<uint8_t>(r));
+        made.column.push_back(columns[at]);
+        made.value.push_back(values[at]);
+      }
+    }
+    made.first.push_back(static_cast<uint32_t>(made.row.size()));
+  }
+  return made;
+}
+
+void Outliers::add(const float* x, int64_t tokens, int64_t ldx, float* y, int64_t rows, int64_t begin,
                    int64_t end) const {
   for (int64_t t = 0; t < tokens; ++t) {  // outside: what a share of rows keeps is less than all inputs
-    const float* row = x + t * ldx;
-    for (int64_t r = begin; r < end; ++r) {
-      const size_t to = first[static_cast<size_t>(r) + 1];
-      size_t i = first[static_cast<size_t>(r)];
-      float sum[4] = {};
-      for (; i + 4 <= to; i += 4)
-        for (size_t k = 0; k < 4; ++k) sum[k] += value[i + k] * row[column[i + k]];
-      for (size_t k = 0; i < to; ++i, ++k) sum[k] += value[i] * row[column[i]];
-      y[t * ldy + r] += (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    const float* from = x + t * ldx;
+    for (int64_t tile = begin; tile < end; ++tile) {
+      float sum[kTileRows] = {};
+      const size_t stop = first[static_cast<size_t>(tile) + 1];
+      for (size_t i = first[static_cast<size_t>(tile)]; i < stop; ++i) sum[row[i]] += value[i] * from[column[i]];
+      float* to = y + t * rows + tile * kTileRows;
+      const int64_t count = std::min(kTileRows, rows - tile * kTileRows);
+      for (int64_t r = 0; r < count; ++r) to[r] += sum[r];
     }
   }
 }
@@ -70,17 +97,15 @@ Model::Model(Spec spec, int threads, const std::string& variant, bool int8)
       int8_(int8),
       pool_(threads) {}
 
-void Model::add_outliers(const std::string& name, Outliers outliers) {
+void Model::add_outliers(const std::string& name, const std::vector<uint32_t>& starts,
+                         const std::vector<uint16_t>& columns, const std::vector<float>& values) {
   const auto found = matrices_.find(name);
   if (found == matrices_.end()) throw std::invalid_argument(name + " is missing");
-  Matrix& m = found->second;
-  const auto& first = outliers.first;
-  bool fits = static_cast<int64_t>(first.size()) == m.out() + 1 && first[0] == 0 &&
-              std::is_sorted(first.begin(), first.end()) && first.back() == outliers.value.size() &&
-              outliers.column.size() == outliers.value.size();
-  for (const uint16_t column : outliers.column) fits = fits && column < m.columns();
-  if (!fits) throw std::invalid_argument("the outliers of " + name + " do not fit it");
-  m.outliers = std::move(outliers);
+  try {
+    found->second.outliers = Outliers::of(starts, columns, values, found->second.out(), found->second.columns());
+  } catch (const std::invalid_argument& error) {
+    throw std::invalid_argument(name + ": " + error.what());
+  }
 }
 
 Model::Norm Model::norm_at(const std::string& name, const NormSpec& spec, int64_t size) const {
@@ -231,7 +256,7 @@ void Model::multiply(std::initializer_list<Job> jobs, const float* x, int64_t to
         matmul_nested_(p->weights, x, tokens, columns, p->to, out, from, to, scratch);
       else
         matmul_float_(m.plain, x, tokens, columns, p->to, out, first, stop);
-      if (!m.outliers.first.empty()) m.outliers.add(x, tokens, columns, p->to, out, first, stop);
+      if (!m.outliers.first.empty()) m.outliers.add(x, tokens, columns, p->to, out, from, to);
       if (m.bias.empty()) continue;
       for (int64_t t = 0; t < tokens; ++t)
         for (int64_t r = first; r < stop; ++r) p->to[t * out + r] += m.bias[static_cast<size_t>(r)];

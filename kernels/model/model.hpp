@@ -41,17 +41,23 @@ struct Spec {
 
 // Numbers that a product adds to what codes mean, whatever the width:
 //
-//     s[k]     = ((0 + v[k] x[t, c[k]]) + v[k + 4] x[t, c[k + 4]]) + ..,     the outliers of row n in order, in float32
-//     y[t, n] += (s[0] + s[1]) + (s[2] + s[3])
+//     y[t, n] += ((0 + v[0] x[t, c[0]]) + v[1] x[t, c[1]]) + ..,     the outliers of row n in order, in float32
 //
-// x is what comes in, also where the codes are multiplied with it rounded to int8.
+// x is what comes in, also where the codes are multiplied with it rounded to int8. Kept tile by tile, in each the first
+// outlier of every row, then the second, and so on: neighbours then add to different rows, and no row needs a loop.
 struct Outliers {
-  std::vector<uint32_t> first;  // (rows + 1,): of each row among all; empty for none
+  std::vector<uint32_t> first;  // (row tiles + 1,): of each tile among all; empty for none
+  std::vector<uint8_t> row;     // in the tile
   std::vector<uint16_t> column;
   std::vector<float> value;
 
-  // Rows begin .. end - 1 of y. x: (tokens, ldx); y: (tokens, ldy).
-  void add(const float* x, int64_t tokens, int64_t ldx, float* y, int64_t ldy, int64_t begin, int64_t end) const;
+  // starts: (rows + 1,), of each row among all; columns, values: row after row. Throws std::invalid_argument where they
+  // do not stand in a matrix (rows, inputs).
+  static Outliers of(const std::vector<uint32_t>& starts, const std::vector<uint16_t>& columns,
+                     const std::vector<float>& values, int64_t rows, int64_t inputs);
+
+  // Tiles begin .. end - 1 of y, which has `rows` rows of outputs. x: (tokens, ldx); y: (tokens, rows).
+  void add(const float* x, int64_t tokens, int64_t ldx, float* y, int64_t rows, int64_t begin, int64_t end) const;
 };
 
 // A matrix and, where there is one, the bias of its outputs. Pointers belong to the caller.
@@ -105,8 +111,9 @@ class Model : public Runner {
 
   void add_matrix(const std::string& name, Matrix matrix) { matrices_[name] = std::move(matrix); }
   void add_vector(const std::string& name, std::vector<float> values) { vectors_[name] = std::move(values); }
-  // Of a matrix that was added; throws std::invalid_argument where they do not fit it.
-  void add_outliers(const std::string& name, Outliers outliers);
+  // Of a matrix that was added; as `Outliers::of`, and throws as that does.
+  void add_outliers(const std::string& name, const std::vector<uint32_t>& starts, const std::vector<uint16_t>& columns,
+                    const std::vector<float>& values);
   // Resolves names to layers and checks every shape. Throws std::invalid_argument naming what is missing or wrong.
   void finish();
 

@@ -113,12 +113,10 @@ class StoredLinear:
     outliers: StoredOutliers | None = None
 
     def grids(self, width: int) -> list[npt.NDArray[Any]]:
-        """What is read at one width of the ladder besides fields: scales, zeros, units, tables, ratios and outliers."""
+        """What is read at one width of the ladder besides fields and outliers: scales, zeros, units, tables and ratios."""
         own = self.grid_at(width)
         found = [grid[own] for grid in (self.scale, self.zero, self.unit) if own in grid]
-        found += [grid[width] for grid in (self.table, self.ratio) if width in grid]
-        beside = self.outliers
-        return found + ([beside.counts, beside.columns, beside.values] if beside is not None else [])
+        return found + [grid[width] for grid in (self.table, self.ratio) if width in grid]
 
     def grid_at(self, width: int) -> int:
         """The width whose scale and zero serve `width`: the narrowest, where the grid is shared."""

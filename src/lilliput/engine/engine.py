@@ -322,8 +322,8 @@ class Engine:
                 if have < own:
                     total, have = total + plane.nbytes, have + field
             total += sum(grid.nbytes for grid in linear.grids(own))
-            if linear.outliers is not None:  # values are float32 there, and 32 bits say where a row begins
-                total += linear.outliers.values.nbytes + linear.outliers.counts.nbytes
+            if linear.outliers is not None:  # a byte for the row, two for the column, a float32; where a tile begins
+                total += 7 * len(linear.outliers.values) + 4 * -(-linear.out // 16)
         return total
 
     def kv_bytes(self, tokens: int) -> int:

@@ -69,19 +69,31 @@ Outliers Outliers::of(const std::vector<uint32_t>& starts, const std::vector<uin
   return made;
 }
 
+// `count` tokens, which share what an outlier takes to read.
+template <int64_t count>
+static void add_outliers(const Outliers& o, const float* x, int64_t ldx, float* y, int64_t rows, int64_t begin,
+                         int64_t end) {
+  for (int64_t tile = begin; tile < end; ++tile) {
+    float sum[kTileRows][count] = {};
+    const size_t stop = o.first[static_cast<size_t>(tile) + 1];
+    for (size_t i = o.first[static_cast<size_t>(tile)]; i < stop; ++i) {
+      const float value = o.value[i], *from = x + o.column[i];
+      float* to = sum[o.row[i]];
+      for (int64_t t = 0; t < count; ++t) to[t] += value * from[t * ldx];
+    }
+    const int64_t last = std::min(kTileRows, rows - tile * kTileRows);
+    for (int64_t t = 0; t < count; ++t)
+      for (int64_t r = 0; r < last; ++r) y[t * rows + tile * kTileRows + r] += sum[r][t];
+  }
+}
+
 void Outliers::add(const float* x, int64_t tokens, int64_t ldx, float* y, int64_t rows, int64_t begin,
                    int64_t end) const {
-  for (int64_t t = 0; t < tokens; ++t) {  // outside: what a share of rows keeps is less than all inputs
-    const float* from = x + t * ldx;
-    for (int64_t tile = begin; tile < end; ++tile) {
-      float sum[kTileRows] = {};
-      const size_t stop = first[static_cast<size_t>(tile) + 1];
-      for (size_t i = first[static_cast<size_t>(tile)]; i < stop; ++i) sum[row[i]] += value[i] * from[column[i]];
-      float* to = y + t * rows + tile * kTileRows;
-      const int64_t count = std::min(kTileRows, rows - tile * kTileRows);
-      for (int64_t r = 0; r < count; ++r) to[r] += sum[r];
-    }
-  }
+  constexpr int64_t kTokens = 8;
+  int64_t t = 0;  // outside: what a share of rows keeps is less than all inputs
+  for (; t + kTokens <= tokens; t += kTokens)
+    add_outliers<kTokens>(*this, x + t * ldx, ldx, y + t * rows, rows, begin, end);
+  for (; t < tokens; ++t) add_outliers<1>(*this, x + t * ldx, ldx, y + t * rows, rows, begin, end);
 }
 
 Model::Model(Spec spec, int threads, const std::string& variant, bool int8)

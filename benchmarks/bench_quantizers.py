@@ -25,6 +25,7 @@ TEXT = Path(__file__).resolve().parents[1] / "assets" / "tales7m" / "calibration
 
 RUNS = {
     "gptq-4": ("gptq", {"bits": [4]}),
+    "gptq-4-outliers": ("gptq", {"bits": [4], "outliers": 0.005}),
     "gptq-nested": ("gptq", {}),
     "leanquant-4": ("leanquant", {"bits": [4]}),
     "leanquant-nested": ("leanquant", {}),
@@ -37,7 +38,9 @@ def measure(run: str, out: int, columns: int) -> None:
     import torch
 
     from lilliput.methods.base import LayerMethod, build
+    from lilliput.methods.outliers import solve
     from lilliput.methods.safety import output_errors
+    from lilliput.numerics.nested import Quantized
 
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
@@ -53,7 +56,8 @@ def measure(run: str, out: int, columns: int) -> None:
     assert isinstance(method, LayerMethod)
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     start, start_cpu = time.perf_counter(), time.process_time()
-    made = method.solve(weight, gram)
+    made = solve(method, weight, gram)
+    assert isinstance(made, Quantized)
     seconds, cpu = time.perf_counter() - start, time.process_time() - start_cpu
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     errors = {str(b): float(f"{e:.4g}") for b, e in output_errors(weight, made, gram).items()}

@@ -4,9 +4,9 @@
 
 Every linear layer of the blocks, or every so many, is coded by `gptq`: in groups of a size, with a share of the weights
 as outliers; alone at 2 bits, or nested in 4 with a shared grid. Bits a weight are of all that is stored for 2 bits.
-Error of a layer: tr(E H E^T) / tr(W H W^T), H the Gram matrix of its inputs in the float model. A last column says what
+Error of a layer: tr(E H E^T) / tr(W H W^T), H the Gram matrix of its inputs in the float model. The last two columns say what
 as many bits buy without outliers: in smaller groups, between the sizes measured here by the line through logarithms of
-their errors, and as a share of layers at 3 bits in groups of 128, the mean that a random choice of them has; a choice
+their errors, and in wider layers, a share of layers at 3 bits in groups of 128, the mean that a random choice of them has; a choice
 by measured loss does better. Prints a table and appends it to results/outliers_or_groups.jsonl.
 """
 
@@ -102,8 +102,7 @@ def main() -> None:
         found: Found = {}
         for size in SIZES:
             for share in SHARES:
-                shared = len(ladder) > 1
-                method = GPTQ(bits=ladder, group_size=size, ragged=True, shared=shared, outliers=share)
+                method = GPTQ(bits=ladder, group_size=size, ragged=True, shared=True, outliers=share)
                 found[size, share] = measure(layers, method)
         low, more = found[WIDER, 0.0]
         high, less = measure(layers, GPTQ(bits=(3,), group_size=WIDER, ragged=True))

@@ -18,32 +18,17 @@ from lilliput.models import Checkpoint, load_decoder
 from lilliput.numerics.nested import Quantized
 from lilliput.pipeline import compress
 from lilliput.pipeline.tune import Store
-from support.families import FAMILIES
 
 SHARE = 0.02
 GPTQ = {"gptq": {"bits": [2, 4], "group_size": 32, "end_bits": [4], "outliers": SHARE}}
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    FAMILIES["llama"](folder, 0)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def options(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    text = tmp_path_factory.mktemp("text") / "text.txt"
-    text.write_text("The old man and the child went on and on, and the sea and the wind went with them. " * 60)
-    return {"calibration": [text], "samples": 4, "length": 24, "gate": False}
-
-
 @pytest.mark.parametrize("tuned", [False, True])
 def test_the_engine_says_what_the_stored_weights_say(
-    tuned: bool, llama: Path, options: dict[str, Any], tmp_path: Path
+    tuned: bool, llama: Path, given: dict[str, Any], tmp_path: Path
 ) -> None:
     recipe = [GPTQ, *([{"tune": {"steps": 3, "batch": 2}}] if tuned else [])]
-    compress(llama, tmp_path / "out", recipe=recipe, **options)
+    compress(llama, tmp_path / "out", recipe=recipe, **given)
     assert verify(tmp_path / "out").ok
     artifact = Artifact.open(tmp_path / "out")
     assert artifact.manifest.schema_version == "1.6"
@@ -60,15 +45,15 @@ def test_the_engine_says_what_the_stored_weights_say(
         np.testing.assert_allclose(said, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
 
-def test_a_share_of_less_than_one_weight_is_none(llama: Path, options: dict[str, Any], tmp_path: Path) -> None:
+def test_a_share_of_less_than_one_weight_is_none(llama: Path, tmp_path: Path) -> None:
     recipe = [{"rtn": {"bits": [2, 4], "group_size": 32, "outliers": 1e-5}}]
     compress(llama, tmp_path / "out", recipe=recipe, gate=False)
     assert not any(entry.outliers for entry in Artifact.open(tmp_path / "out").manifest.entries.values())
 
 
-def test_training_leaves_the_outliers_as_they_were(llama: Path, options: dict[str, Any], tmp_path: Path) -> None:
-    compress(llama, tmp_path / "plain", recipe=[GPTQ], **options)
-    compress(llama, tmp_path / "tuned", recipe=[GPTQ, {"tune": {"steps": 3, "batch": 2}}], **options)
+def test_training_leaves_the_outliers_as_they_were(llama: Path, given: dict[str, Any], tmp_path: Path) -> None:
+    compress(llama, tmp_path / "plain", recipe=[GPTQ], **given)
+    compress(llama, tmp_path / "tuned", recipe=[GPTQ, {"tune": {"steps": 3, "batch": 2}}], **given)
     plain, tuned = (Artifact.open(tmp_path / name) for name in ("plain", "tuned"))
     moved = 0
     for name in plain.quantized:
@@ -80,7 +65,7 @@ def test_training_leaves_the_outliers_as_they_were(llama: Path, options: dict[st
     assert moved
 
 
-def test_a_budget_counts_them(llama: Path, options: dict[str, Any], tmp_path: Path) -> None:
+def test_a_budget_counts_them(llama: Path, given: dict[str, Any], tmp_path: Path) -> None:
     recipe = [{"gptq": GPTQ["gptq"] | {"bits": [2, 3, 4], "end_bits": [2, 4]}}]
     weights = load_file(llama / "model.safetensors")
     for name, weight in weights.items():  # long tails, which outliers take away
@@ -88,9 +73,9 @@ def test_a_budget_counts_them(llama: Path, options: dict[str, Any], tmp_path: Pa
             weight.view(-1)[::97] *= 20
     folder = Path(shutil.copytree(llama, tmp_path / "model"))
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    report = compress(folder, tmp_path / "out", recipe=recipe, target_bits=4.6, **options)
+    report = compress(folder, tmp_path / "out", recipe=recipe, target_bits=4.6, **given)
     plain = [{"gptq": recipe[0]["gptq"] | {"outliers": 0.0}}]
-    other = compress(folder, tmp_path / "other", recipe=plain, target_bits=4.6, **options)
+    other = compress(folder, tmp_path / "other", recipe=plain, target_bits=4.6, **given)
     kl = [[row.predicted_kl for row in r.frontier if row.uniform == 2] for r in (report, other)]
     assert kl[0][0] < 0.7 * kl[1][0]  # what a layer loses was measured with its outliers
     plan = Artifact.open(tmp_path / "out").plan
@@ -99,7 +84,7 @@ def test_a_budget_counts_them(llama: Path, options: dict[str, Any], tmp_path: Pa
     assert report.rows[0].bits_per_weight == pytest.approx(plan.bits_per_weight(plan.bits[0]), abs=1e-3)
 
 
-def test_work_put_aside_is_taken_up_with_them(llama: Path, tmp_path: Path) -> None:
+def test_work_put_aside_is_taken_up_with_them(tmp_path: Path) -> None:
     weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
     made = solve(RTN(bits=(2, 4), group_size=32, outliers=SHARE), weight, None)
     assert isinstance(made, Quantized)

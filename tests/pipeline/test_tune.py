@@ -12,7 +12,6 @@ from lilliput.artifact.verify import verify
 from lilliput.core.progress import Silent
 from lilliput.methods.quantize import tune
 from lilliput.pipeline import compress
-from support.families import FAMILIES
 
 STEPS = 5
 RTN = {"rtn": {"bits": [2, 4, 8], "group_size": 32, "end_bits": [4, 8], "shared": True}}
@@ -22,17 +21,8 @@ TEXT = 1  # all that the original writes, at once
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    FAMILIES["llama"](folder, 0)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def options(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    text = tmp_path_factory.mktemp("text") / "text.txt"
-    text.write_text("The old man and the child went on and on, and the sea and the wind went with them. " * 20)
-    return {"recipe": [RTN, TUNE], "calibration": [text], "samples": 4, "length": 24, "gate": False}
+def options(given: dict[str, Any]) -> dict[str, Any]:
+    return given | {"recipe": [RTN, TUNE]}
 
 
 @pytest.fixture(scope="module")

@@ -78,8 +78,7 @@ class StoredOutliers:
                 raise ValueError("an outlier is not finite")
 
     def places(self, width: int) -> npt.NDArray[np.int64]:
-        """Where they stand in a matrix of `width` columns laid out row after row: (n,), ascending. Raises as `check`."""
-        self.check(width)
+        """Where they stand in a matrix of `width` columns laid out row after row: (n,), ascending, once checked."""
         found: npt.NDArray[np.int64] = np.repeat(np.arange(len(self.counts)) * width, self.counts) + self.columns
         return found
 

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 ENDS = ("embed_tokens", "embed_patches", "lm_head")
 """The matrices that are no block's."""
 MOST_OUTLIERS = 0.1
-"""Of the weights; each costs two to ten times what it would as a wider code."""
+"""Of the weights: at 32 bits each, as many cost more than a code of 3 bits does."""
 
 
 class Statistic(Enum):
@@ -199,13 +199,13 @@ class Quantizer(LayerMethod):
         return round(self.outliers * out * columns)
 
     def check(self, name: str, out: int, columns: int) -> None:
-        """Refuse a group size that does not divide the inputs, unless the last group may be shorter; and outliers in
-        rows of more than 65535.
+        """Refuse a group size that does not divide the inputs, unless the last group may be shorter, and outliers in rows
+        whose columns they cannot name.
         """
         if self.outliers and columns > MOST_COLUMNS:
             what, fix = (
                 f"{columns} columns are more than outliers can name",
-                f"Use at most {MOST_COLUMNS}, or exclude it",
+                f"Exclude it, or use at most {MOST_COLUMNS}",
             )
             raise ConfigError(what, where=name, fix=fix)
         if self.group_size != -1 and columns % self.group_size and not self.ragged:

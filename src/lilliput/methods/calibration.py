@@ -40,6 +40,21 @@ def first_readers(spec: AnySpec, needs: Mapping[str, Statistic]) -> dict[str, st
     return {name: first.setdefault((source_of(spec, name), need), name) for name, need in needs.items()}
 
 
+def gathered(block: Block, needs: Mapping[str, Statistic], batches: Iterable[Tensor]) -> dict[str, Accumulator]:
+    """For every layer of `needs`, by canonical name, what it needs of its inputs while `batches` run through the block.
+
+    batches: of (rows, length, hidden); not looked at where nothing is needed. Layers that read the same share an
+    accumulator.
+    """
+    linears, first = block.linears(), first_readers(block.spec, needs)
+    sums = {name: needs[name].accumulator(linears[name].in_features) for name in set(first.values())}
+    if sums:
+        with watching(linears, sums):
+            for batch in batches:
+                block(batch)
+    return {name: sums[one] for name, one in first.items()}
+
+
 def inputs_of(block: Block, names: Iterable[str], rows: Tensor) -> dict[str, Tensor]:
     """What the linear layers named within the block read when `rows`, (samples, length, hidden), run through it.
 

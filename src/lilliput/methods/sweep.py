@@ -27,7 +27,7 @@ from lilliput.data.images import Pictures
 from lilliput.data.streams import Batches
 from lilliput.methods import outliers
 from lilliput.methods.base import BlockData, BlockMethod, BlockQuantizer, LayerMethod, Quantizer, Statistic
-from lilliput.methods.calibration import first_readers, watching
+from lilliput.methods.calibration import gathered
 from lilliput.methods.fisher import Fisher
 from lilliput.methods.journal import Activations, Journal, State
 from lilliput.methods.safety import energy, finite, remark, safer
@@ -269,14 +269,9 @@ class Sweep:
         if not needs:
             return {}
         assert self.job.calibration is not None, "planning refuses a recipe that lacks its calibration text"
-        linears = block.linears()
-        first = first_readers(self.spec, needs)
-        sums = {name: needs[name].accumulator(linears[name].in_features) for name in set(first.values())}
-        with watching(linears, sums):
-            for batch in self._activations(state.step).batches(self.job.calibration.batch_size):
-                block(batch)
-        values = {name: one.value() for name, one in sums.items()}
-        return {name: (values[one], remark(name, values[one], sums[one])) for name, one in first.items()}
+        batches = self._activations(state.step).batches(self.job.calibration.batch_size)
+        sums = gathered(block, needs, batches)
+        return {name: (value := total.value(), remark(name, value, total)) for name, total in sums.items()}
 
     def _head_needs(self) -> bool:
         return any(m.needs.streamed for m in self.job.methods.get("lm_head", ()))
@@ -308,7 +303,7 @@ class Sweep:
                 assert isinstance(part, Tensor), "a layer is quantized last"
                 own = self._fisher(name, slice(start, start + rows)) if method.needs is Statistic.FISHER else stat
                 before = part.to(torch.float32)
-                part = outliers.solve(method, before, own)
+                part = method.solve(before, own)  # `Quantizer.at` gives the ends no outliers
                 if isinstance(part, Quantized) and isinstance(method, Quantizer) and method.needs in _JUDGED:
                     if own is None:  # the embedding of a method that learns from inputs: ids have no Gram matrix
                         continue

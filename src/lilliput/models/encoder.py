@@ -31,8 +31,9 @@ class EncoderAttention(nn.Module):
         self.spec = spec
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = linears
 
-    def forward(self, x: Tensor, seen: Tensor) -> Tensor:
-        """x: (batch, length, hidden); seen: (batch, length, 1) bool, False on padding, which stands behind the rest."""
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (batch, length, hidden), rows of zeros on padding, which stands behind the rest."""
+        seen = _seen(x)
         heads = (proj(x).unflatten(-1, (-1, self.spec.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k, v = (t.transpose(1, 2) for t in heads)
         mask = seen.transpose(1, 2)[:, None]
@@ -51,9 +52,9 @@ class EncoderMLP(nn.Module):
         self.activate = ACTIVATIONS[spec.activation]
         self.up_proj, self.down_proj = linears
 
-    def forward(self, x: Tensor, seen: Tensor) -> Tensor:
-        """x: (batch, length, hidden), seen: (batch, length, 1) bool; returns x's shape."""
-        out: Tensor = self.down_proj(_kept(self.activate(self.up_proj(x)), seen))
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (batch, length, hidden), rows of zeros on padding; returns x's shape."""
+        out: Tensor = self.down_proj(_kept(self.activate(self.up_proj(x)), _seen(x)))
         return out
 
 
@@ -71,10 +72,10 @@ class EncoderBlock(Block):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (batch, length, hidden), rows of zeros where there is padding; returns the same."""
-        seen = (x != 0).any(-1, keepdim=True)
+        seen = _seen(x)
         for part, layer in (("attn", self.attn), ("mlp", self.mlp)):
             norm = self.get_submodule(_norm_of(part, self.spec))
-            x = x + layer(_kept(norm(x), seen), seen) if self.first else norm(x + layer(x, seen))
+            x = x + layer(_kept(norm(x), seen)) if self.first else norm(x + layer(x))
             x = _kept(x, seen)
         return x
 
@@ -151,7 +152,7 @@ class Encoder(nn.Module):
 
     def finish(self, hidden: Tensor) -> Tensor:
         """hidden: (batch, positions, hidden); returns (batch, embedding_size), of no particular length."""
-        seen = (hidden != 0).any(-1, keepdim=True)
+        seen = _seen(hidden)
         hidden = hidden if self.final_norm is None else self.final_norm(hidden)
         count = seen.sum(1)
         if self.spec.pooling == "mean":
@@ -172,6 +173,11 @@ class Encoder(nn.Module):
 
 def _norm_of(part: str, spec: AnySpec) -> str:
     return f"{part}_norm" if spec.norm_first else f"{part}_post_norm"
+
+
+def _seen(x: Tensor) -> Tensor:
+    """Where (batch, length, hidden) holds something, which it does not on padding: (batch, length, 1) bool."""
+    return (x != 0).any(-1, keepdim=True)
 
 
 def _kept(x: Tensor, seen: Tensor) -> Tensor:

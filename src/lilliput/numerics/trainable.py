@@ -48,15 +48,15 @@ class _Level(torch.autograd.Function):
 class Trainable:
     """Codes of one matrix as something an optimiser may move.
 
-    Outliers stay as they are. weight: (out, in) float32 that codes and outliers stand for, left as it was; a copy is first pulled into the cell of its code,
-    so that training starts from `coded` as it is. codes: train them; else only grids.
+    weight: (out, in) float32 that codes and outliers stand for, left as it was; a copy is first pulled into the cell of
+    its code, so that training starts from `coded` as it is. codes: train them; else only grids. Outliers stay as they are.
     """
 
     def __init__(self, weight: Tensor, coded: Quantized, codes: bool) -> None:
-        self._coded, self._outliers = coded, coded.outliers
-        if self._outliers is not None:
-            self._places_of = self._outliers.places(weight.shape[1])
-            weight = self._outliers.taken_from(weight) if codes else weight  # else only its shape counts
+        self._coded = coded
+        if coded.outliers is not None:
+            self._beside = coded.outliers.places(weight.shape[1]), coded.outliers.values.float()
+            weight = coded.outliers.taken_from(weight) if codes else weight  # else only its shape counts
         widest = coded.bits[-1]
         self.weight = weight.detach()  # where codes are trained, another takes its place below
         self._steps: Tensor | None = None
@@ -117,10 +117,7 @@ class Trainable:
             codes, inside = self._codes()
             own, _ = grouped(coded.marks(bits, codes), coded.group_size)
         value: Tensor = _Level.apply(self.weight, scale, zero, own, inside)  # type: ignore[no-untyped-call]
-        if self._outliers is None:
-            return value
-        beside = self._outliers.values.float()
-        return value.flatten().index_add(0, self._places_of, beside).view_as(value)
+        return value if coded.outliers is None else value.flatten().index_add(0, *self._beside).view_as(value)
 
     @torch.no_grad()
     def quantized(self, trained: int) -> Quantized:

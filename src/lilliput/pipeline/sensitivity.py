@@ -24,7 +24,7 @@ from lilliput.core.progress import Progress
 from lilliput.data.streams import I32
 from lilliput.methods import outliers
 from lilliput.methods.base import LayerMethod, Quantizer, Statistic
-from lilliput.methods.calibration import first_readers, watching
+from lilliput.methods.calibration import gathered
 from lilliput.methods.fisher import Fisher
 from lilliput.methods.journal import Activations
 from lilliput.methods.sources import Source
@@ -132,15 +132,9 @@ class Sensitivities:
         return stat if method.needs.streamed else None
 
     def _statistics(self, block: Block, hidden: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-        linears = block.linears()
         needs = {n: m.needs for n in names for m in self._methods[n] if m.needs.streamed}
-        first = first_readers(self._model.spec, needs)
-        sums = {name: needs[name].accumulator(linears[name].in_features) for name in set(first.values())}
-        if sums:
-            with watching(linears, sums):
-                for row in _singly(hidden):
-                    block(row)
-        return {name: sums[one].value() for name, one in first.items()}
+        sums = gathered(block, needs, _singly(hidden))
+        return {name: total.value() for name, total in sums.items()}
 
     def _logs(self, hidden: Tensor, start: int) -> Tensor:
         """Log-probabilities (1, length, vocab) of one row that enters block `start`."""

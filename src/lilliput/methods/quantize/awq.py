@@ -26,7 +26,6 @@ from lilliput.methods.base import BlockData, BlockMethod, Quantizer
 from lilliput.methods.calibration import evenly, inputs_of, linear, sample
 from lilliput.methods.safety import mean_log, output_errors
 from lilliput.models.decoder import Block
-from lilliput.models.encoder import EncoderAttention, EncoderMLP
 from lilliput.models.pairs import Pair, pairs
 from lilliput.numerics.grids import grouped, nearest
 from lilliput.numerics.nested import Quantized
@@ -169,8 +168,5 @@ def _output(block: Block, pair: Pair, weights: Mapping[str, Tensor], x: Tensor) 
     total = torch.zeros(())
     for part in sorted(parts):
         own = {f"{n.partition('.')[2]}.weight": w for n, w in weights.items() if n.startswith(f"{part}.")}
-        module = block.get_submodule(part)
-        # an encoder's parts are told which rows are padding: those that its norms have left at zero
-        inputs = (x, (x != 0).any(-1, keepdim=True)) if isinstance(module, EncoderAttention | EncoderMLP) else (x,)
-        total = total + functional_call(module, own, inputs)
+        total = total + functional_call(block.get_submodule(part), own, (x,))
     return total

@@ -145,6 +145,7 @@ def plot(path: Path, lines: Sequence[Mapping[str, Any]], *, mine: str = "lillipu
         y = top + 12 + 20 * n
         out.append(f'<path d="M{left + width + 16} {y - 4}h26" {stroke}/>')
         out.append(f'<text x="{left + width + 48}" y="{y}" fill="{colour}">{name}</text>')
-    size = f'width="{left + width + 230}" height="{max(top + height + 50, top + 20 * len(ordered) + 20)}"'
+    legend = 60 + 7 * max(map(len, ordered))  # a letter of 11 pixels is seldom wider
+    size = f'width="{left + width + legend}" height="{max(top + height + 50, top + 20 * len(ordered) + 20)}"'
     style = 'font-family="sans-serif" font-size="11" fill="#888"'
     path.write_text("\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>', *out, "</svg>"]) + "\n")
